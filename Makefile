@@ -1,0 +1,59 @@
+# `make demo` in a new clone installs everything into .venv (no root needed), then runs. A second time it is quick.
+#   make test VENV=/path/to/venv    another environment
+#   make test EXTRAS=               no optional packages (DALI and the like)
+VENV ?= .venv
+EXTRAS ?= dev,dali-cuda13
+
+comma := ,
+PYTHON ?= $(shell for p in python3.11 python3.12 python3; do \
+	"$$p" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))' 2>/dev/null && echo "$$p" && break; done)
+BIN := $(VENV)/bin
+# One stamp a choice of extras, so that another choice installs again.
+STAMP := $(VENV)/.installed-$(subst $(comma),-,$(EXTRAS))
+# What `make test` runs is needed whatever the extras.
+TOOLS := pytest ruff mypy
+
+.DELETE_ON_ERROR:
+.PHONY: install demo test test-system lint bench clean
+
+install: $(STAMP)
+
+demo: $(STAMP)
+	$(BIN)/fastmoco demo
+
+test: lint
+	$(BIN)/python -m pytest -q --durations=10
+
+test-system: $(STAMP)
+	$(BIN)/python -m pytest -q --durations=10 -m system
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+bench: $(STAMP)
+	$(BIN)/python -m bench.step
+
+clean:
+	rm -rf build dist *.egg-info fastmoco/*.so .mypy_cache .pytest_cache .ruff_cache $(VENV)/.installed-*
+	find fastmoco kernels bench tests -name __pycache__ -prune -exec rm -rf {} +
+
+$(BIN)/python:
+	@test -n "$(PYTHON)" || { echo "fastmoco needs Python 3.11 or 3.12 and found neither on PATH;" \
+		"name one: make PYTHON=/path/to/python3.11" >&2; exit 1; }
+	@echo "making a virtual environment in $(VENV) with $$($(PYTHON) --version)"
+	@$(PYTHON) -m venv $(VENV) >/dev/null 2>&1 || { \
+		: "Debian parts venv from ensurepip; a pip outside can stand in for it."; \
+		rm -rf $(VENV); \
+		$(PYTHON) -m venv --without-pip $(VENV) && $(PYTHON) -m pip --python $@ install -q pip; \
+	} || { rm -rf $(VENV); echo "$(PYTHON) cannot make virtual environments: install its venv module" \
+		"(Debian, Ubuntu: apt install python3-venv), or name another: make PYTHON=..." >&2; exit 1; }
+
+$(STAMP): $(BIN)/python pyproject.toml setup.py constraints.txt $(wildcard csrc/*)
+	@command -v "$${CXX:-g++}" >/dev/null || command -v c++ >/dev/null || echo "warning: no C++ compiler found (g++):" \
+		"fastmoco._C will not be built, and PyTorch implementations run in its place, more slowly" >&2
+	@echo "installing fastmoco[$(EXTRAS)] into $(VENV): about 3 minutes and 7 GB the first time, seconds later on"
+	@PIP_CONSTRAINT=constraints.txt PIP_BUILD_CONSTRAINT=constraints.txt PIP_DISABLE_PIP_VERSION_CHECK=1 \
+		$(BIN)/python -m pip install -q -e '.$(if $(EXTRAS),[$(EXTRAS)])' $(TOOLS)
+	@$(BIN)/python -c 'from fastmoco.ops import dispatch; print(dispatch.NATIVE_MISSING or "fastmoco._C: built")'
+	@rm -f $(VENV)/.installed-*; touch $@

@@ -1,0 +1,28 @@
+// What differs between compilers: marks for functions shared with CUDA, and instruction sets chosen at run time.
+#pragma once
+
+#if defined(__CUDACC__)
+#define FASTMOCO_HOST_DEVICE __host__ __device__
+#else
+#define FASTMOCO_HOST_DEVICE
+#endif
+
+#if defined(__has_attribute)
+#if __has_attribute(target_clones) && defined(__x86_64__) && defined(__GLIBC__)
+#define FASTMOCO_HAS_CLONES 1
+#endif
+#endif
+
+// A function so marked is compiled once per instruction set, and the loader picks one by what the processor has. What
+// it calls must be inlined into it to profit. Needs the loader's ifunc, hence glibc; elsewhere one baseline copy runs.
+#if defined(FASTMOCO_HAS_CLONES)
+#define FASTMOCO_CLONES __attribute__((target_clones("avx512f", "fma", "default")))
+#else
+#define FASTMOCO_CLONES
+#endif
+
+#if defined(__GNUC__)
+#define FASTMOCO_INLINE inline __attribute__((always_inline))
+#else
+#define FASTMOCO_INLINE inline
+#endif

@@ -1,0 +1,123 @@
+"""Which implementation of an operation runs: decided here, from the tensors' device and what is built.
+
+An operation registers its implementations when its module is imported:
+
+    dispatch.register("ema", "reference", _reference)
+    dispatch.register("ema", "native", _native, device_types=("cpu",), missing=dispatch.NATIVE_MISSING)
+
+and asks for one each time it is called:
+
+    dispatch.pick("ema", tensor, implementation)(...)
+"""
+
+import importlib
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+import torch
+
+from fastmoco.errors import UserError
+
+native: ModuleType | None = None
+NATIVE_MISSING = ""
+try:
+    native = importlib.import_module("fastmoco._C")
+except ModuleNotFoundError:
+    NATIVE_MISSING = "the C++ extension was not built: install a C++ compiler, then install fastmoco again"
+except ImportError as error:
+    NATIVE_MISSING = f"the C++ extension does not load: {error}"
+
+# The first of these that can run is the one that does; "reference" runs anywhere.
+PREFERENCE = ("triton", "native", "reference")
+
+
+@dataclass(frozen=True, slots=True)
+class Implementation:
+    """One registered implementation. `device_types` None means any; `missing` is why it cannot run, or ""."""
+
+    function: Callable[..., Any]
+    device_types: tuple[str, ...] | None
+    missing: str
+
+    def refusal(self, device_type: str) -> str:
+        """Why this implementation cannot run on tensors of `device_type`; "" when it can."""
+        if self.missing:
+            return self.missing
+        if self.device_types is not None and device_type not in self.device_types:
+            return f"it runs on {' and '.join(self.device_types)} tensors, not on {device_type}"
+        return ""
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """What `pick` chooses on a device type, and why the implementations preferred to it cannot run."""
+
+    operation: str
+    device_type: str
+    chosen: str
+    refusals: dict[str, str]
+
+
+_registry: dict[str, dict[str, Implementation]] = {}
+
+
+def register(
+    operation: str,
+    name: str,
+    function: Callable[..., Any],
+    *,
+    device_types: tuple[str, ...] | None = None,
+    missing: str = "",
+) -> None:
+    """Adds implementation `name` (one of `PREFERENCE`) of `operation`.
+
+    device_types: device types its tensors may be on; None for any.
+    missing: why it cannot run in this installation; "" when it can.
+    """
+    assert name in PREFERENCE, name
+    implementations = _registry.setdefault(operation, {})
+    assert name not in implementations, f"{operation}: {name} is registered already"
+    implementations[name] = Implementation(function, device_types, missing)
+
+
+def pick(operation: str, tensor: torch.Tensor, implementation: str | None = None) -> Callable[..., Any]:
+    """The function that performs `operation` on tensors of `tensor`'s device type.
+
+    implementation: the one to use; None takes the first of `PREFERENCE` that can run.
+    Raises UserError where the one named is unknown or cannot run here, saying why and which can.
+    """
+    implementations = _registry[operation]
+    device_type = tensor.device.type
+    if implementation is None:
+        return implementations[_choose(operation, device_type).chosen].function
+    if implementation in implementations:
+        refusal = implementations[implementation].refusal(device_type)
+        if not refusal:
+            return implementations[implementation].function
+    else:
+        refusal = "this operation has no such implementation"
+    usable = [name for name, other in implementations.items() if not other.refusal(device_type)]
+    raise UserError(
+        f'{operation}: implementation="{implementation}" cannot be used here: {refusal}. '
+        f"On {device_type} tensors choose one of {', '.join(usable)}, or None to have it chosen."
+    )
+
+
+def table(device_types: Iterable[str]) -> list[Choice]:
+    """What runs for every registered operation on each of `device_types`, by operation name."""
+    kinds = list(device_types)
+    return [_choose(operation, device_type) for operation in sorted(_registry) for device_type in kinds]
+
+
+def _choose(operation: str, device_type: str) -> Choice:
+    refusals: dict[str, str] = {}
+    for name in PREFERENCE:
+        if name not in _registry[operation]:
+            continue
+        refusal = _registry[operation][name].refusal(device_type)
+        if not refusal:
+            return Choice(operation, device_type, name, refusals)
+        refusals[name] = refusal
+    raise AssertionError(f"{operation}: no reference implementation is registered")

@@ -1,0 +1,30 @@
+"""What all tests share."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="session")
+def real_data() -> Callable[[str], Path]:
+    """Maps the name of a set of real images to its folder, under $FASTMOCO_TEST_DATA or ../shared/data.
+
+    Where the folder is absent the test is skipped; under CI that is a failure, since there nothing may pass
+    unseen.
+    """
+    base = Path(os.environ.get("FASTMOCO_TEST_DATA") or ROOT.parent / "shared" / "data")
+
+    def find(name: str) -> Path:
+        folder = base / name
+        if not folder.is_dir():
+            reason = f"no test images at {folder}; set FASTMOCO_TEST_DATA to the folder that holds {name}"
+            if os.environ.get("CI"):
+                pytest.fail(reason)
+            pytest.skip(reason)
+        return folder
+
+    return find

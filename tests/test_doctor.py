@@ -1,0 +1,80 @@
+"""`fastmoco doctor` says what is here, and works with what is not."""
+
+from importlib import metadata
+
+import pytest
+import torch
+
+from fastmoco import doctor
+from fastmoco.ops import dispatch
+from fastmoco.precision import default_precision
+
+
+def values() -> dict[str, str]:
+    rows = doctor.report()
+    assert len({(row.section, row.name) for row in rows}) == len(rows)
+    return {row.name: row.value for row in rows}
+
+
+def test_reports_what_will_run() -> None:
+    found = values()
+    assert found["torch"] == torch.__version__.partition("+")[0]
+    assert found["training precision on cpu"] in ("bf16", "fp32")
+    assert found["ema on cpu"].startswith("reference" if dispatch.native is None else "native")
+    assert {"infonce on cpu", "pooled_mse on cpu", "crosscorr on cpu"} <= found.keys()
+
+
+def test_without_extras_it_names_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    def absent(name: str) -> str:
+        raise metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(metadata, "version", absent)
+    found = values()
+    assert found["deepspeed"] == "not installed: pip install 'fastmoco[deepspeed]'"
+    assert found["nvidia-dali-cuda130"] == "not installed: pip install 'fastmoco[dali-cuda13]'"
+    assert found["torch"] == "not installed"
+
+
+def test_without_the_extension_it_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    missing = "the C++ extension was not built: no compiler"
+    monkeypatch.setattr(dispatch, "native", None)
+    monkeypatch.setattr(dispatch, "NATIVE_MISSING", missing)
+    monkeypatch.setitem(
+        dispatch._registry["ema"], "native", dispatch.Implementation(lambda: None, ("cpu",), missing)
+    )
+    found = values()
+    assert found["fastmoco._C"] == missing
+    assert found["ema on cpu"] == f"reference; not native: {missing}"
+
+
+def test_prints_every_row_and_returns_zero(capsys: pytest.CaptureFixture[str]) -> None:
+    assert doctor.main([]) == 0
+    printed = capsys.readouterr().out
+    assert all(row.name in printed for row in doctor.report())
+    # rich would swallow [timm] as a style.
+    if "timm" not in {dist.metadata["Name"] for dist in metadata.distributions()}:
+        assert "fastmoco[timm]" in printed.replace("\n", "")
+
+
+def test_unknown_option_exits_with_2() -> None:
+    with pytest.raises(SystemExit) as stop:
+        doctor.main(["--fix"])
+    assert stop.value.code == 2
+
+
+@pytest.mark.parametrize(
+    ("capabilities", "expected"),
+    [({"avx512_bf16": True}, "bf16"), ({"amx_bf16": True}, "bf16"), ({"avx512_f": True}, "fp32")],
+)
+def test_precision_follows_the_processor(
+    monkeypatch: pytest.MonkeyPatch, capabilities: dict[str, bool], expected: str
+) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
+    assert default_precision("cpu") == expected
+
+
+def test_precision_on_other_devices(monkeypatch: pytest.MonkeyPatch) -> None:
+    for supported, expected in ((True, "bf16"), (False, "fp32")):
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation, s=supported: s)
+        assert default_precision("cuda") == expected
+    assert default_precision("meta") == "fp32"
