@@ -8,7 +8,6 @@ from torch import Tensor
 from fastmoco.ops import dispatch
 from fastmoco.ops.precision import no_autocast, wide
 
-
 # BatchNorm's, which is what the standardisation replaces.
 EPSILON = 1e-5
 

@@ -1,0 +1,1 @@
+"""Encoders with stage taps, the projectors of the stage losses, and weights in and out."""

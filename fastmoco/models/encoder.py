@@ -1,0 +1,91 @@
+"""A torchvision ResNet whose residual stages can be seen."""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple, cast
+
+import torch
+import torchvision
+from torch import Tensor, nn
+
+from fastmoco.errors import UserError
+
+ARCHS = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")
+Head = Literal["linear", "mlp", "none"]
+
+
+class Features(NamedTuple):
+    """What an encoder returns for a batch of N images.
+
+    `embedding` is (N, dim), the head's output, not normalised. `stages` holds the outputs of residual stages 1 to 4,
+    (N, C_s, H_s, W_s) each: C is 64, 128, 256, 512 for ResNet-18 and 34, and four times that for the deeper ones.
+    """
+
+    embedding: Tensor
+    stages: tuple[Tensor, Tensor, Tensor, Tensor]
+
+
+class Encoder(nn.Module):
+    """Torchvision's ResNet `arch`, with `fc` replaced by a head.
+
+    `head` is "linear" (features -> dim), "mlp" (features -> features -> dim, ReLU between, as in MoCo v2) or "none"
+    (the pooled stage-4 feature itself). `zero_init_residual` starts the last BatchNorm of each block at 0, so that
+    each block starts as the identity. With `seed` the weights are drawn from that seed alone, and the global
+    random state is left as it was. `image_size` and `resize` say what images it was trained on, where known.
+    """
+
+    image_size: int | None = None
+    resize: float | None = None
+
+    def __init__(
+        self,
+        arch: str = "resnet50",
+        *,
+        head: Head = "none",
+        dim: int = 128,
+        zero_init_residual: bool = True,
+        seed: int | None = None,
+    ) -> None:
+        super().__init__()
+        self.arch = arch
+        with torch.random.fork_rng(devices=[], enabled=seed is not None):
+            if seed is not None:
+                torch.manual_seed(seed)
+            self.backbone = _backbone(arch, zero_init_residual)
+            self.width = cast(nn.Linear, self.backbone.fc).in_features
+            self.backbone.fc = nn.Identity()
+            self.head = _head(head, self.width, dim)
+
+    @property
+    def stage_widths(self) -> tuple[int, int, int, int]:
+        """Channels of stages 1 to 4."""
+        w = self.width // 8
+        return w, 2 * w, 4 * w, 8 * w
+
+    def forward(self, images: Tensor) -> Features:
+        """`images` (N, 3, H, W) with values in [0, 1] -> Features."""
+        net = self.backbone
+        x = net.maxpool(net.relu(net.bn1(net.conv1(images))))
+        stages = []
+        for stage in (net.layer1, net.layer2, net.layer3, net.layer4):
+            x = stage(x)
+            stages.append(x)
+        pooled = net.avgpool(x).flatten(1)
+        s1, s2, s3, s4 = stages
+        return Features(self.head(pooled), (s1, s2, s3, s4))
+
+
+def _backbone(arch: str, zero_init_residual: bool) -> torchvision.models.ResNet:
+    if arch not in ARCHS:
+        raise UserError(f"--arch {arch}: not one of {', '.join(ARCHS)}")
+    return getattr(torchvision.models, arch)(weights=None, zero_init_residual=zero_init_residual)
+
+
+def _head(kind: Head, width: int, dim: int) -> nn.Module:
+    if kind == "none":
+        return nn.Identity()
+    if kind == "linear":
+        return nn.Linear(width, dim)
+    if kind == "mlp":
+        return nn.Sequential(nn.Linear(width, width), nn.ReLU(inplace=True), nn.Linear(width, dim))
+    raise UserError(f"--head {kind}: not one of linear, mlp, none")

@@ -1,0 +1,178 @@
+"""Weights in and out: torchvision's key layout in safetensors; reading never executes code."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+from urllib.error import URLError
+
+import torch
+import torchvision
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save
+from torch import Tensor
+
+from fastmoco.atomic import replacing
+from fastmoco.errors import UserError
+from fastmoco.models.encoder import Encoder
+
+# The key of the safetensors header under which fastmoco keeps what it knows of the file, as JSON.
+METADATA_KEY = "fastmoco"
+CHECKPOINTS = "checkpoints"
+EXPORTED = "encoder.safetensors"
+
+_ARCHS: dict[tuple[tuple[int, ...], bool], str] = {
+    ((2, 2, 2, 2), False): "resnet18",
+    ((3, 4, 6, 3), False): "resnet34",
+    ((3, 4, 6, 3), True): "resnet50",
+    ((3, 4, 23, 3), True): "resnet101",
+    ((3, 8, 36, 3), True): "resnet152",
+}
+
+
+def load_encoder(path: str | Path) -> Encoder:
+    """The encoder in `path`, in evaluation mode: a run folder, a checkpoint, an exported encoder, or any
+    torchvision-layout ResNet state dict (.safetensors, or .pth read with weights_only).
+
+    From a run or a checkpoint the query encoder comes with its head; otherwise the head is the identity, and the
+    embedding is the pooled stage-4 feature. `image_size` and `resize` are set where the file says them.
+
+    Raises UserError where the file is missing, damaged or holds no torchvision ResNet.
+    """
+    file = _locate(Path(path))
+    state, meta = read_weights(file)
+    config = meta.get("config", {})
+    if "step" in meta:
+        state = _strip(state, "module.query.")
+        model = config["model"]
+        encoder = Encoder(model["arch"], head=model["head"], dim=model["dim"])
+        _load(encoder, state, file)
+    else:
+        state = torchvision_layout(state, file)
+        encoder = Encoder(infer_arch(state, file))
+        _load(encoder.backbone, state, file)
+    encoder.image_size = config.get("views", {}).get("size")
+    encoder.resize = config.get("views", {}).get("resize")
+    return encoder.eval()
+
+
+def save_encoder(path: Path, encoder: Encoder, config: dict[str, Any]) -> None:
+    """Write the backbone of `encoder` to `path` as safetensors in torchvision's key layout, without `fc`.
+
+    Raises UserError where the file cannot be written; `path` is then as it was.
+    """
+    tensors = {name: value.detach().cpu().contiguous() for name, value in encoder.backbone.state_dict().items()}
+    meta = {"arch": encoder.arch, "config": config, "input": "RGB in [0, 1], no mean or deviation taken off"}
+    write_weights(path, tensors, meta)
+
+
+def initial_backbone(init: str, arch: str) -> dict[str, Tensor]:
+    """The state dict that --init names, checked to be an `arch`.
+
+    Raises UserError where it cannot be had or is another architecture.
+    """
+    if init == "torchvision":
+        weights = torchvision.models.get_model_weights(arch).DEFAULT
+        try:
+            state = weights.get_state_dict(progress=True, check_hash=True, weights_only=True)
+        except (URLError, OSError) as error:
+            raise UserError(
+                f"--init torchvision: {weights.url} cannot be downloaded ({error}); fetch it elsewhere and "
+                "give the file to --init"
+            ) from error
+        return {name: value for name, value in state.items() if not name.startswith("fc.")}
+    encoder = load_encoder(init)
+    if encoder.arch != arch:
+        raise UserError(f"--init {init} holds a {encoder.arch}, not --arch {arch}")
+    return encoder.backbone.state_dict()
+
+
+def read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The tensors of a .safetensors or .pth file, and what fastmoco wrote into its header ({} for other files).
+
+    Raises UserError where the file is missing, damaged, or would need code to be executed.
+    """
+    if not path.is_file():
+        raise UserError(f"{path}: no such file")
+    if path.suffix != ".safetensors":
+        return _read_torch(path), {}
+    try:
+        with safe_open(path, framework="pt") as file:
+            header = file.metadata() or {}
+        tensors = load_file(path)
+    except (SafetensorError, OSError, ValueError) as error:
+        raise UserError(
+            f"{path} is truncated or damaged ({error}); use another file, or for a run remove it to go on from the "
+            "checkpoint before"
+        ) from error
+    return tensors, json.loads(header.get(METADATA_KEY, "{}"))
+
+
+def write_weights(path: Path, tensors: dict[str, Tensor], meta: dict[str, Any]) -> None:
+    """Write `tensors` to `path` as safetensors with `meta` in its header, atomically.
+
+    Raises UserError where the file cannot be written (a full disk, no permission); `path` is then as it was.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(path) as temporary:
+            # Not save_file, which writes to a temporary file of its own naming that a killed process leaves behind.
+            temporary.write_bytes(save(tensors, metadata={METADATA_KEY: json.dumps(meta)}))
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path} could not be written: {error}; free some space or choose another folder") from error
+
+
+def infer_arch(state: dict[str, Tensor], file: Path) -> str:
+    """Which torchvision ResNet a state dict belongs to, from its blocks."""
+    blocks = tuple(
+        len({m[1] for name in state if (m := re.match(rf"layer{stage}\.(\d+)\.", name))}) for stage in (1, 2, 3, 4)
+    )
+    arch = _ARCHS.get((blocks, "layer1.0.conv3.weight" in state))
+    if arch is None:
+        shown = ", ".join(list(state)[:3])
+        raise UserError(f"{file}: not a torchvision ResNet 18 to 152 (blocks {blocks}; first keys: {shown})")
+    return arch
+
+
+def torchvision_layout(state: dict[str, Tensor], file: Path) -> dict[str, Tensor]:
+    """`state` without its classifier `fc`; the remaining keys must be torchvision's."""
+    kept = {name: value for name, value in state.items() if not name.startswith("fc.")}
+    if "conv1.weight" not in kept:
+        raise UserError(f"{file}: no conv1.weight in it; the keys must be those of a torchvision ResNet")
+    return kept
+
+
+def _locate(path: Path) -> Path:
+    if not path.exists():
+        raise UserError(f"{path}: no such run folder or file")
+    if path.is_file():
+        return path
+    checkpoints = sorted((path / CHECKPOINTS).glob("step-*.safetensors"))
+    if checkpoints:
+        return checkpoints[-1]
+    if (path / EXPORTED).is_file():
+        return path / EXPORTED
+    raise UserError(f"{path}: neither {CHECKPOINTS}/step-*.safetensors nor {EXPORTED} in it; is it a run folder?")
+
+
+def _read_torch(path: Path) -> dict[str, Tensor]:
+    try:
+        loaded = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch.load's own errors have no common class short of Exception
+        raise UserError(f"{path}: not a state dict that can be read without executing code: {error}") from error
+    if not isinstance(loaded, dict) or not all(isinstance(value, Tensor) for value in loaded.values()):
+        raise UserError(f"{path}: not a plain state dict of tensors")
+    return loaded
+
+
+def _strip(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
+
+
+def _load(module: torch.nn.Module, state: dict[str, Tensor], file: Path) -> None:
+    try:
+        module.load_state_dict(state)
+    except RuntimeError as error:
+        raise UserError(f"{file} does not fit: {error}") from error
