@@ -1,0 +1,127 @@
+"""The random draws of views, as a pure function of (seed, epoch, sample, view)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from fastmoco.data.views import ViewConfig, centre_windows, resized_sizes
+
+BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)
+
+# Where each draw's uniforms lie in a sample's block. The places never move and nothing is drawn on demand, so that
+# a draw does not depend on which others a recipe uses.
+_CROP_TRIES = 10
+_CROP = slice(0, 4 * _CROP_TRIES)
+_JITTER_P = 40
+_JITTER = slice(41, 45)
+_ORDER = slice(45, 49)
+_GRAY_P, _BLUR_P, _SIGMA, _ANGLE, _FLIP_P = range(49, 54)
+_BLOCK = 56
+
+_LOG_RATIO = (np.log(3 / 4), np.log(4 / 3))
+
+
+@dataclass(frozen=True, slots=True)
+class Draws:
+    """One view each of N images.
+
+    `window` (N, 4) int64 is the top, left, height and width, in pixels of the image resized to `resized` (N, 2)
+    int64 (None: not resized), of the region that becomes the view. `order` (N, 4) int64 is the order of the colour
+    operations (0 brightness, 1 contrast, 2 saturation, 3 hue). The factors `brightness`, `contrast`, `saturation`
+    (1: off), the `hue` shift in turns (0: off), the blur's `sigma` in pixels (0: off) and the `angle` in degrees,
+    counter-clockwise, are (N,) float64; `gray` and `flip` are (N,) bool.
+    """
+
+    window: np.ndarray
+    resized: np.ndarray | None
+    order: np.ndarray
+    brightness: np.ndarray
+    contrast: np.ndarray
+    saturation: np.ndarray
+    hue: np.ndarray
+    gray: np.ndarray
+    sigma: np.ndarray
+    angle: np.ndarray
+    flip: np.ndarray
+
+
+def draw(views: ViewConfig, *, seed: int, epoch: int, indices: np.ndarray, view: int, sizes: np.ndarray) -> Draws:
+    """Draw view number `view` (0: query, 1: key) of the samples `indices` (N,) in `epoch`.
+
+    `sizes` (N, 2) are the images' heights and widths. A sample's draws depend on (seed, epoch, sample, view) and
+    its size only, not on the batch it comes in.
+    """
+    u = _uniforms(seed, epoch, indices, view)
+    resized = resized_sizes(views, sizes)
+    window = centre_windows(views, sizes if resized is None else resized)
+    if views.crop_scale is not None:
+        crop = _resized_crops(u[:, _CROP].reshape(-1, _CROP_TRIES, 4), window[:, 2:], views.crop_scale)
+        crop[:, :2] += window[:, :2]
+        window = crop
+    jittered = u[:, _JITTER_P] < views.jitter_p
+    strength = np.array(views.jitter)
+    low = np.maximum(1.0 - strength, 0.0)
+    low[HUE] = -strength[HUE]
+    high = 1.0 + strength
+    high[HUE] = strength[HUE]
+    neutral = np.array([1.0, 1.0, 1.0, 0.0])
+    factor = np.where(jittered[:, None], low + (high - low) * u[:, _JITTER], neutral)
+    least, greatest = views.blur_sigma
+    blurred = (u[:, _BLUR_P] < views.blur_p) & views.blurs
+    return Draws(
+        window=window,
+        resized=resized,
+        order=np.argsort(u[:, _ORDER], axis=1, kind="stable"),
+        brightness=factor[:, BRIGHTNESS],
+        contrast=factor[:, CONTRAST],
+        saturation=factor[:, SATURATION],
+        hue=factor[:, HUE],
+        gray=u[:, _GRAY_P] < views.gray_p,
+        sigma=np.where(blurred, least + (greatest - least) * u[:, _SIGMA], 0.0),
+        angle=views.rotation * (2.0 * u[:, _ANGLE] - 1.0),
+        flip=u[:, _FLIP_P] < views.flip_p,
+    )
+
+
+def _uniforms(seed: int, epoch: int, indices: np.ndarray, view: int) -> np.ndarray:
+    """(N, _BLOCK) float64 uniforms in [0, 1): row i is the Philox stream of (seed, epoch, indices[i], view)."""
+    bits = np.random.Philox(key=[seed, 0], counter=[0, view, 0, epoch])
+    state = bits.state
+    counter = state["state"]["counter"]
+    raw = np.empty((len(indices), _BLOCK), dtype=np.uint64)
+    for row, sample in enumerate(indices):
+        # Moving one generator's counter costs a fifth of making a generator for each sample.
+        counter[2] = sample
+        bits.state = state
+        raw[row] = bits.random_raw(_BLOCK)
+    return (raw >> np.uint64(11)) * 2.0**-53
+
+
+def _resized_crops(u: np.ndarray, sizes: np.ndarray, scale: tuple[float, float]) -> np.ndarray:
+    """Windows (N, 4) of torchvision's random resized crop, from uniforms (N, tries, 4) and sizes (N, 2).
+
+    The first try that fits counts; where none does, the centre is taken, cut to the nearest allowed ratio.
+    """
+    height, width = sizes[:, :1], sizes[:, 1:]
+    area = height * width * (scale[0] + (scale[1] - scale[0]) * u[..., 0])
+    ratio = np.exp(_LOG_RATIO[0] + (_LOG_RATIO[1] - _LOG_RATIO[0]) * u[..., 1])
+    w = np.rint(np.sqrt(area * ratio)).astype(np.int64)
+    h = np.rint(np.sqrt(area / ratio)).astype(np.int64)
+    fits = (w > 0) & (w <= width) & (h > 0) & (h <= height)
+    chosen = np.arange(len(u)), fits.argmax(axis=1)
+    h, w = h[chosen], w[chosen]
+    top = np.floor(u[..., 2][chosen] * (sizes[:, 0] - h + 1)).astype(np.int64)
+    left = np.floor(u[..., 3][chosen] * (sizes[:, 1] - w + 1)).astype(np.int64)
+    windows = np.stack([top, left, h, w], axis=1)
+    return np.where(fits.any(axis=1)[:, None], windows, _centre_crops(sizes))
+
+
+def _centre_crops(sizes: np.ndarray) -> np.ndarray:
+    """torchvision's fallback: the largest central window (N, 4) whose ratio is within 3/4 to 4/3."""
+    height, width = sizes[:, 0], sizes[:, 1]
+    ratio = width / height
+    h = np.where(ratio < 3 / 4, np.rint(width / (3 / 4)), height).astype(np.int64)
+    w = np.where(ratio > 4 / 3, np.rint(height * (4 / 3)), width).astype(np.int64)
+    return np.stack([(height - h) // 2, (width - w) // 2, h, w], axis=1)

@@ -1,0 +1,152 @@
+"""Listing, labelling and checking images."""
+
+from __future__ import annotations
+
+import csv
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from fastmoco.data import verify
+from fastmoco.data.decode import decode_rgb
+from fastmoco.data.manifest import load_manifest
+from fastmoco.errors import UserError
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+def picture(path: Path, width: int = 12, height: int = 9, value: int = 100) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", (width, height), (value, value // 2, 7)).save(path)
+    return path
+
+
+def table(path: Path, rows: list[dict[str, str]]) -> Path:
+    with path.open("w", newline="") as stream:
+        writer = csv.DictWriter(stream, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    return path
+
+
+def test_class_folders_become_labels(tmp_path: Path) -> None:
+    for name in ("b/2.png", "a/1.jpg", "a/deep/3.PNG"):
+        picture(tmp_path / "set" / name)
+    (tmp_path / "set" / "notes.txt").write_text("not an image")
+    found = load_manifest(tmp_path / "set", progress=False)
+    assert found.files == ["a/1.jpg", "a/deep/3.PNG", "b/2.png"]
+    assert found.labels["folder"].tolist() == [0, 0, 1]
+    assert found.class_names["folder"] == ["a", "b"]
+    assert found.sizes.tolist() == [[9, 12]] * 3
+
+
+def test_a_flat_folder_has_no_labels(tmp_path: Path) -> None:
+    picture(tmp_path / "set" / "1.png")
+    assert load_manifest(tmp_path / "set", progress=False).labels == {}
+
+
+def test_csv_columns(tmp_path: Path) -> None:
+    rows = []
+    for i, (grade, split) in enumerate([("10", "train"), ("2", "train"), ("2", "test")]):
+        picture(tmp_path / f"{i}.png")
+        rows.append({"file": f"{i}.png", "grade": grade, "patient": f"p{i // 2}", "split": split})
+    found = load_manifest(tmp_path, table(tmp_path / "labels.csv", rows), label=["grade"], progress=False)
+    assert found.class_names["grade"] == ["2", "10"], "numbers sort as numbers"
+    assert found.labels["grade"].tolist() == [1, 0, 0]
+    assert found.patients is not None
+    assert found.patients.tolist() == ["p0", "p0", "p1"]
+    train = found.only_split("train")
+    assert train.files == ["0.png", "1.png"]
+    assert train.labels["grade"].tolist() == [1, 0]
+    with pytest.raises(UserError, match="the splits are test, train"):
+        found.only_split("valid")
+
+
+def test_undecodable_files_are_left_out_and_listed(tmp_path: Path) -> None:
+    picture(tmp_path / "a.png")
+    (tmp_path / "b.png").write_bytes((tmp_path / "a.png").read_bytes()[:40])
+    (tmp_path / "c.jpg").write_bytes(b"")
+    (tmp_path / "d.jpg").write_text("hello")
+    found = load_manifest(tmp_path, progress=False)
+    assert found.files == ["a.png"]
+    assert [item.file for item in found.skipped] == ["b.png", "c.jpg", "d.jpg"]
+    assert all(item.reason for item in found.skipped)
+
+
+def test_the_check_is_cached_by_size_and_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("a.png", "b.png"):
+        picture(tmp_path / "set" / name)
+    decoded: list[str] = []
+
+    def spy(path: Path) -> np.ndarray:
+        decoded.append(path.name)
+        return decode_rgb(path)
+
+    monkeypatch.setattr(verify, "decode_rgb", spy)
+    load_manifest(tmp_path / "set", progress=False)
+    assert sorted(decoded) == ["a.png", "b.png"]
+    decoded.clear()
+    load_manifest(tmp_path / "set", progress=False)
+    assert decoded == []
+    # Same size, another time: checked again, and found to be broken now.
+    path = tmp_path / "set" / "b.png"
+    path.write_bytes(bytes(len(path.read_bytes())))
+    os.utime(path, ns=(1, 1))
+    found = load_manifest(tmp_path / "set", progress=False)
+    assert decoded == ["b.png"]
+    assert [item.file for item in found.skipped] == ["b.png"]
+
+
+def test_a_damaged_cache_is_ignored(tmp_path: Path) -> None:
+    picture(tmp_path / "set" / "a.png")
+    load_manifest(tmp_path / "set", progress=False)
+    (cache,) = (tmp_path / "cache" / "fastmoco").iterdir()
+    cache.write_text("{")
+    assert len(load_manifest(tmp_path / "set", progress=False)) == 1
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda p: load_manifest(p / "none"), "no such folder"),
+        (lambda p: load_manifest(picture(p / "x.png")), "not a folder"),
+        (lambda p: load_manifest(p), "no images in it"),
+        (lambda p: load_manifest(p, label=["idc"]), "--labels"),
+        (lambda p: load_manifest(p, p / "none.csv"), "no such file"),
+        (lambda p: load_manifest(p, table(p / "l.csv", [{"path": "a"}])), "no column 'file'; its columns are path"),
+        (lambda p: load_manifest(p, table(p / "l.csv", [{"file": "a"}]), label=["x"]), "no column 'x'"),
+        (lambda p: load_manifest(p, table(p / "l.csv", [{"file": "gone.png"}])), "'gone.png'"),
+        (lambda p: load_manifest(p, table(p / "l.csv", [{"file": "a", "y": ""}]), label=["y"]), "line 2: column 'y'"),
+    ],
+)
+def test_mistakes_are_named(tmp_path: Path, make: object, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        make(tmp_path)  # type: ignore[operator]
+
+
+def test_a_label_with_one_value_is_refused(tmp_path: Path) -> None:
+    picture(tmp_path / "a.png")
+    rows = table(tmp_path / "l.csv", [{"file": "a.png", "y": "1"}])
+    with pytest.raises(UserError, match="same value"):
+        load_manifest(tmp_path, rows, label=["y"], progress=False)
+
+
+def test_sixteen_bits_do_not_turn_white(tmp_path: Path) -> None:
+    values = np.array([[0, 257 * 10, 257 * 200, 65535]], dtype=np.uint16)
+    Image.fromarray(values).save(tmp_path / "x.png")
+    assert decode_rgb(tmp_path / "x.png")[0, :, 1].tolist() == [0, 10, 200, 255]
+
+
+def test_exif_rotation_is_applied(tmp_path: Path) -> None:
+    image = Image.new("RGB", (12, 9))
+    exif = image.getexif()
+    exif[0x0112] = 6
+    image.save(tmp_path / "x.jpg", exif=exif)
+    assert decode_rgb(tmp_path / "x.jpg").shape == (12, 9, 3)
+    assert load_manifest(tmp_path, progress=False).sizes.tolist() == [[12, 9]]
