@@ -1,0 +1,102 @@
+"""Features of every image from every residual stage of a frozen encoder."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from rich.progress import track
+from torch import Tensor, nn
+from torch.nn.functional import normalize
+from torch.utils.data import DataLoader, Dataset
+from torchvision.transforms.v2 import functional as F
+
+from fastmoco.data.decode import decode_rgb
+from fastmoco.data.manifest import Manifest
+from fastmoco.errors import UserError
+from fastmoco.models.encoder import Encoder
+
+
+def evaluation_image(image: np.ndarray, *, size: int, resize: float = 1.0) -> Tensor:
+    """(H, W, 3) uint8 -> (3, size, size) float32 in [0, 1]: shorter side to round(resize * size), then the
+    centre.
+
+    Bilinear with antialias. Raises UserError where `resize` leaves less than `size`.
+    """
+    shorter = round(resize * size)
+    if shorter < size:
+        raise UserError(f"resize {resize} brings the shorter side to {shorter} pixels, less than the size {size}")
+    pixels = F.to_dtype(torch.from_numpy(image.copy()).permute(2, 0, 1), torch.float32, scale=True)
+    resized = F.resize(pixels, [shorter], interpolation=F.InterpolationMode.BILINEAR, antialias=True)
+    return F.center_crop(resized, [size, size])
+
+
+class _Images(Dataset[Tensor]):
+    def __init__(self, manifest: Manifest, size: int, resize: float) -> None:
+        self.manifest, self.size, self.resize = manifest, size, resize
+
+    def __len__(self) -> int:
+        return len(self.manifest)
+
+    def __getitem__(self, index: int) -> Tensor:
+        return evaluation_image(decode_rgb(self.manifest.path(index)), size=self.size, resize=self.resize)
+
+
+def extract(
+    encoder: Encoder,
+    manifest: Manifest,
+    *,
+    size: int,
+    resize: float = 1.0,
+    batch_size: int = 64,
+    workers: int = 0,
+    device: torch.device | str = "cpu",
+    precision: str = "fp32",
+    progress: bool = True,
+) -> dict[str, np.ndarray]:
+    """Features of all n images of `manifest`, in its order, as float32 arrays by name.
+
+    "stage1" to "stage4" (n, C_s): outputs of the residual stages, averaged over all positions. "final" (n,
+    dim): the head's embedding, scaled to length 1; left out where the encoder has no head, as it would repeat
+    stage 4.
+
+    The encoder is moved to `device` and run in evaluation mode without gradients, under bfloat16 autocast
+    where `precision` is "bf16" and in its own dtype otherwise; its modules are then put back in the modes
+    they were in, and no random state is touched. `workers` counts loading processes; 0 loads in this one. No
+    feature depends on it, nor (beyond rounding) on `batch_size`.
+    """
+    encoder.to(device)
+    dtype = next(encoder.parameters()).dtype
+    # Without a generator of its own, a DataLoader draws from torch's global one, even to load in order.
+    loader = DataLoader(
+        _Images(manifest, size, resize),
+        batch_size=batch_size,
+        num_workers=workers,
+        generator=torch.Generator(),
+    )
+    autocast = torch.autocast(torch.device(device).type, torch.bfloat16, enabled=precision == "bf16")
+    has_head = not isinstance(encoder.head, nn.Identity)
+    parts: dict[str, list[Tensor]] = {}
+    with _evaluating(encoder), torch.no_grad(), autocast:
+        for images in track(loader, "extracting features", disable=not progress, transient=True):
+            batch = images.to(device, dtype, memory_format=torch.channels_last)
+            embedding, stages = encoder(batch)
+            for number, stage in enumerate(stages, start=1):
+                parts.setdefault(f"stage{number}", []).append(stage.float().mean(dim=(2, 3)).cpu())
+            if has_head:
+                parts.setdefault("final", []).append(normalize(embedding.float()).cpu())
+    return {name: torch.cat(rows).numpy() for name, rows in parts.items()}
+
+
+@contextlib.contextmanager
+def _evaluating(module: nn.Module) -> Iterator[None]:
+    """Evaluation mode for a while; each submodule gets its own mode back, since some may be frozen."""
+    modes = [(part, part.training) for part in module.modules()]
+    module.eval()
+    try:
+        yield
+    finally:
+        for part, mode in modes:
+            part.training = mode
