@@ -1,0 +1,165 @@
+"""The command line: `fastmoco COMMAND ...`. Each command imports what it needs only when it runs."""
+
+from __future__ import annotations
+
+import difflib
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+
+import fastmoco
+from fastmoco.errors import UserError
+
+INTERRUPTED = 130
+
+
+def pretrain(args: list[str]) -> int:
+    """Pretrain an encoder on a folder of images, with a recipe."""
+    from fastmoco.train import recipes
+    from fastmoco.train.config import Config
+
+    if not args or args[0] in ("-h", "--help"):
+        print("usage: fastmoco pretrain RECIPE --data FOLDER --out FOLDER [OPTIONS]\n")
+        print("`fastmoco pretrain RECIPE --help` lists every option with its default in that recipe. Recipes:")
+        return list_recipes([])
+    name = args[0]
+    default = recipes.find(name)(tyro.MISSING, tyro.MISSING)
+    config = tyro.cli(
+        Config,
+        prog=f"fastmoco pretrain {name}",
+        description=f"Pretrain with the recipe {name}. Every field can be overridden.",
+        default=default,
+        args=args[1:],
+        config=(tyro.conf.OmitArgPrefixes,),
+    )
+
+    from fastmoco.train.pretrain import Stopped
+    from fastmoco.train.pretrain import pretrain as run
+
+    try:
+        folder = run(config)
+    except Stopped as stopped:
+        print(stopped, file=sys.stderr)
+        return 128 + stopped.signal
+    print(f"done: {folder / 'encoder.safetensors'}")
+    return 0
+
+
+def list_recipes(args: list[str]) -> int:
+    """List the recipes with the constants that tell them apart."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from fastmoco.train.recipes import RECIPES
+
+    if args:
+        raise UserError(f"fastmoco recipes takes no arguments, not {' '.join(args)}")
+    table = Table(box=None, pad_edge=False)
+    headings = "recipe,px,batch,epochs,lr,schedule,queue,temperature,EMA,head,stage loss"
+    for heading in headings.split(","):
+        table.add_column(heading, no_wrap=True, justify="left" if heading in ("recipe", "stage loss") else "right")
+    for name, recipe in RECIPES.items():
+        config = recipe(Path(), Path())
+        loss, optim = config.loss, config.optim
+        kind = {"moco": "none", "mse": f"{loss.stage_weight:g} x MSE", "barlow": f"{loss.stage_weight:g} x Barlow"}
+        table.add_row(
+            name, str(config.views.size), str(optim.batch_size), str(optim.epochs), f"{optim.lr:g}", optim.schedule,
+            str(loss.queue_size), f"{loss.temperature:g}", f"{loss.ema:g}", config.model.head, kind[loss.method],
+        )  # fmt: skip
+    # Wide enough for every column also where the output is a file or a pipe.
+    Console(width=120).print(table)
+    return 0
+
+
+def evaluate(args: list[str]) -> int:
+    """Score a pretrained encoder with kNN and linear probes on every stage."""
+    from fastmoco.evaluate.run import EvaluateArgs, evaluate_command
+
+    return evaluate_command(tyro.cli(EvaluateArgs, prog="fastmoco evaluate", args=args))
+
+
+def export(args: list[str]) -> int:
+    """Write a run's query encoder as safetensors in torchvision's key layout."""
+    from fastmoco.models.weights import EXPORTED, load_encoder, save_encoder
+
+    options = tyro.cli(ExportArgs, prog="fastmoco export", args=args)
+    encoder = load_encoder(options.run)
+    out = options.out or (options.run if options.run.is_dir() else options.run.parent) / EXPORTED
+    save_encoder(out, encoder, {"views": {"size": encoder.image_size, "resize": encoder.resize}})
+    print(f"{out}: {encoder.arch}, loads into torchvision.models.{encoder.arch} with fc = Identity()")
+    return 0
+
+
+@dataclass(kw_only=True)
+class ExportArgs:
+    """Write a run's query encoder as safetensors in torchvision's key layout."""
+
+    run: tyro.conf.Positional[Path]
+    """Run folder or checkpoint."""
+    out: Path | None = None
+    """File to write; encoder.safetensors in the run folder if not given."""
+
+
+def doctor(args: list[str]) -> int:
+    """Say what is installed, built and usable here, and which implementation each operation will use."""
+    from fastmoco.doctor import main as report
+
+    return report(args)
+
+
+def demo(args: list[str]) -> int:
+    """Draw tissue patches, pretrain on them, and show what was gained."""
+    from fastmoco.demo import DemoArgs, run_demo
+
+    return run_demo(tyro.cli(DemoArgs, prog="fastmoco demo", args=args))
+
+
+COMMANDS: dict[str, Callable[[list[str]], int]] = {
+    "pretrain": pretrain,
+    "recipes": list_recipes,
+    "evaluate": evaluate,
+    "export": export,
+    "doctor": doctor,
+    "demo": demo,
+}
+
+
+def usage() -> str:
+    """The text of `fastmoco --help`."""
+    lines = [f"  {name:<10}{(command.__doc__ or '').strip()}" for name, command in COMMANDS.items()]
+    return "usage: fastmoco COMMAND [OPTIONS]\n\n" + "\n".join(lines) + "\n\n`fastmoco COMMAND --help` says more."
+
+
+def dispatch(args: Sequence[str]) -> int:
+    """Run the command that `args` name; returns the exit status, raises UserError for a mistake."""
+    if not args or args[0] in ("-h", "--help"):
+        print(usage())
+        return 0 if args else 2
+    if args[0] in ("-V", "--version"):
+        print(f"fastmoco {fastmoco.__version__}")
+        return 0
+    name, *rest = args
+    if name not in COMMANDS:
+        near = difflib.get_close_matches(name, COMMANDS, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"the commands are {', '.join(COMMANDS)}"
+        raise UserError(f"no command {name!r}: {hint}")
+    return COMMANDS[name](rest)
+
+
+def main() -> int:
+    """The entry point: user errors become one line on standard error and status 2, Ctrl-C status 130."""
+    try:
+        return dispatch(sys.argv[1:])
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return INTERRUPTED
+
+
+if __name__ == "__main__":
+    sys.exit(main())

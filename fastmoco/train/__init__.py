@@ -1,0 +1,1 @@
+"""Pretraining: configuration, recipes, the training step, checkpoints and metrics."""

@@ -1,0 +1,220 @@
+"""Everything a pretraining run can be told, as dataclasses; the command line is made from them."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from fastmoco.data.views import ViewConfig
+from fastmoco.errors import UserError
+
+Arch = Literal["resnet18", "resnet34", "resnet50", "resnet101", "resnet152"]
+
+
+@dataclass(kw_only=True, slots=True)
+class DataConfig:
+    """Images and their labels."""
+
+    data: Path
+    """Folder of images; sub-folders are searched."""
+    labels: Path | None = None
+    """CSV file that lists the images (paths relative to the data folder) with labels, patient and split; without one,
+    every image in the folder is used, labelled by its class folder where there are such."""
+    label: tuple[str, ...] = ()
+    """Label columns of the CSV file; training never sees them, the kNN monitor uses the first."""
+    split: str | None = None
+    """Pretrain only on the rows whose split column holds this; all rows if not given."""
+    file_column: str = "file"
+    """Name of the CSV column with the path of the image."""
+    patient_column: str = "patient"
+    """Name of the CSV column with the patient, if the file has one."""
+    split_column: str = "split"
+    """Name of the CSV column with the split, if the file has one."""
+    loader: Literal["auto", "dali", "torchvision"] = "auto"
+    """What decodes and augments; auto takes DALI where it is installed."""
+    workers: int = 2
+    """Decoding threads (DALI) or processes (torchvision); they do not change what is loaded."""
+
+
+@dataclass(kw_only=True, slots=True)
+class ModelConfig:
+    """The encoder."""
+
+    arch: Arch = "resnet50"
+    """Torchvision ResNet."""
+    head: Literal["linear", "mlp"] = "linear"
+    """Projection head of the contrastive loss: one linear layer, or MoCo v2's MLP."""
+    dim: int = 128
+    """Width of the embedding."""
+    zero_init_residual: bool = True
+    """Start the last BatchNorm of each residual block at zero."""
+    init: str | None = None
+    """Starting weights of the backbone: "torchvision" (ImageNet), or a run folder, checkpoint, .safetensors or .pth
+    file; random if not given."""
+
+
+@dataclass(kw_only=True, slots=True)
+class LossConfig:
+    """The objective: InfoNCE over a queue plus a loss at residual stages."""
+
+    method: Literal["moco", "mse", "barlow"] = "moco"
+    """Stage loss: none, mean squared error, or cross-correlation."""
+    temperature: float = 0.07
+    """Temperature of InfoNCE."""
+    queue_size: int = 65536
+    """Negatives kept (K)."""
+    ema: float = 0.999
+    """Momentum m of the key encoder: key <- m * key + (1 - m) * query, once a step."""
+    stages: tuple[int, ...] = (1, 2, 3, 4)
+    """Residual stages, 1 to 4, that get a stage loss."""
+    stage_weight: float = 0.25
+    """Weight (lambda) of each stage's loss."""
+    grids: tuple[int, int, int, int] = (1, 1, 1, 1)
+    """Side of the grid that stage 1 to 4's map is average-pooled to before the squared error."""
+    barlow_scale: float = 1 / 32
+    """Scale of the cross-correlation loss."""
+    barlow_off_diagonal: float = 1.0
+    """Weight of the off-diagonal terms: 1 is the intermediate-layer paper's form, 0.005 Barlow Twins'."""
+    projector_width: int = 2048
+    """Width of each stage's projector in front of the cross-correlation."""
+
+    def __post_init__(self) -> None:
+        if not self.temperature > 0:
+            raise UserError(f"--temperature must be above 0, not {self.temperature}")
+        if not 0 <= self.ema <= 1:
+            raise UserError(f"--ema must be from 0 to 1, not {self.ema}")
+        if not set(self.stages) <= {1, 2, 3, 4} or len(set(self.stages)) != len(self.stages):
+            raise UserError(f"--stages must be different numbers from 1 to 4, not {' '.join(map(str, self.stages))}")
+        if self.method != "moco" and not self.stages:
+            raise UserError(f"--stages is empty, so --method {self.method} has no stage loss: use --method moco")
+        if min(self.grids) < 1:
+            raise UserError(f"--grids must be at least 1 each, not {' '.join(map(str, self.grids))}")
+
+
+@dataclass(kw_only=True, slots=True)
+class OptimConfig:
+    """SGD and its schedule."""
+
+    lr: float = 0.03
+    """Learning rate at its highest."""
+    sgd_momentum: float = 0.9
+    """Momentum of SGD."""
+    weight_decay: float = 1e-4
+    """Weight decay, on every parameter."""
+    schedule: Literal["constant", "cosine"] = "constant"
+    """Learning rate after the warm-up: constant, or a half cosine down to 0 at the last step."""
+    warmup_epochs: float = 0.0
+    """Epochs over which the learning rate rises linearly from 0."""
+    epochs: int = 200
+    """Passes over the images."""
+    steps: int | None = None
+    """Stop after this many optimiser steps; overrides epochs."""
+    batch_size: int = 256
+    """Images in a micro-batch."""
+    accumulate: int = 1
+    """Micro-batches whose gradients are averaged for one optimiser step; each is pushed to the queue."""
+    drop_last: bool = True
+    """Leave out each epoch's incomplete last micro-batch."""
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "batch_size", "accumulate"):
+            if getattr(self, name) < 1:
+                raise UserError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(self, name)}")
+        if self.steps is not None and self.steps < 1:
+            raise UserError(f"--steps must be at least 1, not {self.steps}")
+        if self.warmup_epochs < 0:
+            raise UserError(f"--warmup-epochs must not be negative, not {self.warmup_epochs}")
+
+
+@dataclass(kw_only=True, slots=True)
+class RunConfig:
+    """Where and how the run goes; none of these fields changes the method."""
+
+    out: Path
+    """Run folder: config, metrics, curves, checkpoints and the exported encoder."""
+    resume: bool = False
+    """Continue from the run folder's last checkpoint (from the start if it has none)."""
+    seed: int = 0
+    """Seed of the weights, the queue, the order of the images and every augmentation."""
+    precision: Literal["auto", "bf16", "fp32", "fp64"] = "auto"
+    """Arithmetic of the encoders: bfloat16 autocast, float32 or float64; auto takes bf16 where the processor has it.
+    Losses are always at least float32."""
+    channels_last: bool = True
+    """Keep images and weights channels-last (NHWC) in memory."""
+    device: str = "auto"
+    """Device to train on, such as cpu or cuda:0; auto takes a GPU where there is one."""
+    log_every: int = 20
+    """Steps between reads of the metrics from the device; every step's losses are written all the same."""
+    checkpoint_every: int = 500
+    """Steps between checkpoints; one is always written at the end and on Ctrl-C."""
+    keep_checkpoints: int = 2
+    """Newest checkpoints kept; older ones are removed once a newer one is complete."""
+    knn_every: int = 10
+    """Epochs between kNN scores of the training images, where they have labels; 0 for never."""
+
+    def __post_init__(self) -> None:
+        for name in ("log_every", "checkpoint_every", "keep_checkpoints"):
+            if getattr(self, name) < 1:
+                raise UserError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(self, name)}")
+        if not 0 <= self.seed < 2**63:
+            raise UserError(f"--seed must be from 0 to 2^63 - 1, not {self.seed}")
+
+
+@dataclass(kw_only=True, slots=True)
+class Config:
+    """A pretraining run."""
+
+    recipe: str
+    """Name of the recipe it started from."""
+    data: DataConfig
+    run: RunConfig
+    views: ViewConfig
+    model: ModelConfig = field(default_factory=ModelConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+
+    def __post_init__(self) -> None:
+        if self.loss.queue_size < self.optim.batch_size:
+            raise UserError(
+                f"--queue-size {self.loss.queue_size} is smaller than --batch-size {self.optim.batch_size}: "
+                "a batch of keys would not fit; raise one or lower the other"
+            )
+        if self.loss.method == "barlow" and self.optim.batch_size < 2:
+            raise UserError("--batch-size 1 has no cross-correlation: give --method barlow at least 2")
+
+
+def to_json(config: Config) -> dict[str, Any]:
+    """The resolved configuration as plain JSON values."""
+    return _plain(dataclasses.asdict(config))
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _plain(item) for name, item in value.items()}
+    if isinstance(value, (tuple, list)):
+        return [_plain(item) for item in value]
+    return str(value) if isinstance(value, Path) else value
+
+
+# A resumed run may differ in these: they do not change what is computed.
+FREE_ON_RESUME = {
+    "data": {"data", "labels", "workers"},
+    "run": {"out", "resume", "log_every", "checkpoint_every", "keep_checkpoints", "knn_every"},
+}
+
+
+def changed_fields(stored: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """What a resumed run was given that differs from the stored configuration, as "--field was A, is B"."""
+    changes = []
+    for group, values in now.items():
+        if not isinstance(values, dict):
+            if stored.get(group) != values:
+                changes.append(f"{group} was {stored.get(group)}, is {values}")
+            continue
+        for name, value in values.items():
+            before = stored.get(group, {}).get(name)
+            if before != value and name not in FREE_ON_RESUME.get(group, set()):
+                changes.append(f"--{name.replace('_', '-')} was {before}, is {value}")
+    return changes

@@ -1,0 +1,44 @@
+"""The curves of a run, as a picture."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from fastmoco.atomic import replacing
+from fastmoco.train.metrics import Row
+
+
+def draw_curves(rows: list[Row], path: Path) -> None:
+    """Draw losses, embedding spread, learning rate, kNN scores and speed over the steps of `rows` to the PNG `path`."""
+    from matplotlib.figure import Figure
+
+    if not rows:
+        return
+    parts = [name for name in rows[0] if name == "infonce" or name.startswith("stage")]
+    panels: list[tuple[str, list[str]]] = [
+        ("InfoNCE", ["infonce"]),
+        ("stage losses, weighted", [name for name in parts if name != "infonce"]),
+        ("embedding spread (1 even, 0 collapsed)", ["embedding_std"]),
+        ("kNN of the training images", ["knn_accuracy", "knn_auc"]),
+        ("learning rate", ["lr"]),
+        ("pairs/s", ["pairs_per_s"]),
+    ]
+    shown = [(title, [n for n in names if any(n in row for row in rows)]) for title, names in panels]
+    shown = [(title, names) for title, names in shown if names]
+    columns = min(3, len(shown))
+    lines = -(-len(shown) // columns)
+    figure = Figure(figsize=(4.6 * columns, 3.1 * lines), layout="constrained")
+    for place, (title, names) in enumerate(shown, start=1):
+        axes = figure.add_subplot(lines, columns, place)
+        for name in names:
+            points = [(row["step"], row[name]) for row in rows if row.get(name) is not None]
+            marker = "o" if len(points) < 40 else None
+            axes.plot(*zip(*points, strict=True), label=name, linewidth=1.2, marker=marker, markersize=3)
+        axes.set_title(title, fontsize=10)
+        axes.set_xlabel("step", fontsize=8)
+        axes.tick_params(labelsize=8)
+        axes.grid(alpha=0.3)
+        if len(names) > 1:
+            axes.legend(fontsize=7)
+    with replacing(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=110)

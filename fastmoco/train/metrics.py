@@ -1,0 +1,85 @@
+"""Metrics: gathered on the device, read at intervals, written as JSON lines and for TensorBoard."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastmoco.atomic import write_text
+
+Row = dict[str, Any]
+
+
+class History:
+    """The losses of the steps since the last read, as a (capacity, columns) float64 tensor on the device.
+
+    A row's columns are the mean over its micro-batches of `loss` (the sum), each named part, and `embedding_std`: the
+    standard deviation of the normalised query embeddings over the batch, averaged over dimensions and multiplied by
+    sqrt(D), so that 1 is a uniform spread over the sphere and 0 is collapse.
+    """
+
+    def __init__(self, names: Sequence[str], capacity: int, device: torch.device) -> None:
+        self.columns = ["loss", *names, "embedding_std"]
+        self._values = torch.zeros(capacity, len(self.columns), dtype=torch.float64, device=device)
+        self._rows = 0
+
+    @torch.no_grad()
+    def add(self, losses: Mapping[str, Tensor], query: Tensor, *, divisor: int) -> None:
+        """Add a micro-batch's losses, divided by `divisor`, to the current row."""
+        parts = torch.stack([value.detach().double() for value in losses.values()])
+        spread = query.std(dim=0, unbiased=False).mean().double() * query.shape[1] ** 0.5
+        self._values[self._rows] += torch.cat([parts.sum()[None], parts, spread[None]]) / divisor
+
+    def next_row(self) -> None:
+        """End the current row: the step is done."""
+        self._rows += 1
+
+    def read(self) -> list[dict[str, float]]:
+        """The rows since the last read, brought to the host: the one place where a step's metrics synchronise."""
+        rows = self._values[: self._rows].tolist()
+        self._values.zero_()
+        self._rows = 0
+        return [dict(zip(self.columns, row, strict=True)) for row in rows]
+
+
+class MetricsFile:
+    """`metrics.jsonl` of a run: one line a step, in the order of the steps."""
+
+    def __init__(self, path: Path, *, resume_at: int) -> None:
+        self.path = path
+        # A killed run may have written rows past the checkpoint that it resumes from.
+        kept = [row for row in read_rows(path) if row["step"] <= resume_at]
+        write_text(path, "".join(json.dumps(row) + "\n" for row in kept))
+        self._stream = path.open("a", encoding="utf-8")
+
+    def write(self, rows: Sequence[Row]) -> None:
+        """Append `rows`."""
+        for row in rows:
+            self._stream.write(json.dumps(row) + "\n")
+        self._stream.flush()
+
+    def sync(self) -> None:
+        """Bring what was written to the disk."""
+        os.fsync(self._stream.fileno())
+
+    def close(self) -> None:
+        """Close the file."""
+        self._stream.close()
+
+
+def read_rows(path: Path) -> list[Row]:
+    """The complete rows of a metrics file; [] where there is none. A line cut short by a kill ends the list."""
+    rows: list[Row] = []
+    if path.exists():
+        for line in path.read_text(encoding="utf-8").splitlines():
+            try:
+                rows.append(json.loads(line))
+            except ValueError:
+                break
+    return rows

@@ -1,0 +1,50 @@
+"""Small images and small runs that several tests need."""
+
+from __future__ import annotations
+
+import csv
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from fastmoco.train.config import Config
+from fastmoco.train.recipes import find
+
+
+def draw_images(folder: Path, count: int = 24, *, seed: int = 0, side: int = 40) -> Path:
+    """Write `count` coloured pictures, PNG and JPEG, with labels.csv beside them; return the folder of images."""
+    rng = np.random.default_rng(seed)
+    images = folder / "images"
+    images.mkdir(parents=True, exist_ok=True)
+    rows = []
+    for i in range(count):
+        coarse = rng.integers(0, 255, (5, 5, 3), dtype=np.uint8)
+        name = f"{i:03d}.{'png' if i % 2 else 'jpg'}"
+        Image.fromarray(coarse).resize((side + i % 3, side), Image.Resampling.BICUBIC).save(images / name)
+        split = "test" if i % 4 == 3 else "train"
+        rows.append({"file": name, "patient": f"p{i // 2}", "split": split, "kind": i // 2 % 2})
+    with (folder / "labels.csv").open("w", newline="") as stream:
+        writer = csv.DictWriter(stream, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    return images
+
+
+def small_config(data: Path, out: Path, *, method: str = "mse", **changes: Any) -> Config:
+    """A run of seconds: ResNet-18 at 32 px, batch 4; `changes` set any field by its name."""
+    defaults: dict[str, Any] = {
+        "size": 32, "arch": "resnet18", "dim": 16, "queue_size": 19, "projector_width": 24, "batch_size": 4,
+        "steps": 6, "epochs": 100, "log_every": 2, "checkpoint_every": 3, "knn_every": 0, "precision": "fp32",
+        "loader": "torchvision", "workers": 0,
+    }  # fmt: skip
+    config = find(f"histology-{method}-small")(data, out)
+    changes = defaults | changes
+    groups = {}
+    for group in ("data", "run", "views", "model", "loss", "optim"):
+        section = getattr(config, group)
+        groups[group] = replace(section, **{k: changes.pop(k) for k in list(changes) if hasattr(section, k)})
+    assert not changes, f"no such field: {sorted(changes)}"
+    return replace(config, **groups)

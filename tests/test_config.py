@@ -1,0 +1,108 @@
+"""Configuration, recipes and schedules."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from pathlib import Path
+
+import pytest
+
+from fastmoco.errors import UserError
+from fastmoco.train.config import LossConfig, OptimConfig, RunConfig, changed_fields, to_json
+from fastmoco.train.recipes import RECIPES, find
+from fastmoco.train.schedules import learning_rate
+
+
+def test_every_recipe_of_the_paper_and_its_small_variant() -> None:
+    full = {f"{d}-{m}" for d in ("histology", "chest-xray", "fundus") for m in ("moco", "mse", "barlow")} | {"mocov2"}
+    assert set(RECIPES) == full | {f"{name}-small" for name in full}
+    for name, recipe in RECIPES.items():
+        config = recipe(Path("images"), Path("run"))
+        assert config.recipe == name
+        assert (config.data.data, config.run.out) == (Path("images"), Path("run"))
+
+
+def test_the_papers_constants() -> None:
+    """METHOD: K, m, tau; SGD; batches; grids; weights; views."""
+    for name, batch, size in (("histology", 32, 255), ("chest-xray", 16, 512), ("fundus", 8, 299)):
+        for method, weight in (("mse", 0.25), ("barlow", 5e-5)):
+            config = find(f"{name}-{method}")(Path(), Path())
+            loss, optim = config.loss, config.optim
+            assert (loss.queue_size, loss.ema, loss.temperature) == (65536, 0.999, 0.07)
+            assert (optim.lr, optim.sgd_momentum, optim.weight_decay, optim.schedule) == (0.03, 0.9, 1e-4, "constant")
+            assert (optim.batch_size, config.views.size) == (batch, size)
+            assert loss.grids == ((1, 1, 1, 1) if name == "histology" else (16, 16, 4, 4))
+            assert loss.stage_weight == weight
+            assert (loss.barlow_scale, loss.barlow_off_diagonal, loss.projector_width) == (1 / 32, 1.0, 2048)
+            assert (config.model.arch, config.model.head, config.model.dim) == ("resnet50", "linear", 128)
+            assert config.views.jitter == (0.4, 0.4, 0.4, 0.1)
+            assert (config.views.jitter_p, config.views.gray_p, config.views.blur_p) == (0.8, 0.2, 0.5)
+    assert find("chest-xray-moco")(Path(), Path()).views.flip_p == 0
+    assert find("fundus-moco")(Path(), Path()).views.rotation == 30
+    assert find("histology-moco")(Path(), Path()).views.crop_scale == (0.4, 1.0)
+    v2 = find("mocov2")(Path(), Path())
+    assert (v2.loss.temperature, v2.model.head, v2.optim.schedule, v2.optim.batch_size) == (0.2, "mlp", "cosine", 256)
+    small = find("fundus-mse-small")(Path(), Path())
+    assert (small.loss.queue_size, small.loss.temperature, small.loss.ema) == (1024, 0.2, 0.99)
+    assert (small.optim.batch_size, small.optim.lr, small.optim.schedule) == (64, 0.06, "cosine")
+
+
+def test_an_unknown_recipe_names_its_neighbours() -> None:
+    with pytest.raises(UserError, match="histology-mse"):
+        find("histology-msee")
+
+
+def test_a_queue_smaller_than_the_batch() -> None:
+    config = find("mocov2")(Path(), Path())
+    with pytest.raises(UserError, match=r"--queue-size 100 is smaller than --batch-size 256"):
+        dataclasses.replace(config, loss=dataclasses.replace(config.loss, queue_size=100))
+
+
+@pytest.mark.parametrize(
+    ("make", "option"),
+    [
+        (lambda: LossConfig(temperature=0), "--temperature"),
+        (lambda: LossConfig(ema=1.1), "--ema"),
+        (lambda: LossConfig(stages=(1, 5)), "--stages"),
+        (lambda: LossConfig(method="mse", stages=()), "--stages"),
+        (lambda: LossConfig(grids=(1, 0, 1, 1)), "--grids"),
+        (lambda: OptimConfig(accumulate=0), "--accumulate"),
+        (lambda: OptimConfig(steps=0), "--steps"),
+        (lambda: RunConfig(out=Path(), keep_checkpoints=0), "--keep-checkpoints"),
+        (lambda: RunConfig(out=Path(), seed=-1), "--seed"),
+    ],
+)
+def test_values_out_of_range_name_their_option(make: object, option: str) -> None:
+    with pytest.raises(UserError, match=option):
+        make()  # type: ignore[operator]
+
+
+def test_a_resumed_configuration_is_compared() -> None:
+    config = find("histology-mse")(Path("a"), Path("b"))
+    stored = json.loads(json.dumps(to_json(config)))
+    assert changed_fields(stored, to_json(config)) == []
+    moved = dataclasses.replace(config, run=dataclasses.replace(config.run, out=Path("c"), resume=True, log_every=3))
+    assert changed_fields(stored, to_json(moved)) == [], "where it lies and how often it reports may change"
+    other = dataclasses.replace(
+        config,
+        optim=dataclasses.replace(config.optim, lr=1.0),
+        model=dataclasses.replace(config.model, arch="resnet18"),
+    )
+    assert changed_fields(stored, to_json(other)) == [
+        "--arch was resnet50, is resnet18",
+        "--lr was 0.03, is 1.0",
+    ]
+
+
+def test_schedules() -> None:
+    def lr(step: int, schedule: str = "cosine", warmup: int = 4) -> float:
+        return learning_rate(step, peak=2.0, total=24, warmup=warmup, schedule=schedule)
+
+    assert [lr(step) for step in range(4)] == [0.5, 1.0, 1.5, 2.0]
+    assert lr(4) == 2.0
+    assert lr(14) == pytest.approx(1.0)
+    assert lr(23) == pytest.approx(2.0 * 0.5 * (1 + math.cos(math.pi * 19 / 20)))
+    assert [lr(step, "constant", 0) for step in (0, 11, 23)] == [2.0] * 3
+    assert all(lr(step) > lr(step + 1) for step in range(4, 23))

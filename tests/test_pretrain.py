@@ -1,0 +1,241 @@
+"""Whole runs: what they write, resuming bit for bit, stopping, failing."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import fastmoco
+from fastmoco.data.dali import dali_installed
+from fastmoco.errors import UserError
+from fastmoco.train import pretrain as module
+from fastmoco.train.config import Config
+from fastmoco.train.metrics import read_rows
+from fastmoco.train.pretrain import NonFiniteLoss, Stopped, pretrain
+from fastmoco.train.trainer import Trainer
+from runs import draw_images, small_config
+
+LOADERS = ["torchvision", pytest.param("dali", marks=pytest.mark.skipif(not dali_installed(), reason="no DALI here"))]
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return draw_images(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+def stop_after(steps: int, monkeypatch: pytest.MonkeyPatch, number: int = signal.SIGINT) -> None:
+    """Send this process a signal in the middle of step `steps`."""
+    step = Trainer.step
+    count = 0
+
+    def counted(self: Trainer, *args: Any, **kwargs: Any) -> None:
+        nonlocal count
+        count += 1
+        if count == steps:
+            os.kill(os.getpid(), number)
+        step(self, *args, **kwargs)
+
+    monkeypatch.setattr(Trainer, "step", counted)
+
+
+def final_tensors(run: Path) -> dict[str, torch.Tensor]:
+    return load_file(sorted((run / "checkpoints").glob("*.safetensors"))[-1])
+
+
+def loss_columns(run: Path) -> list[dict[str, float]]:
+    timed = {"pairs_per_s", "data_wait"}
+    return [{k: v for k, v in row.items() if k not in timed} for row in read_rows(run / "metrics.jsonl")]
+
+
+def resumed(config: Config) -> Config:
+    return dataclasses.replace(config, run=dataclasses.replace(config.run, resume=True))
+
+
+def test_a_run_folder_holds_what_the_readme_says(images: Path, tmp_path: Path) -> None:
+    labelled = {"labels": images.parent / "labels.csv", "label": ("kind",), "split": "train"}
+    config = small_config(images, tmp_path / "run", method="barlow", knn_every=1, **labelled)
+    assert pretrain(config) == tmp_path / "run"
+    run = tmp_path / "run"
+    names = {"config.json", "environment.json", "metrics.jsonl", "curves.png", "encoder.safetensors"}
+    assert names <= {path.name for path in run.iterdir()}
+    assert list((run / "tensorboard").iterdir())
+    assert len(list((run / "checkpoints").iterdir())) == 2
+    assert (run / "curves.png").read_bytes().startswith(b"\x89PNG")
+    stored = json.loads((run / "config.json").read_text())
+    assert (stored["recipe"], stored["loss"]["method"], stored["optim"]["batch_size"]) == (
+        "histology-barlow-small", "barlow", 4
+    )  # fmt: skip
+    rows = read_rows(run / "metrics.jsonl")
+    assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]
+    for row in rows:
+        parts = row["infonce"] + sum(row[f"stage{s}"] for s in (1, 2, 3, 4))
+        assert row["loss"] == pytest.approx(parts, rel=1e-6)
+    assert {"pairs_per_s", "queue_fill", "data_wait"} <= rows[1].keys()
+    assert rows[1]["queue_fill"] == 8 / 19
+    assert 0 <= rows[-1]["knn_accuracy"] <= 1
+    encoder = fastmoco.load_encoder(run)
+    assert encoder(torch.rand(2, 3, 32, 32)).embedding.shape == (2, 16)
+    exported = fastmoco.load_encoder(run / "encoder.safetensors")
+    for name, value in exported.backbone.state_dict().items():
+        assert torch.equal(value, encoder.backbone.state_dict()[name]), name
+
+
+@pytest.mark.parametrize("loader", LOADERS)
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_resuming_is_bit_for_bit(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, loader: str, precision: str
+) -> None:
+    """Stopped between two checkpoints, in the middle of an epoch, with accumulation and a short last batch."""
+    settings = {"method": "barlow", "loader": loader, "precision": precision, "accumulate": 2, "drop_last": False,
+                "batch_size": 5, "warmup_epochs": 1.0, "workers": 1}  # fmt: skip
+    whole = small_config(images, tmp_path / "whole", **settings)
+    pretrain(whole)
+    broken = small_config(images, tmp_path / "broken", **settings)
+    with monkeypatch.context() as patch:
+        stop_after(4, patch)
+        with pytest.raises(Stopped, match="stopped at step 4 of 6"):
+            pretrain(broken)
+    pretrain(resumed(broken))
+    expected, actual = final_tensors(whole.run.out), final_tensors(broken.run.out)
+    assert expected.keys() == actual.keys()
+    assert {name.split(".")[0] for name in expected} == {"module", "momentum", "queue", "rng"}
+    for name, value in expected.items():
+        assert torch.equal(value, actual[name]), name
+    assert loss_columns(whole.run.out) == loss_columns(broken.run.out)
+    assert len(loss_columns(whole.run.out)) == 6
+
+
+def test_rows_past_the_checkpoint_are_dropped_on_resume(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = small_config(images, tmp_path / "run", log_every=1, checkpoint_every=2)
+    monkeypatch.setattr(module, "save_encoder", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        pretrain(config)
+    monkeypatch.undo()
+    checkpoints = sorted((tmp_path / "run" / "checkpoints").iterdir())
+    checkpoints[-1].unlink()
+    with (tmp_path / "run" / "metrics.jsonl").open("a") as stream:
+        stream.write('{"step": 7, "lo')
+    pretrain(resumed(config))
+    assert [row["step"] for row in read_rows(tmp_path / "run" / "metrics.jsonl")] == [1, 2, 3, 4, 5, 6]
+
+
+def test_sigterm_saves_too(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stop_after(2, monkeypatch, signal.SIGTERM)
+    with pytest.raises(Stopped) as stopped:
+        pretrain(small_config(images, tmp_path / "run"))
+    assert stopped.value.signal == signal.SIGTERM
+    assert final_tensors(tmp_path / "run")
+
+
+def test_a_finished_run_resumes_to_itself(images: Path, tmp_path: Path) -> None:
+    config = small_config(images, tmp_path / "run")
+    pretrain(config)
+    before = final_tensors(tmp_path / "run")
+    pretrain(resumed(config))
+    assert all(torch.equal(value, final_tensors(tmp_path / "run")[name]) for name, value in before.items())
+
+
+def test_an_existing_run_is_not_overwritten(images: Path, tmp_path: Path) -> None:
+    config = small_config(images, tmp_path / "run")
+    pretrain(config)
+    with pytest.raises(UserError, match="pass --resume"):
+        pretrain(config)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [({"arch": "resnet34"}, "--arch was resnet18, is resnet34"), ({"batch_size": 3}, "--batch-size was 4, is 3")],
+)
+def test_another_configuration_is_not_resumed(
+    images: Path, tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
+    pretrain(small_config(images, tmp_path / "run", steps=2))
+    with pytest.raises(UserError, match=message):
+        pretrain(resumed(small_config(images, tmp_path / "run", steps=2, **changes)))
+
+
+def test_other_images_are_not_resumed(tmp_path: Path) -> None:
+    images = draw_images(tmp_path / "data", 9)
+    config = small_config(images, tmp_path / "run", steps=2)
+    pretrain(config)
+    draw_images(tmp_path / "data", 10)
+    with pytest.raises(UserError, match="not those that the run"):
+        pretrain(resumed(config))
+
+
+def test_divergence_stops_the_run_and_keeps_the_last_good_checkpoint(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step = Trainer.step
+    count = 0
+
+    def poisoned(self: Trainer, *args: Any, **kwargs: Any) -> None:
+        nonlocal count
+        count += 1
+        if count == 5:
+            self.queue.bank[0] = float("nan")
+        step(self, *args, **kwargs)
+
+    monkeypatch.setattr(Trainer, "step", poisoned)
+    config = small_config(images, tmp_path / "run", log_every=50, steps=20)
+    with pytest.raises(NonFiniteLoss, match=r"step 5: infonce is not finite.*step-000000003\.safetensors"):
+        pretrain(config)
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-000000003.safetensors"]
+    assert all(bool(torch.isfinite(v).all()) for v in final_tensors(tmp_path / "run").values() if v.is_floating_point())
+
+
+def test_weights_that_overflow_are_not_saved(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Finite losses do not prove finite weights: the update after the last of them may have overflowed."""
+    step = Trainer.step
+
+    def poisoned(self: Trainer, *args: Any, **kwargs: Any) -> None:
+        step(self, *args, **kwargs)
+        if self.pushed == 12:
+            self.module.key.backbone.conv1.weight[0, 0, 0, 0] = float("inf")
+
+    monkeypatch.setattr(Trainer, "step", poisoned)
+    with pytest.raises(NonFiniteLoss, match=r"step 3: module\.key\.backbone\.conv1\.weight"):
+        pretrain(small_config(images, tmp_path / "run"))
+
+
+def test_pretraining_from_an_earlier_run(images: Path, tmp_path: Path) -> None:
+    pretrain(small_config(images, tmp_path / "a", steps=2))
+    config = small_config(images, tmp_path / "b", steps=1, init=str(tmp_path / "a"))
+    trainer = Trainer(config, precision="fp32", device=torch.device("cpu"))
+    expected = fastmoco.load_encoder(tmp_path / "a").backbone.state_dict()
+    for encoder in (trainer.module.query, trainer.module.key):
+        assert all(torch.equal(value, expected[name]) for name, value in encoder.backbone.state_dict().items())
+    with pytest.raises(UserError, match="holds a resnet18, not --arch resnet34"):
+        pretrain(small_config(images, tmp_path / "c", arch="resnet34", init=str(tmp_path / "a")))
+
+
+def test_bad_files_are_left_out_and_listed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    images = draw_images(tmp_path / "data", 9)
+    (images / "000.jpg").write_bytes(b"not an image")
+    pretrain(small_config(images, tmp_path / "run", steps=2))
+    assert "left out 1 files" in capsys.readouterr().out
+    assert (tmp_path / "run" / "skipped.txt").read_text().startswith("000.jpg: ")
+
+
+def test_training_learns(images: Path, tmp_path: Path) -> None:
+    """Sixty steps on two dozen images: the contrastive loss falls well below where it starts."""
+    config = small_config(images, tmp_path / "run", method="moco", steps=60, batch_size=12, log_every=30, lr=0.1)
+    pretrain(config)
+    rows = read_rows(tmp_path / "run" / "metrics.jsonl")
+    first, last = (sum(row["infonce"] for row in part) / 10 for part in (rows[5:15], rows[-10:]))
+    assert last < 0.8 * first

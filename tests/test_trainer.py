@@ -1,0 +1,185 @@
+"""The step itself: what it updates, what it must not do, and what stops it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from fastmoco.data.loader import Batch
+from fastmoco.train.checkpoint import non_finite
+from fastmoco.train.trainer import Trainer
+from runs import small_config
+
+CPU = torch.device("cpu")
+
+
+def trainer(method: str = "mse", **changes: Any) -> Trainer:
+    config = small_config(Path(), Path(), method=method, **changes)
+    return Trainer(config, precision=config.run.precision, device=CPU)
+
+
+def batch(seed: int, n: int = 4) -> Batch:
+    generator = torch.Generator().manual_seed(seed)
+    views = [
+        torch.rand(n, 3, 32, 32, generator=generator).half().to(memory_format=torch.channels_last) for _ in range(2)
+    ]
+    return Batch(views[0], views[1], np.arange(n))
+
+
+def weights(t: Trainer) -> dict[str, Tensor]:
+    return {name: value.clone() for name, value in t.module.state_dict().items()}
+
+
+class NoSync(TorchDispatchMode):
+    """Fails on the operations through which a value reaches the host."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        assert func.__name__.split(".")[0] not in ("_local_scalar_dense", "nonzero"), f"{func} synchronises"
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("method", ["moco", "mse", "barlow"])
+def test_a_step_does_not_wait_for_the_device(method: str) -> None:
+    t = trainer(method, accumulate=2, precision="bf16")
+    with NoSync():
+        for step in range(2):
+            t.step([batch(2 * step), batch(2 * step + 1)], lr=0.1)
+    with pytest.raises(AssertionError, match="synchronises"), NoSync():
+        t.queue.pointer.item()
+    assert len(t.history.read()) == 2
+
+
+@pytest.mark.parametrize("method", ["moco", "mse", "barlow"])
+def test_forward_and_losses_run_where_nothing_can_be_read(method: str) -> None:
+    """On fake CUDA tensors any .item() raises, so forward holds no hidden synchronisation on a GPU either."""
+    t = trainer(method)
+    with FakeTensorMode(allow_non_fake_inputs=False) as mode, torch.no_grad():
+        module = t.module
+        for part in module.modules():
+            for store in (part._parameters, part._buffers):
+                for name, value in store.items():
+                    if value is not None:
+                        fake = torch.empty(value.shape, dtype=value.dtype, device="cuda:0")
+                        store[name] = torch.nn.Parameter(fake, False) if store is part._parameters else fake
+        image = torch.empty(4, 3, 32, 32, device="cuda:0")
+        bank = torch.empty(19, 16, device="cuda:0")
+        losses, query, _ = module(image, image, bank)
+        assert set(losses) == set(module.loss_names)
+        assert all(value.shape == () and value.device.type == "cuda" for value in losses.values())
+        assert query.shape == (4, 16)
+        with pytest.raises(Exception, match=r"_local_scalar_dense|DataDependent"):
+            losses["infonce"].item()
+    assert mode is not None
+
+
+def test_gradients_never_enter_the_key_encoder() -> None:
+    t = trainer("barlow")
+    t.step([batch(0)], lr=0.1)
+    assert all(p.grad is None and not p.requires_grad for p in t.module.key.parameters())
+
+
+def test_the_queue_is_pushed_once_a_micro_batch() -> None:
+    t = trainer(accumulate=3)
+    t.step([batch(i) for i in range(3)], lr=0.1)
+    assert t.queue.pointer.item() == 12
+    assert t.queue_fill == 12 / 19
+    t.step([batch(i) for i in range(3)], lr=0.1)
+    assert t.queue.pointer.item() == 24 % 19
+    assert t.queue_fill == 1.0
+
+
+def test_accumulated_gradients_are_the_mean() -> None:
+    """Two micro-batches give the mean of their gradients; the queue, as each saw it, is the same in both."""
+    gradients: list[Tensor] = []
+    for parts in ([0], [1], [0, 1]):
+        t = trainer("moco", accumulate=len(parts), precision="fp64")
+        # The second micro-batch must see the queue as the first does, for the mean to be exact.
+        t.queue.push = lambda keys: None  # type: ignore[method-assign]
+        t.engine.optimizer.register_step_pre_hook(
+            lambda *_, t=t: gradients.append(t.module.query.backbone.conv1.weight.grad.clone())
+        )
+        t.step([batch(i) for i in parts], lr=0.1)
+    assert torch.allclose(gradients[2], (gradients[0] + gradients[1]) / 2, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_non_finite_loss_suppresses_every_update_from_then_on(bad: float) -> None:
+    t = trainer(log_every=9)
+    t.step([batch(0)], lr=0.1)
+    before = {name: p.clone() for name, p in t.module.query.named_parameters()}
+    momentum = {name: value.clone() for name, value in t.engine.momentum_buffers.items()}
+    broken = batch(1)
+    broken.q[0, 0, 0, 0] = bad
+    t.step([broken], lr=0.1)
+    t.step([batch(2)], lr=0.1)
+    for name, p in t.module.query.named_parameters():
+        assert torch.equal(p, before[name]), name
+    for name, value in t.engine.momentum_buffers.items():
+        assert torch.equal(value, momentum[name]), name
+    assert [bool(np.isfinite(row["infonce"])) for row in t.history.read()] == [True, False, True]
+
+
+def test_the_first_step_can_be_suppressed_too() -> None:
+    t = trainer()
+    before = weights(t)
+    broken = batch(1)
+    broken.k.fill_(float("nan"))
+    t.step([broken], lr=0.1)
+    for name, p in t.module.query.named_parameters():
+        assert torch.equal(p, before[f"query.{name}"]), name
+    assert all(not value.any() for value in t.engine.momentum_buffers.values())
+
+
+def test_non_finite_tensors_are_found() -> None:
+    tensors = {"a": torch.ones(3), "b": torch.tensor([1.0, float("inf")]), "c": torch.tensor([1])}
+    assert non_finite(tensors) == ["b"]
+
+
+def test_the_momentum_step_is_sgds_own() -> None:
+    """Starting SGD's momentum from zeros is torch's first step."""
+    torch.manual_seed(0)
+    t = trainer("moco", precision="fp64")
+    plain = torch.optim.SGD(
+        [torch.nn.Parameter(p.detach().clone()) for p in t.engine.trainable.values()],
+        lr=0.1, momentum=0.9, weight_decay=1e-4, fused=False, foreach=False,
+    )  # fmt: skip
+
+    def mirror(*_: Any) -> None:
+        for mine, other in zip(t.engine.trainable.values(), plain.param_groups[0]["params"], strict=True):
+            other.grad = mine.grad.clone()
+        plain.step()
+
+    t.engine.optimizer.register_step_pre_hook(mirror)
+    for i in range(2):
+        t.step([batch(i)], lr=0.1)
+        for mine, other in zip(t.engine.trainable.values(), plain.param_groups[0]["params"], strict=True):
+            assert torch.allclose(mine, other, rtol=1e-12, atol=1e-14)
+
+
+def test_embedding_spread_tells_collapse() -> None:
+    t = trainer("moco")
+    losses = {"infonce": torch.tensor(1.0)}
+    same = torch.nn.functional.normalize(torch.ones(64, 16), dim=1)
+    spread = torch.nn.functional.normalize(torch.randn(4096, 16, generator=torch.Generator().manual_seed(0)), dim=1)
+    t.history.add(losses, same, divisor=1)
+    t.history.next_row()
+    t.history.add(losses, spread, divisor=1)
+    t.history.next_row()
+    collapsed, healthy = t.history.read()
+    assert collapsed["embedding_std"] < 1e-6
+    assert healthy["embedding_std"] == pytest.approx(1.0, abs=0.02)
+
+
+def test_stages_can_be_chosen() -> None:
+    t = trainer("barlow", stages=(2, 4))
+    t.step([batch(0)], lr=0.1)
+    (row,) = t.history.read()
+    assert set(row) == {"loss", "infonce", "stage2", "stage4", "embedding_std"}
+    assert row["loss"] == pytest.approx(row["infonce"] + row["stage2"] + row["stage4"], rel=1e-6)

@@ -1,0 +1,169 @@
+"""Weights in and out, and the files they travel in."""
+
+from __future__ import annotations
+
+import resource
+from pathlib import Path
+
+import pytest
+import torch
+import torchvision
+from safetensors.torch import load_file, save_file
+
+import fastmoco
+from fastmoco.errors import UserError
+from fastmoco.models.encoder import Encoder
+from fastmoco.models.weights import infer_arch, initial_backbone, load_encoder, save_encoder
+from fastmoco.train.checkpoint import Checkpoint, Store
+
+
+def shaken(arch: str) -> Encoder:
+    """An encoder none of whose weights or statistics is at its initial value."""
+    encoder = Encoder(arch, head="mlp", dim=16, seed=1)
+    generator = torch.Generator().manual_seed(2)
+    for name, value in encoder.state_dict().items():
+        if value.is_floating_point():
+            noise = torch.rand(value.shape, generator=generator)
+            value.copy_(0.5 + noise if "running_var" in name or "bn" in name else value + 0.01 * noise)
+    return encoder.eval()
+
+
+@pytest.mark.parametrize("arch", ["resnet18", "resnet50"])
+def test_exported_weights_load_strictly_into_torchvision(arch: str, tmp_path: Path) -> None:
+    encoder = shaken(arch)
+    save_encoder(tmp_path / "e.safetensors", encoder, {"views": {"size": 64, "resize": 1.0}})
+    theirs = getattr(torchvision.models, arch)()
+    theirs.fc = torch.nn.Identity()
+    theirs.load_state_dict(load_file(tmp_path / "e.safetensors"), strict=True)
+    theirs.eval()
+    images = torch.rand(3, 3, 64, 64, generator=torch.Generator().manual_seed(3))
+    ours = fastmoco.load_encoder(tmp_path / "e.safetensors")
+    assert (ours.arch, ours.image_size, ours.resize, ours.training) == (arch, 64, 1.0, False)
+    with torch.no_grad():
+        expected = theirs(images)
+        assert expected.std() > 1e-3
+        assert torch.allclose(ours(images).embedding, expected, rtol=1e-5, atol=1e-5)
+        assert torch.allclose(encoder(images).stages[3].mean(dim=(2, 3)), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("arch", ["resnet18", "resnet34", "resnet50", "resnet101", "resnet152"])
+def test_architectures_are_told_from_their_keys(arch: str) -> None:
+    with torch.device("meta"):
+        assert infer_arch(getattr(torchvision.models, arch)().state_dict(), Path("x")) == arch
+
+
+def test_a_torchvision_file_loads(tmp_path: Path) -> None:
+    model = torchvision.models.resnet18()
+    torch.save(model.state_dict(), tmp_path / "r.pth")
+    state = initial_backbone(str(tmp_path / "r.pth"), "resnet18")
+    assert torch.equal(state["conv1.weight"], model.conv1.weight)
+    with pytest.raises(UserError, match="holds a resnet18, not --arch resnet50"):
+        initial_backbone(str(tmp_path / "r.pth"), "resnet50")
+
+
+def test_init_from_torchvision_takes_its_published_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The download is torchvision's; a file of that name in its cache stands in for it."""
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    url = torchvision.models.ResNet18_Weights.DEFAULT.url
+    cached = tmp_path / "hub" / "checkpoints" / url.rsplit("/", 1)[1]
+    cached.parent.mkdir(parents=True)
+    model = torchvision.models.resnet18()
+    torch.save(model.state_dict(), cached)
+    state = initial_backbone("torchvision", "resnet18")
+    assert torch.equal(state["layer4.1.bn2.weight"], model.layer4[1].bn2.weight)
+    assert not any(name.startswith("fc.") for name in state)
+
+
+def test_init_from_torchvision_without_a_network_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    # Nothing listens on port 9 of this machine, so that the test reaches nobody.
+    monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")
+    with pytest.raises(UserError, match="cannot be downloaded"):
+        initial_backbone("torchvision", "resnet18")
+
+
+class Payload:
+    """What a hostile pickle would run."""
+
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return (Path.touch, (Path("executed"),))
+
+
+def test_a_pickle_is_not_executed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    torch.save({"conv1.weight": Payload()}, "bad.pth")
+    with pytest.raises(UserError, match="without executing code"):
+        load_encoder("bad.pth")
+    assert not Path("executed").exists()
+
+
+def test_files_that_hold_no_encoder(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no such"):
+        load_encoder(tmp_path / "none")
+    with pytest.raises(UserError, match="is it a run folder"):
+        load_encoder(tmp_path)
+    save_file({"weight": torch.zeros(2)}, tmp_path / "x.safetensors")
+    with pytest.raises(UserError, match=r"conv1\.weight"):
+        load_encoder(tmp_path / "x.safetensors")
+    save_encoder(tmp_path / "e.safetensors", Encoder("resnet18"), {})
+    whole = (tmp_path / "e.safetensors").read_bytes()
+    (tmp_path / "e.safetensors").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(UserError, match=r"e\.safetensors is truncated or damaged"):
+        load_encoder(tmp_path / "e.safetensors")
+
+
+def checkpoint(step: int, size: int = 5) -> Checkpoint:
+    return Checkpoint({"x": torch.full((size,), float(step))}, {"step": step})
+
+
+def test_the_newest_checkpoints_are_kept(tmp_path: Path) -> None:
+    store = Store(tmp_path, keep=2)
+    assert store.latest() is None
+    for step in (5, 10, 20, 100):
+        store.save(checkpoint(step))
+    assert [path.name for path in store.paths()] == ["step-000000020.safetensors", "step-000000100.safetensors"]
+    latest = store.latest()
+    assert latest is not None
+    assert (latest.step, latest.tensors["x"].tolist()) == (100, [100.0] * 5)
+
+
+def test_a_write_that_fails_leaves_the_one_before(tmp_path: Path) -> None:
+    """The system refuses to write past a file size limit, as it does past a full disk."""
+    store = Store(tmp_path, keep=1)
+    store.save(checkpoint(1))
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
+    try:
+        with pytest.raises(UserError, match=r"step-000000002.*could not be written.*last good.*step-000000001"):
+            store.save(checkpoint(2, size=1_000_000))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert [path.name for path in store.folder.iterdir()] == ["step-000000001.safetensors"]
+    latest = store.latest()
+    assert latest is not None
+    assert latest.step == 1
+
+
+def test_a_truncated_checkpoint_is_named(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    store.save(checkpoint(1))
+    path = store.save(checkpoint(2, size=1000))
+    path.write_bytes(path.read_bytes()[:-7])
+    with pytest.raises(UserError, match=r"step-000000002\.safetensors is truncated.*remove it"):
+        store.latest()
+
+
+def test_a_foreign_file_is_no_checkpoint(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    store.folder.mkdir()
+    save_file({"x": torch.zeros(1)}, store.folder / "step-000000001.safetensors")
+    with pytest.raises(UserError, match="not a checkpoint"):
+        store.latest()
+
+
+def test_leftovers_of_a_killed_write_are_removed(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    store.save(checkpoint(1))
+    (store.folder / ".step-000000002.safetensors.tmp-123").write_bytes(b"half")
+    store.remove_leftovers()
+    assert [path.name for path in store.folder.iterdir()] == ["step-000000001.safetensors"]
