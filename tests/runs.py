@@ -24,8 +24,9 @@ def draw_images(folder: Path, count: int = 24, *, seed: int = 0, side: int = 40)
         coarse = rng.integers(0, 255, (5, 5, 3), dtype=np.uint8)
         name = f"{i:03d}.{'png' if i % 2 else 'jpg'}"
         Image.fromarray(coarse).resize((side + i % 3, side), Image.Resampling.BICUBIC).save(images / name)
-        split = "test" if i % 4 == 3 else "train"
-        rows.append({"file": name, "patient": f"p{i // 2}", "split": split, "kind": i // 2 % 2})
+        patient = i // 2
+        split = "test" if patient % 3 == 2 else "train"
+        rows.append({"file": name, "patient": f"p{patient}", "split": split, "kind": patient % 2})
     with (folder / "labels.csv").open("w", newline="") as stream:
         writer = csv.DictWriter(stream, list(rows[0]))
         writer.writeheader()

@@ -140,7 +140,7 @@ def test_auto_is_dali_where_it_is_installed(manifest: Manifest) -> None:
 def test_without_dali(manifest: Manifest, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dali_module.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"fastmoco\[dali-cuda13\].*fastmoco\[dali-cuda12\]"):
-        load("dali", manifest)
+        make_loader("dali", manifest, VIEWS, Order(15, 4, seed=2), start=0, stop=1, workers=1)
     assert_same(load("auto", manifest, stop=2), load("torchvision", manifest, stop=2))
 
 
@@ -205,3 +205,15 @@ def test_dali_decodable_tells_sizes_and_reasons(manifest: Manifest, tmp_path: Pa
         reason = verdicts[path]
         assert isinstance(reason, str) and 5 < len(reason) < 200 and "pipeline" not in reason
     assert dali_decodable([]) == {}
+
+
+def test_the_graph_can_be_placed_on_a_gpu_that_is_not_there(manifest: Manifest) -> None:
+    """Constructing checks every operator's arguments and placement; building, which needs a driver, comes later."""
+    need_dali()
+    from fastmoco.data.dali import graph_inputs
+    from fastmoco.data.dali_graph import view_pipeline
+
+    views = ViewConfig(size=33, resize=1.2, crop_scale=(0.2, 1.0), rotation=20.0, flip_p=0.5)
+    names = list(graph_inputs(manifest, views, seed=0, epoch=0, indices=np.arange(4)))
+    pipeline = view_pipeline(views, lambda step: [], names, batch_size=4, threads=1, device="gpu")
+    assert pipeline.device_id == 0

@@ -40,10 +40,9 @@ def dali_batches(
 ) -> Generator[tuple[torch.Tensor, torch.Tensor, np.ndarray], None, None]:
     """Yield micro-batches `start` to `stop` - 1 as (q, k, indices), made by `threads` CPU threads.
 
-    q and k are (N, size, size, 3) float16 in [0, 1]; indices (N,) int64. Raises UserError where DALI is not
-    installed, and naming the files where some cannot be decoded.
+    q and k are (N, size, size, 3) float16 in [0, 1]; indices (N,) int64. Raises UserError naming a file
+    that cannot be decoded or whose size is not the manifest's.
     """
-    require_dali()
     from fastmoco.data.dali_graph import view_pipeline
 
     ahead: deque[np.ndarray] = deque()

@@ -10,7 +10,7 @@ from typing import Literal
 import numpy as np
 import torch
 
-from fastmoco.data.dali import dali_batches, dali_installed
+from fastmoco.data.dali import dali_batches, dali_installed, require_dali
 from fastmoco.data.manifest import Manifest
 from fastmoco.data.order import Order
 from fastmoco.data.reference import torchvision_batches
@@ -87,6 +87,8 @@ def make_loader(
         raise UserError(f"the order is of {order.samples} images, but the manifest lists {len(manifest)}")
     if not 0 <= start <= stop or workers < 0:
         raise UserError(f"needs 0 <= start <= stop and workers >= 0, not {start}, {stop}, {workers}")
+    if kind == "dali":
+        require_dali()
     if kind == "dali" or (kind == "auto" and dali_installed()):
         batches = dali_batches(manifest, views, order, start=start, stop=stop, threads=max(workers, 1))
     else:

@@ -11,14 +11,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from PIL import Image
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from fastmoco.atomic import write_text
 from fastmoco.data.decode import decode_rgb
 
-# What Pillow raises for damaged files, beyond OSError: SyntaxError (broken PNG), ValueError, and for decompression
-# bombs its own subclass of Exception.
-_DECODE_ERRORS = (OSError, ValueError, SyntaxError, EOFError, OverflowError, MemoryError)
+# What Pillow raises for damaged files, beyond OSError: SyntaxError (broken PNG), ValueError, and its own error for
+# images so large that they look like an attack.
+_DECODE_ERRORS = (
+    OSError, ValueError, SyntaxError, EOFError, OverflowError, MemoryError, Image.DecompressionBombError
+)  # fmt: skip
 
 
 @dataclass(frozen=True)

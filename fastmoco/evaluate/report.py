@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
+from rich import box
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -19,6 +20,7 @@ from fastmoco.errors import UserError
 from fastmoco.evaluate.scores import INTERVAL, Scores
 
 Method = Literal["knn", "probe"]
+_TABLE_WIDTH = 120
 _HEADER = ("encoder", "features", "kNN AUC [95 %]", "kNN acc.", "probe AUC [95 %]", "acc.", "F1", "C")
 
 
@@ -91,9 +93,9 @@ def remarks(result: Result) -> list[str]:
 
 def print_result(result: Result, console: Console | None = None) -> None:
     """The table of one label, to the terminal."""
-    table = Table(title=f"Test scores for {result.label}", title_justify="left")
+    table = Table(title=f"Test scores for {result.label}", title_justify="left", box=box.SIMPLE)
     for number, name in enumerate(_HEADER):
-        table.add_column(Text(name), justify="left" if number < 2 else "right")
+        table.add_column(Text(name), justify="left" if number < 2 else "right", no_wrap=True)
     before = ""
     for cells in _cells(result):
         if before and cells[0] != before:
@@ -101,10 +103,11 @@ def print_result(result: Result, console: Console | None = None) -> None:
         before = cells[0]
         # Text, as brackets would otherwise be read as markup.
         table.add_row(*(Text(cell) for cell in cells))
-    console = console or Console()
+    # As wide as the table is: in a pipe, or a terminal of 80 columns, names and intervals would be cut.
+    console = console or Console(width=max(Console().width, _TABLE_WIDTH))
     console.print(table)
     for line in remarks(result):
-        console.print(Text(line))
+        console.print(Text(line), soft_wrap=True)
 
 
 def to_markdown(results: Sequence[Result]) -> str:

@@ -78,13 +78,13 @@ def pretrain(config: Config) -> Path:
     Raises UserError for anything the user can mend, NonFiniteLoss where training diverged, Stopped on SIGINT or
     SIGTERM once the state is saved.
     """
+    device = _device(config.run.device)
     store = Store(config.run.out, config.run.keep_checkpoints)
     saved = open_run(config, store)
     loader_kind = config.data.loader
     if loader_kind == "auto":
         loader_kind = "dali" if dali_installed() else "torchvision"
     manifest = _manifest(config, loader_kind)
-    device = torch.device(config.run.device if config.run.device != "auto" else _best_device())
     precision = default_precision(device.type) if config.run.precision == "auto" else config.run.precision
     trainer = Trainer(config, precision=precision, device=device)
     return _Run(config, store, manifest, trainer, loader_kind).go(saved)
@@ -293,8 +293,14 @@ def _fingerprint(manifest: Manifest) -> str:
     return digest.hexdigest()
 
 
-def _best_device() -> str:
-    return "cuda" if torch.cuda.is_available() else "cpu"
+def _device(name: str) -> torch.device:
+    """The device that --device names. Raises UserError where there is none such here."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"--device {name} cannot be used here: {str(error).splitlines()[0]}") from error
 
 
 def _tensorboard(folder: Path, start: int) -> Any:

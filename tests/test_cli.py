@@ -1,0 +1,143 @@
+"""The command line as a user meets it: one clear message for each mistake, and status not 0."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+import torchvision
+from runs import draw_images
+from safetensors.torch import load_file
+
+from fastmoco import cli
+from fastmoco.train.recipes import RECIPES
+
+QUICK = [
+    "--arch", "resnet18", "--size", "32", "--batch-size", "4", "--queue-size", "16", "--dim", "8", "--steps", "2",
+    "--loader", "torchvision", "--workers", "0", "--precision", "fp32", "--projector-width", "16",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return draw_images(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+def fastmoco(monkeypatch: pytest.MonkeyPatch, *args: object) -> int:
+    """The exit status of `fastmoco args`, in this process."""
+    monkeypatch.setattr("sys.argv", ["fastmoco", *map(str, args)])
+    try:
+        return cli.main()
+    except SystemExit as stop:
+        return int(stop.code or 0)
+
+
+def test_from_images_to_an_evaluated_exported_encoder(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, labels = tmp_path / "run", images.parent / "labels.csv"
+    data = ["--data", images, "--labels", labels, "--label", "kind"]
+    args = ["pretrain", "histology-mse-small", *data, "--split", "train", "--out", run, *QUICK]
+    assert fastmoco(monkeypatch, *args) == 0
+    assert fastmoco(monkeypatch, "evaluate", run, *data, "--workers", "0") == 0
+    shown = capsys.readouterr().out
+    for word in ("colour statistics", "random", "stage1", "stage4", "final"):
+        assert word in shown
+    assert (run / "evaluation" / "evaluation.md").is_file()
+    assert fastmoco(monkeypatch, "export", run, "--out", tmp_path / "e.safetensors") == 0
+    model = torchvision.models.resnet18()
+    model.fc = torch.nn.Identity()
+    model.load_state_dict(load_file(tmp_path / "e.safetensors"), strict=True)
+
+
+def test_help_documents_every_field(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    assert fastmoco(monkeypatch, "pretrain", "fundus-mse-small", "--help") == 0
+    shown = capsys.readouterr().out
+    for option in ("--temperature", "--queue-size", "--grids", "--crop-scale", "--lr", "--checkpoint-every", "--init"):
+        assert option in shown
+    assert "Temperature of InfoNCE" in shown
+    assert "0.2" in shown
+    assert fastmoco(monkeypatch, "--help") == 0
+    assert "pretrain" in capsys.readouterr().out
+
+
+def test_recipes_are_listed(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    assert fastmoco(monkeypatch, "recipes") == 0
+    shown = capsys.readouterr().out
+    assert all(name in shown for name in RECIPES)
+
+
+def pretrain_error(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], recipe: str, *args: object
+) -> str:
+    """The one message of a pretraining that must fail."""
+    assert fastmoco(monkeypatch, "pretrain", recipe, *args) == 2
+    captured = capsys.readouterr()
+    assert "Traceback" not in captured.out + captured.err
+    return captured.err or captured.out
+
+
+def test_mistakes(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    labels = images.parent / "labels.csv"
+
+    def error(recipe: str, *args: object) -> str:
+        return pretrain_error(monkeypatch, capsys, recipe, *args)
+
+    out = ["--out", tmp_path / "run"]
+    assert "no images in it" in error("mocov2-small", "--data", empty, *out)
+    assert "no such folder" in error("mocov2-small", "--data", tmp_path / "gone", *out)
+    message = error("mocov2-small", "--data", images, "--labels", labels, "--label", "grade", *out)
+    assert "no column 'grade'; its columns are file, patient, split, kind" in message
+    assert "did you mean" in error("histologie-mse", "--data", images, *out)
+    assert "--tempreature" in error("mocov2-small", "--data", images, *out, "--tempreature", "1")
+    assert "--queue-size 3 is smaller" in error("mocov2-small", "--data", images, *out, *QUICK, "--queue-size", "3")
+    assert "--data" in error("mocov2-small", *out)
+    assert "lower --batch-size" in error("mocov2-small", "--data", images, *out)
+    assert "--device" in error("mocov2-small", "--data", images, *out, *QUICK, "--device", "nonsense")
+    # Mistakes in the arguments leave nothing behind that would stand in the way of the corrected command.
+    assert fastmoco(monkeypatch, "pretrain", "mocov2-small", "--data", images, *out, *QUICK) == 0
+
+
+def test_damaged_and_foreign_checkpoints(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    args = ["--data", images, "--out", run, *QUICK]
+    assert fastmoco(monkeypatch, "pretrain", "mocov2-small", *args) == 0
+    capsys.readouterr()
+    assert "pass --resume" in pretrain_error(monkeypatch, capsys, "mocov2-small", *args)
+    message = pretrain_error(monkeypatch, capsys, "mocov2-small", *args, "--resume", "--arch", "resnet34")
+    assert "--arch was resnet18, is resnet34" in message
+    (path,) = (run / "checkpoints").iterdir()
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-100])
+    message = pretrain_error(monkeypatch, capsys, "mocov2-small", *args, "--resume")
+    assert path.name in message
+    assert "truncated" in message
+    assert fastmoco(monkeypatch, "export", run, "--out", tmp_path / "e.safetensors") == 2
+    assert not (tmp_path / "e.safetensors").exists()
+
+
+@pytest.mark.parametrize("args", [["pretrian"], ["recipes", "extra"], ["export", "nowhere"], []])
+def test_commands_that_do_not_exist_or_fit(
+    args: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert fastmoco(monkeypatch, *args) == 2
+    captured = capsys.readouterr()
+    assert captured.out + captured.err
+
+
+def test_version(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    assert fastmoco(monkeypatch, "--version") == 0
+    assert "fastmoco 0.1.0" in capsys.readouterr().out
