@@ -24,7 +24,7 @@ class DemoArgs:
     """Folder for the images and the run."""
     images: int = 2000
     """Patches to draw; seven in ten are trained on, by patient, the rest test."""
-    epochs: int = 40
+    epochs: int = 30
     """Passes over the training patches."""
     seed: int = 0
     """Seed of the pretraining; the patches are always the same."""

@@ -9,6 +9,12 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 
 
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keep what a test finds out about its files out of the user's cache, and the other way round."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
 @pytest.fixture(scope="session")
 def real_data() -> Callable[[str], Path]:
     """Maps the name of a set of real images to its folder, under $FASTMOCO_TEST_DATA or ../shared/data.

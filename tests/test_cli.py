@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 import torchvision
-from runs import draw_images
 from safetensors.torch import load_file
 
 from fastmoco import cli
 from fastmoco.train.recipes import RECIPES
+from runs import draw_images
 
 QUICK = [
     "--arch", "resnet18", "--size", "32", "--batch-size", "4", "--queue-size", "16", "--dim", "8", "--steps", "2",
@@ -22,11 +22,6 @@ QUICK = [
 @pytest.fixture(scope="module")
 def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return draw_images(tmp_path_factory.mktemp("data"))
-
-
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
 
 def fastmoco(monkeypatch: pytest.MonkeyPatch, *args: object) -> int:

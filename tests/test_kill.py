@@ -14,11 +14,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from runs import draw_images
 from safetensors.torch import load_file
 
 from fastmoco.data.dali import dali_installed
 from fastmoco.train.metrics import read_rows
+from runs import draw_images
 
 pytestmark = pytest.mark.system
 STEPS = 60

@@ -16,11 +16,6 @@ from fastmoco.data.manifest import load_manifest
 from fastmoco.errors import UserError
 
 
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-
-
 def picture(path: Path, width: int = 12, height: int = 9, value: int = 100) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.new("RGB", (width, height), (value, value // 2, 7)).save(path)

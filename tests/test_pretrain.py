@@ -31,11 +31,6 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return draw_images(tmp_path_factory.mktemp("data"))
 
 
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-
-
 def stop_after(steps: int, monkeypatch: pytest.MonkeyPatch, number: int = signal.SIGINT) -> None:
     """Send this process a signal in the middle of step `steps`."""
     step = Trainer.step
@@ -230,12 +225,3 @@ def test_bad_files_are_left_out_and_listed(tmp_path: Path, capsys: pytest.Captur
     pretrain(small_config(images, tmp_path / "run", steps=2))
     assert "left out 1 files" in capsys.readouterr().out
     assert (tmp_path / "run" / "skipped.txt").read_text().startswith("000.jpg: ")
-
-
-def test_training_learns(images: Path, tmp_path: Path) -> None:
-    """Sixty steps on two dozen images: the contrastive loss falls well below where it starts."""
-    config = small_config(images, tmp_path / "run", method="moco", steps=60, batch_size=12, log_every=30, lr=0.1)
-    pretrain(config)
-    rows = read_rows(tmp_path / "run" / "metrics.jsonl")
-    first, last = (sum(row["infonce"] for row in part) / 10 for part in (rows[5:15], rows[-10:]))
-    assert last < 0.8 * first

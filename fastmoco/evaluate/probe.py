@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
+from threadpoolctl import threadpool_limits
 
 from fastmoco.evaluate.scores import auc
 
@@ -86,7 +87,8 @@ class _Scaler:
 def _fit(features: np.ndarray, labels: np.ndarray, c: float) -> tuple[LogisticRegression, tuple[str, ...]]:
     """The fitted model, and what there is to say if the solver did not converge."""
     model = LogisticRegression(C=c, solver="lbfgs", tol=_TOLERANCE, max_iter=_MOST_ITERATIONS)
-    with warnings.catch_warnings(record=True) as caught:
+    # The matrices are small: threads would spend their time waiting for each other, minutes on a busy machine.
+    with warnings.catch_warnings(record=True) as caught, threadpool_limits(1):
         warnings.simplefilter("always", ConvergenceWarning)
         model.fit(features, labels)
     notes: tuple[str, ...] = ()

@@ -188,7 +188,7 @@ def evaluate_command(args: EvaluateArgs) -> int:
             result = evaluate_features(
                 features, manifest, label=label, seed=args.seed, allow_leaks=args.allow_leaks, context=context
             )
-        print_result(result, console)
+        print_result(result)
         results.append(result)
     paths = write_results(results, args.out or default_folder(args.run))
     console.print(f"written: {', '.join(str(path) for path in paths)}", soft_wrap=True, markup=False)

@@ -9,6 +9,7 @@ import torchvision
 from torch import Tensor, nn
 
 from fastmoco.errors import UserError
+from fastmoco.ops.precision import no_autocast, wide
 
 ARCHS = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")
 Head = Literal["linear", "mlp", "none"]
@@ -70,9 +71,11 @@ class Encoder(nn.Module):
         for stage in (net.layer1, net.layer2, net.layer3, net.layer4):
             x = stage(x)
             stages.append(x)
-        pooled = net.avgpool(x).flatten(1)
         s1, s2, s3, s4 = stages
-        return Features(self.head(pooled), (s1, s2, s3, s4))
+        # A fresh encoder gives all images nearly the same embedding. What tells them apart is then below bfloat16's
+        # resolution, so that pooling and head, which cost next to nothing, are left to float32.
+        with no_autocast(x):
+            return Features(self.head(wide(x).mean(dim=(2, 3))), (s1, s2, s3, s4))
 
 
 def _backbone(arch: str, zero_init_residual: bool) -> torchvision.models.ResNet:

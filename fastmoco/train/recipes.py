@@ -67,14 +67,18 @@ def mocov2(data: Path, out: Path) -> Config:
 
 
 def small(full: Callable[[Path, Path], Config], data: Path, out: Path) -> Config:
-    """The recipe `full` for thousands of images: a queue and a momentum that turn over within a few epochs."""
+    """The recipe `full` for thousands of images: a queue and a momentum that turn over within a few epochs.
+
+    Without the warm-up, such a queue can be told from its positives by its age alone: all embeddings drift together,
+    the loss falls, and the images are not told apart.
+    """
     config = full(data, out)
     return replace(
         config,
         recipe=config.recipe + "-small",
         model=replace(config.model, head="mlp"),
         loss=replace(config.loss, queue_size=1024, temperature=0.2, ema=0.99),
-        optim=replace(config.optim, batch_size=64, lr=0.06, schedule="cosine", epochs=60),
+        optim=replace(config.optim, batch_size=64, lr=0.06, schedule="cosine", warmup_epochs=5.0, epochs=60),
     )
 
 
