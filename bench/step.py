@@ -49,7 +49,7 @@ class StepArgs:
     device: str = "cpu"
     """Device to run on."""
     out: Path | None = None
-    """File for the rows as JSON."""
+    """Markdown file to write; the whole rows are put beside it as JSON."""
 
 
 def build(args: StepArgs, precision: Literal["bf16", "fp32"], channels_last: bool) -> Trainer:
@@ -119,7 +119,13 @@ def main(args: StepArgs) -> int:
         )
     console.print(table)
     if args.out is not None:
-        save(rows, args.out)
+        save(
+            rows,
+            args.out,
+            title=f"One training step: {args.arch}, {args.size} px, batch {args.batch_size}, {args.recipe}",
+            command="python -m bench.step",
+            columns=["implementation", "p20_ms", "p50_ms", "p80_ms", "pairs_per_s", "ratio", "loss_error"],
+        )
     return 0
 
 

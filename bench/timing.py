@@ -50,10 +50,17 @@ def environment() -> dict[str, Any]:
     }
 
 
-def save(rows: list[dict[str, Any]], path: Path) -> None:
-    """Write `rows` as a JSON list."""
+def save(rows: list[dict[str, Any]], path: Path, *, title: str, command: str, columns: list[str]) -> None:
+    """Write `rows` as Markdown to `path` (.md), showing `columns`, and whole as a JSON list beside it."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_text(path, json.dumps(rows, indent=1) + "\n")
+    write_text(path.with_suffix(".json"), json.dumps(rows, indent=1) + "\n")
+    lines = [f"# {title}", "", f"Written by `{command}`.", "", "| " + " | ".join(columns) + " |"]
+    lines.append("|" + "---|" * len(columns))
+    for row in rows:
+        cells = [f"{row[name]:.3g}" if isinstance(row[name], float) else str(row[name]) for name in columns]
+        lines.append("| " + " | ".join(cells) + " |")
+    where = ", ".join(f"{name} {value}" for name, value in environment().items())
+    write_text(path, "\n".join([*lines, "", f"Medians of interleaved steps. Ran on: {where}.", ""]))
 
 
 def _processor() -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -61,7 +62,9 @@ class MetricsFile:
     def write(self, rows: Sequence[Row]) -> None:
         """Append `rows`."""
         for row in rows:
-            self._stream.write(json.dumps(row) + "\n")
+            # JSON knows no NaN or infinity: null stands for both.
+            finite = {name: value if math.isfinite(value) else None for name, value in row.items()}
+            self._stream.write(json.dumps(finite) + "\n")
         self._stream.flush()
 
     def sync(self) -> None:

@@ -117,14 +117,17 @@ class _Run:
             self.trainer.restore(saved)
             start = saved.step
         self._describe(start)
-        self.metrics = MetricsFile(self.out / "metrics.jsonl", resume_at=start)
-        self.board = _tensorboard(self.out / "tensorboard", start)
         try:
-            self._steps(start)
-        finally:
-            self.metrics.close()
-            self.board.close()
-            draw_curves(read_rows(self.out / "metrics.jsonl"), self.out / "curves.png")
+            self.metrics = MetricsFile(self.out / "metrics.jsonl", resume_at=start)
+            self.board = _tensorboard(self.out / "tensorboard", start)
+            try:
+                self._steps(start)
+            finally:
+                self.metrics.close()
+                self.board.close()
+                draw_curves(read_rows(self.out / "metrics.jsonl"), self.out / "curves.png")
+        except OSError as error:
+            raise UserError(f"--out {self.out} could not be written: {error}; {self.store.last_good()}") from error
         save_encoder(self.out / EXPORTED, self.trainer.module.query, to_json(self.config))
         return self.out
 
@@ -143,24 +146,26 @@ class _Run:
         progress = ProgressLine(done=start, total=total, parts=trainer.module.loss_names)
         with StopRequest() as stop, contextlib.closing(loader), progress:
             self.progress = progress
-            clock = _Clock(start)
+            clock = _Clock()
             batches = clock.timing(loader)
             for step in range(start, total):
                 trainer.step(islice(batches, accumulate), self._lr(step))
                 done = step + 1
                 progress.advance(done)
                 knn = self._knn_due(step)
-                save = done % config.run.checkpoint_every == 0 or done == total or stop.signal is not None
+                # Read once: a signal may come between any two lines.
+                asked = stop.signal
+                save = done % config.run.checkpoint_every == 0 or done == total or asked is not None
                 if save or knn or done % config.run.log_every == 0:
                     rows = self._rows(done, clock)
                     if knn:
                         rows[-1] |= self._knn()
                     self._write(rows)
-                    clock.restart(done)
+                    clock.restart()
                 if save:
                     path = self._save(done)
-                if stop.signal is not None and done < total:
-                    raise Stopped(f"stopped at step {done} of {total}; saved {path}; go on with --resume", stop.signal)
+                    if asked is not None and done < total:
+                        raise Stopped(f"stopped at step {done} of {total}; saved {path}; go on with --resume", asked)
 
     def _lr(self, step: int) -> float:
         optim = self.config.optim
@@ -250,10 +255,11 @@ class _Run:
 class _Clock:
     """Wall time between logging steps, and the share of it spent waiting for the loader."""
 
-    def __init__(self, step: int) -> None:
-        self.restart(step)
+    def __init__(self) -> None:
+        self.restart()
 
-    def restart(self, step: int) -> None:
+    def restart(self) -> None:
+        """Begin a new interval."""
         self._since, self._waited = time.perf_counter(), 0.0
 
     def timing(self, loader: Any) -> Any:
@@ -269,6 +275,7 @@ class _Clock:
             yield batch
 
     def read(self, images: int) -> Row:
+        """Speed and waiting of the interval, in which `images` images were trained on."""
         elapsed = time.perf_counter() - self._since
         return {"pairs_per_s": images / elapsed, "data_wait": self._waited / elapsed}
 

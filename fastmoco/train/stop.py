@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import signal
+import threading
 from types import FrameType, TracebackType
 
 
 class StopRequest:
-    """While entered, the first SIGINT or SIGTERM is remembered in `signal`; a second SIGINT interrupts at once."""
+    """While entered, the first SIGINT or SIGTERM is remembered in `signal`; a second SIGINT interrupts at once.
+
+    Outside the main thread, where Python handles no signals, it does nothing.
+    """
 
     def __init__(self) -> None:
         self.signal: int | None = None
         self._before: dict[int, object] = {}
 
     def __enter__(self) -> StopRequest:
+        if threading.current_thread() is not threading.main_thread():
+            return self
         for number in (signal.SIGINT, signal.SIGTERM):
             self._before[number] = signal.signal(number, self._handle)
         return self
