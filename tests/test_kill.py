@@ -101,7 +101,9 @@ def kill_at(process: subprocess.Popen[str], out: Path, step: int, delay: float) 
 @pytest.mark.parametrize(
     "loader", ["torchvision", pytest.param("dali", marks=pytest.mark.skipif(not dali_installed(), reason="no DALI"))]
 )
-def test_ten_kills_change_nothing(images: Path, tmp_path: Path, loader: str) -> None:
+def test_ten_kills_change_nothing(
+    images: Path, tmp_path: Path, loader: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Kill -9 at random moments, some while a checkpoint is written; the end is an uninterrupted run's, bit for bit."""
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     run(command(images, whole, loader), tmp_path)
@@ -122,7 +124,8 @@ def test_ten_kills_change_nothing(images: Path, tmp_path: Path, loader: str) -> 
         log.append(f"{turn}: resumed at {done}, killed at {rows(broken)} or later, half-written files {leftovers}")
         if turn == "write":
             assert leftovers, "killed after the rename, not during the write"
-    print("\n".join(log))
+    with capsys.disabled():
+        print(f"\nkills with {loader}:", *log, sep="\n  ")
     assert last_checkpoint(broken) < STEPS
     run(command(images, broken, loader), tmp_path)
     expected, actual = (load_file(out / "checkpoints" / f"step-{STEPS:09d}.safetensors") for out in (whole, broken))

@@ -118,6 +118,8 @@ def torchvision_batches(
 
 
 def _start_worker(_: int) -> None:
-    # Ctrl-C reaches the whole process group; the trainer alone answers it, and stops the workers when it is done.
+    # Ctrl-C, and the SIGTERM of a cluster, reach the whole process group; the trainer alone answers them, and stops
+    # the workers when it is done.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     torch.set_num_threads(1)

@@ -86,6 +86,8 @@ def pretrain(config: Config) -> Path:
         loader_kind = "dali" if dali_installed() else "torchvision"
     manifest = _manifest(config, loader_kind)
     precision = default_precision(device.type) if config.run.precision == "auto" else config.run.precision
+    # torch seeds each process at random.
+    torch.manual_seed(config.run.seed)
     trainer = Trainer(config, precision=precision, device=device)
     return _Run(config, store, manifest, trainer, loader_kind).go(saved)
 
