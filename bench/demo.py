@@ -10,7 +10,7 @@ import tyro
 
 from bench.study import score_side_by_side
 from fastmoco.data.synthetic import draw_tissue
-from fastmoco.demo import DATA_SEED, DemoArgs, demo_config
+from fastmoco.demo import DATA_SEED, DemoArgs, data_folder, demo_config
 from fastmoco.models.encoder import Encoder
 from fastmoco.models.weights import load_encoder
 from fastmoco.train.pretrain import pretrain
@@ -33,13 +33,13 @@ def main(args: DemoSeedsArgs) -> int:
     encoders: dict[str, Encoder] = {}
     for seed in args.seeds:
         demo = DemoArgs(out=args.runs, seed=seed)
-        draw_tissue(demo.out / "data", images=demo.images, seed=DATA_SEED)
+        draw_tissue(data_folder(demo), images=demo.images, seed=DATA_SEED)
         encoders[f"random, seed {seed}"] = Encoder("resnet18", seed=seed)
         encoders[f"pretrained, seed {seed}"] = load_encoder(pretrain(demo_config(demo)))
     score_side_by_side(
         encoders,
-        args.runs / "data" / "images",
-        args.runs / "data" / "labels.csv",
+        data_folder(demo) / "images",
+        data_folder(demo) / "labels.csv",
         "label",
         title="The demo with three training seeds",
         command="python -m bench.demo",

@@ -57,7 +57,7 @@ def main(args: IdcArgs) -> int:
         labels,
         "idc",
         title="Breast histology (IDC): three methods, stage by stage",
-        command=f"python -m bench.idc --epochs {args.epochs} --seed {args.seed}",
+        command=f"FASTMOCO_TEST_DATA=... python -m bench.idc --epochs {args.epochs} --seed {args.seed}",
         out=args.out,
     )
     return 0

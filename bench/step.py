@@ -123,7 +123,8 @@ def main(args: StepArgs) -> int:
             rows,
             args.out,
             title=f"One training step: {args.arch}, {args.size} px, batch {args.batch_size}, {args.recipe}",
-            command="python -m bench.step",
+            command=f"python -m bench.step --recipe {args.recipe} --arch {args.arch} --size {args.size} "
+            f"--batch-size {args.batch_size} --rounds {args.rounds}",
             columns=["implementation", "p20_ms", "p50_ms", "p80_ms", "pairs_per_s", "ratio", "loss_error"],
         )
     return 0

@@ -83,12 +83,12 @@ def evaluate(args: list[str]) -> int:
 
 def export(args: list[str]) -> int:
     """Write a run's query encoder as safetensors in torchvision's key layout."""
-    from fastmoco.models.weights import EXPORTED, load_encoder, save_encoder
+    from fastmoco.models.weights import EXPORTED, load_encoder, run_folder, save_encoder
 
     options = tyro.cli(ExportArgs, prog="fastmoco export", args=args)
     encoder = load_encoder(options.run)
-    out = options.out or (options.run if options.run.is_dir() else options.run.parent) / EXPORTED
-    save_encoder(out, encoder, {"views": {"size": encoder.image_size, "resize": encoder.resize}})
+    out = options.out or run_folder(options.run) / EXPORTED
+    save_encoder(out, encoder, encoder.config)
     print(f"{out}: {encoder.arch}, loads into torchvision.models.{encoder.arch} with fc = Identity()")
     return 0
 

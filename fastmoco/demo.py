@@ -30,14 +30,19 @@ class DemoArgs:
     """Seed of the pretraining; the patches are always the same."""
 
 
+def data_folder(args: DemoArgs) -> Path:
+    """Where the demo's patches lie."""
+    return args.out / f"tissue-{args.images}"
+
+
 def demo_config(args: DemoArgs) -> Config:
     """The small-data histology recipe with MSE stage losses, for a ResNet-18 at 64 pixels."""
-    config = recipes.find("histology-mse-small")(args.out / "data" / "images", args.out / f"run-seed{args.seed}")
+    # Another number of images or epochs is another run.
+    run = args.out / f"{args.images}-images-{args.epochs}-epochs-seed-{args.seed}"
+    config = recipes.find("histology-mse-small")(data_folder(args) / "images", run)
     return replace(
         config,
-        data=replace(
-            config.data, labels=args.out / "data" / "labels.csv", label=("label",), split="train"
-        ),
+        data=replace(config.data, labels=data_folder(args) / "labels.csv", label=("label",), split="train"),
         run=replace(config.run, seed=args.seed, resume=True, log_every=20, checkpoint_every=200),
         views=replace(config.views, size=64),
         model=replace(config.model, arch="resnet18"),
@@ -48,7 +53,7 @@ def demo_config(args: DemoArgs) -> Config:
 def run_demo(args: DemoArgs) -> int:
     """Draw, pretrain (or go on with an interrupted pretraining), evaluate, and print what to look at."""
     began = time.monotonic()
-    draw_tissue(args.out / "data", images=args.images, seed=DATA_SEED)
+    draw_tissue(data_folder(args), images=args.images, seed=DATA_SEED)
     config = demo_config(args)
     run = pretrain(config)
     status = evaluate_command(

@@ -118,7 +118,7 @@ def test_ten_kills_change_nothing(
             if turn == "write":
                 assert kill_while_writing(process, broken, done), process.communicate()[0]
             else:
-                target = max(done + 1, 1 + number * (STEPS - 6) // KILLS + rng.randrange(5))
+                target = max(done + 1, 1 + number * (STEPS - 20) // KILLS + rng.randrange(4))
                 kill_at(process, broken, target, rng.random() * 0.2)
         leftovers = len(list((broken / "checkpoints").glob(".step-*")))
         log.append(f"{turn}: resumed at {done}, killed at {rows(broken)} or later, half-written files {leftovers}")

@@ -11,9 +11,12 @@ import pytest
 from PIL import Image
 
 from fastmoco.data import verify
+from fastmoco.data.dali import dali_installed
 from fastmoco.data.decode import decode_rgb
 from fastmoco.data.manifest import load_manifest
 from fastmoco.errors import UserError
+
+NEEDS_DALI = pytest.mark.skipif(not dali_installed(), reason="no DALI here")
 
 
 def picture(path: Path, width: int = 12, height: int = 9, value: int = 100) -> Path:
@@ -145,3 +148,52 @@ def test_exif_rotation_is_applied(tmp_path: Path) -> None:
     image.save(tmp_path / "x.jpg", exif=exif)
     assert decode_rgb(tmp_path / "x.jpg").shape == (12, 9, 3)
     assert load_manifest(tmp_path, progress=False).sizes.tolist() == [[12, 9]]
+
+
+def test_a_file_listed_twice_is_refused(tmp_path: Path) -> None:
+    picture(tmp_path / "a.png")
+    rows = table(tmp_path / "l.csv", [{"file": "a.png"}, {"file": "./a.png"}])
+    with pytest.raises(UserError, match="more than once"):
+        load_manifest(tmp_path, rows, progress=False)
+
+
+def test_links_in_circles_and_links_to_nothing(tmp_path: Path) -> None:
+    picture(tmp_path / "set" / "a.png")
+    (tmp_path / "set" / "self").symlink_to(tmp_path / "set")
+    (tmp_path / "set" / "gone.png").symlink_to(tmp_path / "nowhere")
+    found = load_manifest(tmp_path / "set", progress=False)
+    assert found.files == ["a.png"]
+    assert [item.file for item in found.skipped] == ["gone.png"]
+
+
+def test_what_may_pass_is_not_remembered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    picture(tmp_path / "set" / "a.png")
+    picture(tmp_path / "set" / "b.png")
+
+    def flaky(path: Path) -> np.ndarray:
+        if path.name == "b.png":
+            raise OSError(5, "Input/output error")
+        return decode_rgb(path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(verify, "decode_rgb", flaky)
+        assert load_manifest(tmp_path / "set", progress=False).files == ["a.png"]
+    assert load_manifest(tmp_path / "set", progress=False).files == ["a.png", "b.png"]
+
+
+@pytest.mark.parametrize("decoder", ["pillow", pytest.param("dali", marks=NEEDS_DALI)])
+def test_names_that_are_not_utf8(tmp_path: Path, decoder: str) -> None:
+    good = picture(tmp_path / "set" / "a.png")
+    os.rename(good, os.fsencode(tmp_path / "set") + b"/caf\xe9.png")
+    found = load_manifest(tmp_path / "set", decoder=decoder, progress=False)
+    assert len(found) == 1
+    assert found.decode(0).shape == (9, 12, 3)
+
+
+def test_words_that_parse_as_odd_numbers_are_words(tmp_path: Path) -> None:
+    rows = []
+    for i, value in enumerate(["nan", "2", "inf", "10", "b"]):
+        picture(tmp_path / f"{i}.png")
+        rows.append({"file": f"{i}.png", "y": value})
+    found = load_manifest(tmp_path, table(tmp_path / "l.csv", rows), label=["y"], progress=False)
+    assert found.class_names["y"] == ["2", "10", "b", "inf", "nan"]

@@ -225,3 +225,42 @@ def test_bad_files_are_left_out_and_listed(tmp_path: Path, capsys: pytest.Captur
     pretrain(small_config(images, tmp_path / "run", steps=2))
     assert "left out 1 files" in capsys.readouterr().out
     assert (tmp_path / "run" / "skipped.txt").read_text().startswith("000.jpg: ")
+
+
+def test_the_stored_configuration_says_what_ran(images: Path, tmp_path: Path) -> None:
+    pretrain(small_config(images, tmp_path / "run", steps=1, loader="auto", precision="auto"))
+    stored = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert stored["data"]["loader"] == ("dali" if dali_installed() else "torchvision")
+    assert stored["run"]["precision"] in ("bf16", "fp32")
+    assert stored["run"]["device"].startswith(("cpu", "cuda"))
+
+
+def test_a_refused_resume_changes_nothing(images: Path, tmp_path: Path) -> None:
+    config = small_config(images, tmp_path / "run", steps=2)
+    pretrain(config)
+    before = (tmp_path / "run" / "config.json").read_text()
+    other = draw_images(tmp_path / "other", 10)
+    with pytest.raises(UserError, match="not those that the run"):
+        pretrain(resumed(dataclasses.replace(config, data=dataclasses.replace(config.data, data=other))))
+    assert (tmp_path / "run" / "config.json").read_text() == before
+
+
+def test_resuming_does_not_need_the_weights_it_began_with(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pretrain(small_config(images, tmp_path / "a", steps=1))
+    config = small_config(images, tmp_path / "b", init=str(tmp_path / "a"))
+    with monkeypatch.context() as patch:
+        stop_after(2, patch)
+        with pytest.raises(Stopped):
+            pretrain(config)
+    (tmp_path / "a").rename(tmp_path / "moved")
+    pretrain(resumed(config))
+    assert len(loss_columns(tmp_path / "b")) == 6
+
+
+def test_a_batch_of_one_is_refused_before_training(images: Path, tmp_path: Path) -> None:
+    # 24 images in batches of 23 leave one.
+    config = small_config(images, tmp_path / "run", method="barlow", batch_size=23, queue_size=30, drop_last=False)
+    with pytest.raises(UserError, match="leave a batch of 1"):
+        pretrain(config)

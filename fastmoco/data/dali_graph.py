@@ -8,6 +8,7 @@ on a DALI value picks the samples of the batch that take the branch.
 from __future__ import annotations
 
 import math as pymath
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -147,4 +148,4 @@ def decoded_sizes(paths: Sequence[Path]) -> list[tuple[int, int]]:
 
 def path_bytes(paths: Sequence[Path]) -> list[np.ndarray]:
     """The paths as the uint8 arrays that DALI's file reader takes."""
-    return [np.frombuffer(str(path).encode(), dtype=np.uint8) for path in paths]
+    return [np.frombuffer(os.fsencode(path), dtype=np.uint8) for path in paths]

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import csv
+import math
 import os
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 
-from fastmoco.data.decode import IMAGE_SUFFIXES
+from fastmoco.data.decode import IMAGE_SUFFIXES, decode_rgb
 from fastmoco.data.verify import Skipped, verify_files
 from fastmoco.errors import UserError
 
@@ -41,6 +43,17 @@ class Manifest:
     def path(self, index: int) -> Path:
         """Where image `index` lies."""
         return self.root / self.files[index]
+
+    def decode(self, index: int) -> np.ndarray:
+        """Image `index` as (H, W, 3) uint8. Raises UserError naming the file where it is not what it was."""
+        path = self.path(index)
+        try:
+            image = decode_rgb(path)
+        except Exception as error:  # Pillow's decoders raise nearly anything on damaged files
+            raise UserError(f"{path}: cannot be decoded ({error}); was it changed since it was checked?") from error
+        if image.shape[:2] != tuple(self.sizes[index]):
+            raise UserError(f"{path}: its size is not what it was when it was checked; start again")
+        return image
 
     def select(self, chosen: np.ndarray) -> Manifest:
         """The manifest of some of the images, given as a mask or as indices."""
@@ -81,8 +94,8 @@ def load_manifest(
 
     The CSV's `file_column` holds paths relative to `data`; each name in `label` becomes a label column;
     `patient_column` and `split_column` are used where the file has them. Without a CSV, images in sub-folders are
-    labelled by the first folder of their path, under the name "folder". Files that `decoder` cannot decode are
-    left out and listed in `skipped`.
+    labelled by the first folder of their path, under the name "folder", unless some lie outside every sub-folder.
+    Files that `decoder` cannot decode are left out and listed in `skipped`.
 
     Raises UserError for a missing folder, an empty one, a missing column, or a listed file that is not there.
     """
@@ -105,6 +118,12 @@ def load_manifest(
         columns = {name: table[name] for name in label}
         patients = table.get(patient_column)
         splits = table.get(split_column)
+        repeated = [name for name, count in Counter(os.path.normpath(name) for name in files).items() if count > 1]
+        if repeated:
+            raise UserError(
+                f"{labels}: {len(repeated)} files are listed more than once, the first is {repeated[0]!r}; give each "
+                "image one row, or the same picture may be trained on and tested"
+            )
         absent = [name for name in files if not (data / name).is_file()]
         if absent:
             raise UserError(
@@ -135,7 +154,17 @@ def load_manifest(
 def _scan(folder: Path) -> list[str]:
     """Relative paths of the image files below `folder`, sorted, so that the order is the same everywhere."""
     found: list[str] = []
-    for base, folders, names in os.walk(folder, followlinks=True):
+    visited: set[str] = set()
+
+    def refuse(error: OSError) -> None:
+        raise UserError(f"--data {folder}: {error.filename} cannot be listed: {error.strerror}") from error
+
+    for base, folders, names in os.walk(folder, followlinks=True, onerror=refuse):
+        # Links may lead in circles.
+        if (real := os.path.realpath(base)) in visited:
+            folders.clear()
+            continue
+        visited.add(real)
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         here = Path(base).relative_to(folder).as_posix()
         prefix = "" if here == "." else here + "/"
@@ -181,7 +210,6 @@ def _encode(name: str, values: list[str]) -> tuple[np.ndarray, list[str]]:
 
 def _is_number(text: str) -> bool:
     try:
-        float(text)
+        return math.isfinite(float(text))
     except ValueError:
         return False
-    return True

@@ -10,7 +10,6 @@ import torch
 import torchvision.transforms.v2.functional as F
 from torch.utils.data import DataLoader, Dataset
 
-from fastmoco.data.decode import decode_rgb
 from fastmoco.data.draws import BRIGHTNESS, CONTRAST, SATURATION, Draws, draw
 from fastmoco.data.manifest import Manifest
 from fastmoco.data.order import Order
@@ -77,20 +76,10 @@ class _Batches(Dataset[tuple[torch.Tensor, torch.Tensor, torch.Tensor] | UserErr
         shape = (len(indices), self.views.size, self.views.size, 3)
         q, k = torch.empty(shape, dtype=torch.float16), torch.empty(shape, dtype=torch.float16)
         for i, index in enumerate(indices):
-            image = self._decode(int(index))
+            image = self.manifest.decode(int(index))
             for batch, made in zip((q, k), draws, strict=True):
                 batch[i].copy_(make_view(image, self.views, made, i).permute(1, 2, 0))
         return q, k, torch.from_numpy(indices)
-
-    def _decode(self, index: int) -> np.ndarray:
-        path = self.manifest.path(index)
-        try:
-            image = decode_rgb(path)
-        except (OSError, ValueError, SyntaxError) as error:
-            raise UserError(f"{path}: cannot be decoded ({error}); was it changed since the run began?") from error
-        if image.shape[:2] != tuple(self.manifest.sizes[index]):
-            raise UserError(f"{path}: its size is not what it was when the run began; start the run again")
-        return image
 
 
 def torchvision_batches(

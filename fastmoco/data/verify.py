@@ -11,17 +11,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from fastmoco.atomic import write_text
 from fastmoco.data.decode import decode_rgb
 
-# What Pillow raises for damaged files, beyond OSError: SyntaxError (broken PNG), ValueError, and its own error for
-# images so large that they look like an attack.
-_DECODE_ERRORS = (
-    OSError, ValueError, SyntaxError, EOFError, OverflowError, MemoryError, Image.DecompressionBombError
-)  # fmt: skip
+# What cannot be helped by waiting: anything else (permissions, a network file system's hiccup) is not remembered.
+_SAVE_EVERY = 10_000
+_PASSING = "unreadable just now: "
 
 
 @dataclass(frozen=True)
@@ -44,19 +41,22 @@ def verify_files(
     of those. Answers are cached for each (path, size, modification time, decoder) in the user's cache folder.
     """
     cache = _Cache(root, decoder)
-    stamps = [_stamp(root / name) for name in files]
+    stamps = {name: _stamp(root / name) for name in files}
     found: dict[str, tuple[int, int] | str] = {}
     unknown = []
-    for name, stamp in zip(files, stamps, strict=True):
+    for name, stamp in stamps.items():
         known = cache.get(name, stamp)
         if known is None:
             unknown.append(name)
         else:
             found[name] = known
-    if unknown:
-        found.update(_check(root, unknown, decoder, workers, progress))
-        for name, stamp in zip(files, stamps, strict=True):
-            cache.put(name, stamp, found[name])
+    for first in range(0, len(unknown), _SAVE_EVERY):
+        some = unknown[first : first + _SAVE_EVERY]
+        checked = _check(root, some, decoder, workers, progress)
+        found |= checked
+        for name, outcome in checked.items():
+            if not (isinstance(outcome, str) and outcome.startswith(_PASSING)):
+                cache.put(name, stamps[name], outcome)
         cache.save()
     sizes = np.zeros((len(files), 2), dtype=np.int32)
     skipped = []
@@ -99,13 +99,18 @@ def _check(
 def _pillow_size(path: Path) -> tuple[int, int] | str:
     try:
         height, width = decode_rgb(path).shape[:2]
-    except _DECODE_ERRORS as error:
-        return f"{type(error).__name__}: {error}".splitlines()[0]
+    except Exception as error:  # Pillow's decoders raise nearly anything on damaged files
+        passing = isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno is not None)
+        return f"{_PASSING if passing else ''}{type(error).__name__}: {error}".splitlines()[0]
     return height, width
 
 
 def _stamp(path: Path) -> tuple[int, int]:
-    stat = path.stat()
+    try:
+        stat = path.stat()
+    except OSError:
+        # A dangling link, say: decoding will tell why.
+        return 0, 0
     return stat.st_size, stat.st_mtime_ns
 
 

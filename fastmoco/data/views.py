@@ -45,22 +45,23 @@ class ViewConfig:
 
     def __post_init__(self) -> None:
         if self.size < 8:
-            raise UserError(f"size: a view must have at least 8 pixels a side, not {self.size}")
+            raise UserError(f"--size: a view must have at least 8 pixels a side, not {self.size}")
         if self.resize is None and self.crop_scale is None:
-            raise UserError("resize and crop_scale are both off, so views would differ in size: set one of them")
+            raise UserError("--resize and --crop-scale are both off, so views would differ in size: set one of them")
         if self.resize is not None and not 1.0 <= self.resize < math.inf:
-            raise UserError(f"resize: must be at least 1 for a {self.size} pixel view to be cut, not {self.resize}")
+            raise UserError(f"--resize: must be at least 1 for a {self.size} pixel view to be cut, not {self.resize}")
         if self.crop_scale is not None and not 0.0 < self.crop_scale[0] <= self.crop_scale[1] <= 1.0:
-            raise UserError(f"crop_scale: needs 0 < least <= greatest <= 1, not {self.crop_scale}")
+            raise UserError(f"--crop-scale: needs 0 < least <= greatest <= 1, not {self.crop_scale}")
         if not all(0.0 <= strength < math.inf for strength in self.jitter) or self.jitter[3] > 0.5:
-            raise UserError(f"jitter: strengths must be at least 0, and hue at most 0.5, not {self.jitter}")
+            raise UserError(f"--jitter: strengths must be at least 0, and hue at most 0.5, not {self.jitter}")
         for name in ("jitter_p", "gray_p", "blur_p", "flip_p"):
             if not 0.0 <= getattr(self, name) <= 1.0:
-                raise UserError(f"{name}: a probability lies between 0 and 1, not {getattr(self, name)}")
+                option = name.replace("_", "-")
+                raise UserError(f"--{option}: a probability lies between 0 and 1, not {getattr(self, name)}")
         if not 0.0 < self.blur_sigma[0] <= self.blur_sigma[1] < math.inf:
-            raise UserError(f"blur_sigma: needs 0 < least <= greatest, not {self.blur_sigma}")
+            raise UserError(f"--blur-sigma: needs 0 < least <= greatest, not {self.blur_sigma}")
         if not 0.0 <= self.rotation <= 180.0:
-            raise UserError(f"rotation: needs 0 to 180 degrees, not {self.rotation}")
+            raise UserError(f"--rotation: needs 0 to 180 degrees, not {self.rotation}")
 
     @property
     def blur_kernel(self) -> int:

@@ -9,7 +9,6 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 from PIL import Image
 
-from fastmoco.data.decode import decode_rgb
 from fastmoco.data.manifest import Manifest
 
 
@@ -40,5 +39,5 @@ def gray_pixels(manifest: Manifest, *, side: int = 16, workers: int = 0) -> np.n
 
 def _each(manifest: Manifest, function: Callable[[np.ndarray], np.ndarray], workers: int) -> np.ndarray:
     with ThreadPoolExecutor(workers or os.cpu_count() or 1) as pool:
-        rows = pool.map(lambda i: function(decode_rgb(manifest.path(i))), range(len(manifest)))
+        rows = pool.map(lambda i: function(manifest.decode(i)), range(len(manifest)))
         return np.stack(list(rows)).astype(np.float32)

@@ -13,7 +13,6 @@ from torch.nn.functional import normalize
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms.v2 import functional as F
 
-from fastmoco.data.decode import decode_rgb
 from fastmoco.data.manifest import Manifest
 from fastmoco.errors import UserError
 from fastmoco.models.encoder import Encoder
@@ -41,7 +40,7 @@ class _Images(Dataset[Tensor]):
         return len(self.manifest)
 
     def __getitem__(self, index: int) -> Tensor:
-        return evaluation_image(decode_rgb(self.manifest.path(index)), size=self.size, resize=self.resize)
+        return evaluation_image(self.manifest.decode(index), size=self.size, resize=self.resize)
 
 
 def extract(

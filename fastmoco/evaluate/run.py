@@ -12,6 +12,7 @@ import tyro
 from rich.console import Console
 
 from fastmoco.data.manifest import Manifest, load_manifest
+from fastmoco.device import find_device
 from fastmoco.errors import UserError
 from fastmoco.evaluate.baselines import colour_statistics, gray_pixels
 from fastmoco.evaluate.features import extract
@@ -19,7 +20,7 @@ from fastmoco.evaluate.protocol import evaluate_features
 from fastmoco.evaluate.report import Result, print_result, write_results
 from fastmoco.evaluate.splits import make_splits
 from fastmoco.models.encoder import Encoder
-from fastmoco.models.weights import CHECKPOINTS, load_encoder
+from fastmoco.models.weights import load_encoder, run_folder
 from fastmoco.precision import Precision
 
 FeatureSets = dict[str, dict[str, np.ndarray]]
@@ -146,6 +147,7 @@ def collect_features(
 
 def evaluate_command(args: EvaluateArgs) -> int:
     """Print a table for each label and write the results. Returns the exit status, 0; raises UserError."""
+    device = find_device(args.device)
     encoder = load_encoder(args.run)
     size = args.size or encoder.image_size
     if size is None:
@@ -177,7 +179,7 @@ def evaluate_command(args: EvaluateArgs) -> int:
         baselines=args.baselines,
         batch_size=args.batch_size,
         workers=args.workers,
-        device=_device(args.device),
+        device=device,
         precision=args.precision,
     )
     console = Console()
@@ -199,8 +201,7 @@ def default_folder(run: Path) -> Path:
     """Where results go unless told: "evaluation" in the run folder, with a sub-folder for a single file."""
     if run.is_dir():
         return run / "evaluation"
-    folder = run.parent.parent if run.parent.name == CHECKPOINTS else run.parent
-    return folder / "evaluation" / run.stem
+    return run_folder(run) / "evaluation" / run.stem
 
 
 def _describe_input(size: int, resize: float) -> str:
@@ -209,15 +210,3 @@ def _describe_input(size: int, resize: float) -> str:
         f"Encoders see {size}x{size} pixels, the centre of the image after its shorter side is resized to "
         f"{round(resize * size)}."
     )
-
-
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise UserError(f"--device {name}: {str(error).splitlines()[0]}") from error
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise UserError(f"--device {name}: no usable GPU here; use --device cpu")
-    return device

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple, cast
+from typing import Any, Literal, NamedTuple, cast
 
 import torch
 import torchvision
@@ -32,9 +32,11 @@ class Encoder(nn.Module):
     `head` is "linear" (features -> dim), "mlp" (features -> features -> dim, ReLU between, as in MoCo v2) or "none"
     (the pooled stage-4 feature itself). `zero_init_residual` starts the last BatchNorm of each block at 0, so that
     each block starts as the identity. With `seed` the weights are drawn from that seed alone, and the global
-    random state is left as it was. `image_size` and `resize` say what images it was trained on, where known.
+    random state is left as it was. `config` is that of the run it was trained in, `image_size` and `resize` say
+    what images it was trained on, where known.
     """
 
+    config: dict[str, Any]
     image_size: int | None = None
     resize: float | None = None
 
@@ -48,6 +50,7 @@ class Encoder(nn.Module):
         seed: int | None = None,
     ) -> None:
         super().__init__()
+        self.config = {}
         self.arch = arch
         with torch.random.fork_rng(devices=[], enabled=seed is not None):
             if seed is not None:

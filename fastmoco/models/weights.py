@@ -53,6 +53,7 @@ def load_encoder(path: str | Path) -> Encoder:
         state = torchvision_layout(state, file)
         encoder = Encoder(infer_arch(state, file))
         _load(encoder.backbone, state, file)
+    encoder.config = config
     encoder.image_size = config.get("views", {}).get("size")
     encoder.resize = config.get("views", {}).get("resize")
     return encoder.eval()
@@ -60,6 +61,8 @@ def load_encoder(path: str | Path) -> Encoder:
 
 def save_encoder(path: Path, encoder: Encoder, config: dict[str, Any]) -> None:
     """Write the backbone of `encoder` to `path` as safetensors in torchvision's key layout, without `fc`.
+
+    `config`, of the run it comes from, goes into the header.
 
     Raises UserError where the file cannot be written; `path` is then as it was.
     """
@@ -77,7 +80,7 @@ def initial_backbone(init: str, arch: str) -> dict[str, Tensor]:
         weights = torchvision.models.get_model_weights(arch).DEFAULT
         try:
             state = weights.get_state_dict(progress=True, check_hash=True, weights_only=True)
-        except (URLError, OSError) as error:
+        except (URLError, OSError, RuntimeError) as error:
             raise UserError(
                 f"--init torchvision: {weights.url} cannot be downloaded ({error}); fetch it elsewhere and "
                 "give the file to --init"
@@ -142,6 +145,13 @@ def torchvision_layout(state: dict[str, Tensor], file: Path) -> dict[str, Tensor
     if "conv1.weight" not in kept:
         raise UserError(f"{file}: no conv1.weight in it; the keys must be those of a torchvision ResNet")
     return kept
+
+
+def run_folder(path: Path) -> Path:
+    """The run that `path`, a run folder, a checkpoint or an exported encoder, belongs to."""
+    if path.is_dir():
+        return path
+    return path.parent.parent if path.parent.name == CHECKPOINTS else path.parent
 
 
 def _locate(path: Path) -> Path:

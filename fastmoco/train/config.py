@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -37,6 +38,10 @@ class DataConfig:
     workers: int = 2
     """Decoding threads (DALI) or processes (torchvision); they do not change what is loaded."""
 
+    def __post_init__(self) -> None:
+        if self.workers < 0:
+            raise UserError(f"--workers must be 0 or more, not {self.workers}")
+
 
 @dataclass(kw_only=True, slots=True)
 class ModelConfig:
@@ -53,6 +58,11 @@ class ModelConfig:
     init: str | None = None
     """Starting weights of the backbone: "torchvision" (ImageNet), or a run folder, checkpoint, .safetensors or .pth
     file; random if not given."""
+
+
+    def __post_init__(self) -> None:
+        if self.dim < 1:
+            raise UserError(f"--dim must be at least 1, not {self.dim}")
 
 
 @dataclass(kw_only=True, slots=True)
@@ -89,6 +99,8 @@ class LossConfig:
             raise UserError(f"--stages must be different numbers from 1 to 4, not {' '.join(map(str, self.stages))}")
         if self.method != "moco" and not self.stages:
             raise UserError(f"--stages is empty, so --method {self.method} has no stage loss: use --method moco")
+        if self.projector_width < 1:
+            raise UserError(f"--projector-width must be at least 1, not {self.projector_width}")
         if min(self.grids) < 1:
             raise UserError(f"--grids must be at least 1 each, not {' '.join(map(str, self.grids))}")
 
@@ -104,7 +116,7 @@ class OptimConfig:
     weight_decay: float = 1e-4
     """Weight decay, on every parameter."""
     schedule: Literal["constant", "cosine"] = "constant"
-    """Learning rate after the warm-up: constant, or a half cosine down to 0 at the last step."""
+    """Learning rate after the warm-up: constant, or half a cosine falling towards 0 at the end."""
     warmup_epochs: float = 0.0
     """Epochs over which the learning rate rises linearly from 0."""
     epochs: int = 200
@@ -124,8 +136,9 @@ class OptimConfig:
                 raise UserError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(self, name)}")
         if self.steps is not None and self.steps < 1:
             raise UserError(f"--steps must be at least 1, not {self.steps}")
-        if self.warmup_epochs < 0:
-            raise UserError(f"--warmup-epochs must not be negative, not {self.warmup_epochs}")
+        for name in ("lr", "sgd_momentum", "weight_decay", "warmup_epochs"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise UserError(f"--{name.replace('_', '-')} must be 0 or more, not {getattr(self, name)}")
 
 
 @dataclass(kw_only=True, slots=True)
@@ -158,6 +171,8 @@ class RunConfig:
         for name in ("log_every", "checkpoint_every", "keep_checkpoints"):
             if getattr(self, name) < 1:
                 raise UserError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(self, name)}")
+        if self.knn_every < 0:
+            raise UserError(f"--knn-every must be 0 (never) or more, not {self.knn_every}")
         if not 0 <= self.seed < 2**63:
             raise UserError(f"--seed must be from 0 to 2^63 - 1, not {self.seed}")
 

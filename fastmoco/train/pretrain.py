@@ -6,8 +6,7 @@ import contextlib
 import hashlib
 import json
 import math
-import time
-from dataclasses import dataclass
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -16,21 +15,23 @@ import numpy as np
 import torch
 
 from fastmoco.data.dali import dali_installed
-from fastmoco.data.loader import LoaderKind, make_loader
+from fastmoco.data.loader import make_loader
 from fastmoco.data.manifest import Manifest, load_manifest
 from fastmoco.data.order import Order
+from fastmoco.device import find_device
 from fastmoco.errors import UserError
 from fastmoco.evaluate.features import extract
 from fastmoco.evaluate.knn import monitor
 from fastmoco.models.weights import EXPORTED, save_encoder
 from fastmoco.precision import default_precision
 from fastmoco.train.checkpoint import Checkpoint, Store, non_finite
+from fastmoco.train.clock import Clock
 from fastmoco.train.config import Config, to_json
 from fastmoco.train.curves import draw_curves
-from fastmoco.train.folder import open_run
+from fastmoco.train.folder import find_checkpoint, write_description
 from fastmoco.train.metrics import MetricsFile, Row, read_rows
 from fastmoco.train.progress import ProgressLine
-from fastmoco.train.schedules import learning_rate
+from fastmoco.train.schedules import learning_rate, plan
 from fastmoco.train.stop import StopRequest
 from fastmoco.train.trainer import Trainer
 
@@ -50,63 +51,46 @@ class Stopped(Exception):
         self.signal = signal
 
 
-@dataclass(frozen=True)
-class Plan:
-    """The run in numbers: micro-batches in an epoch, optimiser steps in all, and of those the warm-up."""
-
-    per_epoch: int
-    total: int
-    warmup: int
-
-
-def plan(config: Config, order: Order) -> Plan:
-    """How many steps `config` makes over `order`."""
-    optim = config.optim
-    per_epoch = order.batches_per_epoch
-    total = optim.steps or optim.epochs * per_epoch // optim.accumulate
-    if total < 1:
-        raise UserError(
-            f"--accumulate {optim.accumulate} is more than the {optim.epochs * per_epoch} micro-batches of "
-            f"{optim.epochs} epochs: no step would be made"
-        )
-    return Plan(per_epoch, total, round(optim.warmup_epochs * per_epoch / optim.accumulate))
-
-
 def pretrain(config: Config) -> Path:
     """Run `config` to its end, or on from its last checkpoint with `run.resume`; return the run folder.
 
     Raises UserError for anything the user can mend, NonFiniteLoss where training diverged, Stopped on SIGINT or
     SIGTERM once the state is saved.
     """
-    device = _device(config.run.device)
+    device = find_device(config.run.device)
+    config = _resolve(config, device)
     store = Store(config.run.out, config.run.keep_checkpoints)
-    saved = open_run(config, store)
-    loader_kind = config.data.loader
-    if loader_kind == "auto":
-        loader_kind = "dali" if dali_installed() else "torchvision"
-    manifest = _manifest(config, loader_kind)
-    precision = default_precision(device.type) if config.run.precision == "auto" else config.run.precision
+    saved = find_checkpoint(config, store)
+    manifest = _manifest(config)
     # torch seeds each process at random.
     torch.manual_seed(config.run.seed)
-    trainer = Trainer(config, precision=precision, device=device)
-    return _Run(config, store, manifest, trainer, loader_kind).go(saved)
+    trainer = Trainer(config, precision=config.run.precision, device=device, initialise=saved is None)
+    return _Run(config, store, manifest, trainer).go(saved)
 
 
 class _Run:
     """The loop around the trainer's step: what is written, shown and saved, and when."""
 
-    def __init__(
-        self, config: Config, store: Store, manifest: Manifest, trainer: Trainer, loader_kind: LoaderKind
-    ) -> None:
+    def __init__(self, config: Config, store: Store, manifest: Manifest, trainer: Trainer) -> None:
         self.config = config
         self.store = store
         self.manifest = manifest
         self.trainer = trainer
-        self.loader_kind = loader_kind
         self.out = config.run.out
         self.order = Order(len(manifest), config.optim.batch_size, config.run.seed, config.optim.drop_last)
         self.plan = plan(config, self.order)
+        self._refuse_single_images()
         self.data = _fingerprint(manifest)
+
+    def _refuse_single_images(self) -> None:
+        """BatchNorm has no variance of a single value: neither of one image's projection, nor of one 1 x 1 map."""
+        optim = self.config.optim
+        single = optim.batch_size == 1 or (not optim.drop_last and self.order.samples % optim.batch_size == 1)
+        if single and (self.config.loss.method == "barlow" or self.config.views.size <= 32):
+            raise UserError(
+                f"{self.order.samples} images in batches of {optim.batch_size} leave a batch of 1, which BatchNorm "
+                "cannot train on here: choose another --batch-size, or pass --drop-last"
+            )
 
     def go(self, saved: Checkpoint | None) -> Path:
         start = 0
@@ -118,26 +102,32 @@ class _Run:
                 )
             self.trainer.restore(saved)
             start = saved.step
-        self._describe(start)
         try:
+            write_description(config=self.config, store=self.store, skipped=self.manifest.skipped)
+            self._describe(start)
             self.metrics = MetricsFile(self.out / "metrics.jsonl", resume_at=start)
             self.board = _tensorboard(self.out / "tensorboard", start)
             try:
                 self._steps(start)
-            finally:
-                self.metrics.close()
-                self.board.close()
-                draw_curves(read_rows(self.out / "metrics.jsonl"), self.out / "curves.png")
+            except (Stopped, NonFiniteLoss):
+                self._draw()
+                raise
+            self._draw()
+            self.metrics.close()
+            self.board.close()
         except OSError as error:
             raise UserError(f"--out {self.out} could not be written: {error}; {self.store.last_good()}") from error
         save_encoder(self.out / EXPORTED, self.trainer.module.query, to_json(self.config))
         return self.out
 
+    def _draw(self) -> None:
+        draw_curves(read_rows(self.out / "metrics.jsonl"), self.out / "curves.png")
+
     def _steps(self, start: int) -> None:
         config, trainer, total = self.config, self.trainer, self.plan.total
         accumulate = config.optim.accumulate
         loader = make_loader(
-            self.loader_kind,
+            config.data.loader,
             self.manifest,
             config.views,
             self.order,
@@ -148,7 +138,7 @@ class _Run:
         progress = ProgressLine(done=start, total=total, parts=trainer.module.loss_names)
         with StopRequest() as stop, contextlib.closing(loader), progress:
             self.progress = progress
-            clock = _Clock()
+            clock = Clock(trainer.pushed)
             batches = clock.timing(loader)
             for step in range(start, total):
                 trainer.step(islice(batches, accumulate), self._lr(step))
@@ -163,7 +153,7 @@ class _Run:
                     if knn:
                         rows[-1] |= self._knn()
                     self._write(rows)
-                    clock.restart()
+                    clock.restart(trainer.pushed)
                 if save:
                     path = self._save(done)
                     if asked is not None and done < total:
@@ -175,7 +165,7 @@ class _Run:
             step, peak=optim.lr, total=self.plan.total, warmup=self.plan.warmup, schedule=optim.schedule
         )
 
-    def _rows(self, done: int, clock: _Clock) -> list[Row]:
+    def _rows(self, done: int, clock: Clock) -> list[Row]:
         """The steps since the last read as rows, the newest with what only a logging step knows."""
         history = self.trainer.history.read()
         rows: list[Row] = []
@@ -189,8 +179,7 @@ class _Run:
                     f"step {step}: {' and '.join(broken)} is not finite ({values[broken[0]]}); no update was made "
                     f"from that step on; {self.store.last_good()}. A lower --lr or a longer --warmup-epochs may help"
                 )
-        images = len(rows) * self.config.optim.accumulate * self.config.optim.batch_size
-        rows[-1] |= {"queue_fill": self.trainer.queue_fill, **clock.read(images)}
+        rows[-1] |= {"queue_fill": self.trainer.queue_fill, **clock.read(self.trainer.pushed)}
         return rows
 
     def _write(self, rows: list[Row]) -> None:
@@ -243,46 +232,32 @@ class _Run:
         config, engine = self.config, self.trainer.engine
         skipped = self.manifest.skipped
         if skipped:
-            (self.out / "skipped.txt").write_text("".join(f"{item}\n" for item in skipped), encoding="utf-8")
-            print(f"left out {len(skipped)} files that cannot be decoded, the first {skipped[0]}; see skipped.txt")
+            first = str(skipped[0]).encode(errors="backslashreplace").decode()
+            print(f"left out {len(skipped)} files that cannot be decoded, the first {first}; see skipped.txt")
         print(
             f"{config.recipe}: {config.model.arch} at {config.views.size} px on {len(self.manifest)} images, "
             f"{self.plan.total} steps of {config.optim.accumulate} x {config.optim.batch_size}, {engine.precision} on "
-            f"{engine.device}, loading with {self.loader_kind}; run folder {self.out}"
+            f"{engine.device}, loading with {config.data.loader}; run folder {self.out}"
         )
         if start:
             print(f"going on from step {start}")
 
 
-class _Clock:
-    """Wall time between logging steps, and the share of it spent waiting for the loader."""
-
-    def __init__(self) -> None:
-        self.restart()
-
-    def restart(self) -> None:
-        """Begin a new interval."""
-        self._since, self._waited = time.perf_counter(), 0.0
-
-    def timing(self, loader: Any) -> Any:
-        """Yield from `loader`, counting the time it takes."""
-        iterator = iter(loader)
-        while True:
-            before = time.perf_counter()
-            try:
-                batch = next(iterator)
-            except StopIteration:
-                return
-            self._waited += time.perf_counter() - before
-            yield batch
-
-    def read(self, images: int) -> Row:
-        """Speed and waiting of the interval, in which `images` images were trained on."""
-        elapsed = time.perf_counter() - self._since
-        return {"pairs_per_s": images / elapsed, "data_wait": self._waited / elapsed}
+def _resolve(config: Config, device: torch.device) -> Config:
+    """`config` with every "auto" replaced by what it means here: it is stored with the run and held to on resume."""
+    loader, precision = config.data.loader, config.run.precision
+    if loader == "auto":
+        loader = "dali" if dali_installed() else "torchvision"
+    if precision == "auto":
+        precision = default_precision(device.type)
+    return replace(
+        config,
+        data=replace(config.data, loader=loader),
+        run=replace(config.run, precision=precision, device=str(device)),
+    )
 
 
-def _manifest(config: Config, loader_kind: str) -> Manifest:
+def _manifest(config: Config) -> Manifest:
     data = config.data
     manifest = load_manifest(
         data.data,
@@ -291,7 +266,7 @@ def _manifest(config: Config, loader_kind: str) -> Manifest:
         file_column=data.file_column,
         patient_column=data.patient_column,
         split_column=data.split_column,
-        decoder="dali" if loader_kind == "dali" else "pillow",
+        decoder="dali" if data.loader == "dali" else "pillow",
     )
     return manifest if data.split is None else manifest.only_split(data.split)
 
@@ -302,17 +277,8 @@ def _fingerprint(manifest: Manifest) -> str:
     return digest.hexdigest()
 
 
-def _device(name: str) -> torch.device:
-    """The device that --device names. Raises UserError where there is none such here."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        return torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"--device {name} cannot be used here: {str(error).splitlines()[0]}") from error
-
-
 def _tensorboard(folder: Path, start: int) -> Any:
     from torch.utils.tensorboard import SummaryWriter
 
-    return SummaryWriter(str(folder), purge_step=start + 1 if start else None)
+    # Points past the checkpoint, written by a run that was killed, are not shown.
+    return SummaryWriter(str(folder), purge_step=start + 1)

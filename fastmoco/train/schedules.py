@@ -1,8 +1,13 @@
-"""The learning rate as a pure function of the step, so that resuming needs only the step."""
+"""How many steps a run makes, and the learning rate as a pure function of the step: resuming needs only the step."""
 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
+
+from fastmoco.data.order import Order
+from fastmoco.errors import UserError
+from fastmoco.train.config import Config
 
 
 def learning_rate(step: int, *, peak: float, total: int, warmup: int, schedule: str) -> float:
@@ -16,3 +21,28 @@ def learning_rate(step: int, *, peak: float, total: int, warmup: int, schedule: 
     if schedule == "constant":
         return peak
     return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The run in numbers: micro-batches in an epoch, optimiser steps in all, and of those the warm-up."""
+
+    per_epoch: int
+    total: int
+    warmup: int
+
+
+def plan(config: Config, order: Order) -> Plan:
+    """How many steps `config` makes over `order`."""
+    optim = config.optim
+    per_epoch = order.batches_per_epoch
+    total = optim.steps or optim.epochs * per_epoch // optim.accumulate
+    if total < 1:
+        raise UserError(
+            f"--accumulate {optim.accumulate} is more than the {optim.epochs * per_epoch} micro-batches of "
+            f"{optim.epochs} epochs: no step would be made"
+        )
+    warmup = round(optim.warmup_epochs * per_epoch / optim.accumulate)
+    if warmup >= total > 1:
+        print(f"warning: all {total} steps are warm-up, so --lr {optim.lr:g} is never used in full")
+    return Plan(per_epoch, total, warmup)

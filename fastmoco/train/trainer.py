@@ -21,14 +21,17 @@ from fastmoco.train.objective import MomentumContrast
 class Trainer:
     """The objective, its queue and its engine, and the step that moves them.
 
-    `precision` is "bf16", "fp32" or "fp64"; "auto" has been resolved by the caller.
+    `precision` is "bf16", "fp32" or "fp64"; "auto" has been resolved by the caller. `initialise` False leaves
+    --init's weights unread, for a trainer that a checkpoint will be restored into.
     """
 
-    def __init__(self, config: Config, *, precision: str, device: torch.device) -> None:
+    def __init__(
+        self, config: Config, *, precision: str, device: torch.device, initialise: bool = True
+    ) -> None:
         self.config = config
         run, loss = config.run, config.loss
         module = MomentumContrast(config.model, loss, seed=run.seed)
-        if config.model.init is not None:
+        if initialise and config.model.init is not None:
             backbone = initial_backbone(config.model.init, config.model.arch)
             module.query.backbone.load_state_dict(backbone)
             module.key.backbone.load_state_dict(backbone)

@@ -1,0 +1,18 @@
+"""The device that a --device option names."""
+
+from __future__ import annotations
+
+import torch
+
+from fastmoco.errors import UserError
+
+
+def find_device(name: str) -> torch.device:
+    """The device called `name`, or for "auto" a GPU where there is one. Raises UserError where it cannot be used."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        # Moving a value there and back also refuses devices that hold no values.
+        return torch.ones(1).to(name).cpu().to(name).device
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise UserError(f"--device {name} cannot be used here: {str(error).splitlines()[0]}") from error

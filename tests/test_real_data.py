@@ -1,0 +1,54 @@
+"""Real images of the paper's domains, where they lie beside the project."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from fastmoco.data.dali import dali_installed
+from fastmoco.data.loader import make_loader
+from fastmoco.data.manifest import load_manifest
+from fastmoco.data.order import Order
+from fastmoco.data.views import ViewConfig
+from fastmoco.evaluate.splits import make_splits
+
+VIEWS = {
+    "idc_patches": ViewConfig(size=64, resize=256 / 255, crop_scale=(0.4, 1.0), flip_p=0.5),
+    "nih_chestxray14_64": ViewConfig(size=64, resize=1.0, rotation=30.0),
+    "idrid_fundus_256": ViewConfig(size=64, resize=1.0, rotation=30.0, flip_p=0.5),
+}
+
+
+def test_the_histology_set_is_read_as_it_is_described(real_data: Callable[[str], Path]) -> None:
+    folder = real_data("idc_patches")
+    found = load_manifest(folder / "images", folder / "labels.csv", label=("idc",), progress=False)
+    assert (len(found), found.skipped) == (2740, [])
+    assert found.patients is not None
+    splits = make_splits(found, "idc", seed=0)
+    parts = {"train": np.concatenate([splits.train, splits.validation]), "test": splits.test}
+    counts = {name: np.bincount(found.labels["idc"][part]).tolist() for name, part in parts.items()}
+    assert counts == {"train": [1491, 563], "test": [552, 134]}
+    patients = {name: set(found.patients[part].tolist()) for name, part in parts.items()}
+    assert {name: len(some) for name, some in patients.items()} == {"train": 47, "test": 20}
+    assert not set(found.patients[splits.train].tolist()) & set(found.patients[splits.validation].tolist())
+
+
+@pytest.mark.skipif(not dali_installed(), reason="no DALI here")
+@pytest.mark.parametrize("name", sorted(VIEWS))
+def test_both_loaders_make_the_same_views_of_real_files(name: str, real_data: Callable[[str], Path]) -> None:
+    """Patches as small as 50 x 8, gray stored as RGBA, JPEG: decoders included, the mean differs by under 1/255."""
+    folder = real_data(name)
+    manifest = load_manifest(folder / "images", folder / "labels.csv", decoder="dali", progress=False)
+    assert manifest.skipped == []
+    order = Order(len(manifest), 48, seed=3)
+    pairs = []
+    for kind in ("dali", "torchvision"):
+        with make_loader(kind, manifest, VIEWS[name], order, start=0, stop=1, workers=0) as loader:
+            pairs.append(next(loader))
+    assert np.array_equal(pairs[0].indices, pairs[1].indices)
+    for ours, theirs in ((pairs[0].q, pairs[1].q), (pairs[0].k, pairs[1].k)):
+        assert theirs.float().std() > 0.05
+        assert (ours.float() - theirs.float()).abs().mean() < 1 / 255
