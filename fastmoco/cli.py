@@ -26,6 +26,8 @@ def pretrain(args: list[str]) -> int:
         print("`fastmoco pretrain RECIPE --help` lists every option with its default in that recipe. Recipes:")
         return list_recipes([])
     name = args[0]
+    if name.startswith("-"):
+        raise UserError("name a recipe first: fastmoco pretrain RECIPE --data FOLDER --out FOLDER")
     default = recipes.find(name)(tyro.MISSING, tyro.MISSING)
     config = tyro.cli(
         Config,
@@ -87,6 +89,8 @@ def export(args: list[str]) -> int:
 
     options = tyro.cli(ExportArgs, prog="fastmoco export", args=args)
     encoder = load_encoder(options.run)
+    if options.out is not None and options.out.is_dir():
+        raise UserError(f"--out {options.out} is a folder: name a file")
     out = options.out or run_folder(options.run) / EXPORTED
     save_encoder(out, encoder, encoder.config)
     print(f"{out}: {encoder.arch}, loads into torchvision.models.{encoder.arch} with fc = Identity()")

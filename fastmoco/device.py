@@ -15,4 +15,5 @@ def find_device(name: str) -> torch.device:
         # Moving a value there and back also refuses devices that hold no values.
         return torch.ones(1).to(name).cpu().to(name).device
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise UserError(f"--device {name} cannot be used here: {str(error).splitlines()[0]}") from error
+        seen = f"cpu, cuda and cuda:0 to cuda:{torch.cuda.device_count() - 1}" if torch.cuda.is_available() else "cpu"
+        raise UserError(f"--device {name} cannot be used here: choose {seen}") from error

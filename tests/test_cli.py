@@ -98,6 +98,9 @@ def test_mistakes(
     assert "--tempreature" in error("mocov2-small", "--data", images, *out, "--tempreature", "1")
     assert "--queue-size 3 is smaller" in error("mocov2-small", "--data", images, *out, *QUICK, "--queue-size", "3")
     assert "--data" in error("mocov2-small", *out)
+    assert "name a recipe first" in error("--data", images, *out)
+    (tmp_path / "file").write_text("")
+    assert "is a file" in error("mocov2-small", "--data", images, "--out", tmp_path / "file", *QUICK)
     assert "lower --batch-size" in error("mocov2-small", "--data", images, *out)
     assert "--device" in error("mocov2-small", "--data", images, *out, *QUICK, "--device", "nonsense")
     # Mistakes in the arguments leave nothing behind that would stand in the way of the corrected command.

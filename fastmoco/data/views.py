@@ -44,8 +44,8 @@ class ViewConfig:
     """Probability of a horizontal flip."""
 
     def __post_init__(self) -> None:
-        if self.size < 8:
-            raise UserError(f"--size: a view must have at least 8 pixels a side, not {self.size}")
+        if not 8 <= self.size <= 4096:
+            raise UserError(f"--size: a view has 8 to 4096 pixels a side, not {self.size}")
         if self.resize is None and self.crop_scale is None:
             raise UserError("--resize and --crop-scale are both off, so views would differ in size: set one of them")
         if self.resize is not None and not 1.0 <= self.resize < math.inf:

@@ -163,7 +163,8 @@ def evaluate_command(args: EvaluateArgs) -> int:
     )
     if not manifest.labels:
         raise UserError(
-            f"--data {args.data}: no labels to evaluate with; sort the images into class folders"
+            f"--data {args.data}: no labels to evaluate with; sort the images into two or more class folders, or "
+            "name a CSV file with --labels and its column with --label"
             if args.labels is None
             else f"--labels {args.labels}: say with --label which of its columns to evaluate"
         )

@@ -171,7 +171,10 @@ def _read_torch(path: Path) -> dict[str, Tensor]:
     try:
         loaded = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load's own errors have no common class short of Exception
-        raise UserError(f"{path}: not a state dict that can be read without executing code: {error}") from error
+        raise UserError(
+            f"{path}: not a state dict that can be read without executing code; give a run folder, a .safetensors file "
+            "or a .pth file of plain tensors"
+        ) from error
     if not isinstance(loaded, dict) or not all(isinstance(value, Tensor) for value in loaded.values()):
         raise UserError(f"{path}: not a plain state dict of tensors")
     return loaded

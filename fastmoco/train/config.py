@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+import tyro
+
 from fastmoco.data.views import ViewConfig
 from fastmoco.errors import UserError
 
@@ -181,7 +183,7 @@ class RunConfig:
 class Config:
     """A pretraining run."""
 
-    recipe: str
+    recipe: tyro.conf.Suppress[str]
     """Name of the recipe it started from."""
     data: DataConfig
     run: RunConfig

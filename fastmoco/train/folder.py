@@ -23,6 +23,8 @@ def find_checkpoint(config: Config, store: Store) -> Checkpoint | None:
     that run's, or where the newest checkpoint is damaged.
     """
     run = config.run
+    if run.out.exists() and not run.out.is_dir():
+        raise UserError(f"--out {run.out} is a file: name a folder")
     if store.paths() and not run.resume:
         raise UserError(f"--out {run.out} holds a run already: pass --resume to go on with it, or another folder")
     saved = store.latest() if run.resume else None

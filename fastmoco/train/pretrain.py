@@ -239,7 +239,9 @@ class _Run:
             f"{self.plan.total} steps of {config.optim.accumulate} x {config.optim.batch_size}, {engine.precision} on "
             f"{engine.device}, loading with {config.data.loader}; run folder {self.out}"
         )
-        if start:
+        if start == self.plan.total:
+            print(f"finished already at step {start}: nothing to train; --init {self.out} starts another run from it")
+        elif start:
             print(f"going on from step {start}")
 
 
