@@ -16,8 +16,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from fastmoco.atomic import write_text
 from fastmoco.data.decode import decode_rgb
 
-# What cannot be helped by waiting: anything else (permissions, a network file system's hiccup) is not remembered.
+# Files checked between two writes of the cache, so that an interrupted check is not lost.
 _SAVE_EVERY = 10_000
+# Marks what may pass (permissions, a network file system's hiccup, memory) and so is not remembered.
 _PASSING = "unreadable just now: "
 
 

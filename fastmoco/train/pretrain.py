@@ -110,17 +110,18 @@ class _Run:
             try:
                 self._steps(start)
             except (Stopped, NonFiniteLoss):
-                self._draw()
+                self._finish()
                 raise
-            self._draw()
-            self.metrics.close()
-            self.board.close()
+            self._finish()
         except OSError as error:
             raise UserError(f"--out {self.out} could not be written: {error}; {self.store.last_good()}") from error
         save_encoder(self.out / EXPORTED, self.trainer.module.query, to_json(self.config))
         return self.out
 
-    def _draw(self) -> None:
+    def _finish(self) -> None:
+        """Close the metrics, TensorBoard's included, and draw them."""
+        self.metrics.close()
+        self.board.close()
         draw_curves(read_rows(self.out / "metrics.jsonl"), self.out / "curves.png")
 
     def _steps(self, start: int) -> None:
