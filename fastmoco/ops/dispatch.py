@@ -11,6 +11,7 @@ and asks for one each time it is called:
 """
 
 import importlib
+import importlib.util
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from types import ModuleType
@@ -28,6 +29,8 @@ except ModuleNotFoundError:
     NATIVE_MISSING = "the C++ extension was not built: install a C++ compiler, then install fastmoco again"
 except ImportError as error:
     NATIVE_MISSING = f"the C++ extension does not load: {error}"
+
+TRITON_MISSING = "" if importlib.util.find_spec("triton") else "Triton is not installed: pip install triton"
 
 # The first of these that can run is the one that does; "reference" runs anywhere.
 PREFERENCE = ("triton", "native", "reference")
@@ -94,7 +97,8 @@ def pick(operation: str, tensor: torch.Tensor, implementation: str | None = None
         return implementations[_choose(operation, device_type).chosen].function
     if implementation in implementations:
         refusal = implementations[implementation].refusal(device_type)
-        if not refusal:
+        # Triton's interpreter runs kernels on CPU tensors: slow enough that it has to be asked for.
+        if not refusal or (implementation == "triton" and _triton_interprets() and device_type == "cpu"):
             return implementations[implementation].function
     else:
         refusal = "this operation has no such implementation"
@@ -103,6 +107,14 @@ def pick(operation: str, tensor: torch.Tensor, implementation: str | None = None
         f'{operation}: implementation="{implementation}" cannot be used here: {refusal}. '
         f"On {device_type} tensors choose one of {', '.join(usable)}, or None to have it chosen."
     )
+
+
+def _triton_interprets() -> bool:
+    if TRITON_MISSING:
+        return False
+    import triton
+
+    return bool(triton.knobs.runtime.interpret)
 
 
 def table(device_types: Iterable[str]) -> list[Choice]:

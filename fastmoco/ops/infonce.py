@@ -1,6 +1,17 @@
-"""InfoNCE of queries against their keys and a bank of negatives (van den Oord 2018; He et al. 2020, eq. 1)."""
+"""InfoNCE of queries against their keys and a bank of negatives (van den Oord 2018; He et al. 2020, eq. 1).
+
+The bank has no gradient in momentum contrast, so the gradient to a query needs the softmax-weighted mean of the
+negatives alone: attention whose values are its keys. Loss and gradients therefore come out of one sweep over the bank,
+and nothing of size N x K exists in any implementation:
+
+    s_ij = q_i . bank_j / t      p_i = (q_i . k_i - margin) / t      lse_i = log(exp p_i + sum_j exp s_ij)
+    loss = mean(lse - p)         dq_i = (sum_j exp(s_ij - lse_i) bank_j + (exp(p_i - lse_i) - 1) k_i) / (t N)
+"""
 
 from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -8,34 +19,248 @@ from torch import Tensor
 from fastmoco.ops import dispatch
 from fastmoco.ops.precision import no_autocast, wide
 
+# torch.nn.functional.normalize's.
+NORM_EPSILON = 1e-12
 
-def infonce(
-    query: Tensor, key: Tensor, bank: Tensor, *, temperature: float, implementation: str | None = None
-) -> Tensor:
-    """Mean over the batch of `-log(exp(q.k/t) / (exp(q.k/t) + sum_j exp(q.bank_j/t)))`, a 0-d tensor.
+# A fixed maximum of 1/t stands in for the running one while exp(-2/t), the least term, is a normal float32.
+FIXED_MAXIMUM_LIMIT = 60.0
 
-    `query` and `key` are (N, D), `bank` is (K, D), all of unit length, of any floating dtype; the arithmetic and the
-    result are float32, or float64 for float64 inputs. Gradients reach `query` and `key`; the bank has none.
+# Elements of a slice's logits in the plain implementation: 4 MiB of float32.
+SLICE_ELEMENTS = 1 << 20
 
-    Raises ValueError for shapes that do not fit or a temperature that is not above 0.
+
+class Ranked(NamedTuple):
+    """`loss`: 0-d. `rank`: (N,) int64, how many negatives are more similar to a query than its key is (0: top 1)."""
+
+    loss: Tensor
+    rank: Tensor
+
+
+def infonce(query: Tensor, key: Tensor, bank: Tensor, **options: Any) -> Tensor:
+    """Mean over the batch of `-log(exp(p) / (exp(p) + sum_j exp(q.bank_j/t)))`, `p = (q.k - margin)/t`: a 0-d tensor.
+
+    The loss of `infonce_ranked`, which has the same arguments.
+    """
+    return infonce_ranked(query, key, bank, **options).loss
+
+
+def infonce_ranked(
+    query: Tensor,
+    key: Tensor,
+    bank: Tensor,
+    *,
+    temperature: float,
+    margin: float = 0.0,
+    normalized: bool = True,
+    unit_bank: bool = False,
+    skip: Tensor | None = None,
+    implementation: str | None = None,
+) -> Ranked:
+    """InfoNCE, and the rank of each key among its query's negatives, which costs nothing more.
+
+    `query` and `key` are (N, D), `bank` is (K, D), each of any floating dtype; the arithmetic and the loss are float32,
+    or float64 where the query is float64 (a bfloat16 bank is multiplied as it is, with float32 sums). Gradients reach
+    `query`, `key` and, where it requires one, `bank`; they are computed with the loss and have no gradient themselves.
+
+    temperature: divides the similarities; above 0.
+    margin: subtracted from the similarity of query and key; the rank is without it.
+    normalized: whether query and key have unit length. If not they are normalised here, and the gradients are those
+        of the inputs.
+    unit_bank: the caller's word that no row of the bank is longer than 1. With `normalized=False` and a temperature of
+        at least 1/30 the implementations then need no running maximum.
+    skip: (N, M) int64, rows of the bank that are no negatives of a query, -1 for none: with the batch itself as the
+        bank, the query's own row and its key's (SimCLR).
+    implementation: "reference", "native" or "triton"; None has it chosen.
+
+    Raises ValueError for shapes that do not fit, a temperature that is not above 0 or a skip that is not int64.
     """
     if query.ndim != 2 or query.shape != key.shape or bank.ndim != 2 or bank.shape[1] != query.shape[1]:
         raise ValueError(
             f"infonce: query and key must be (N, D) and bank (K, D), "
             f"not {tuple(query.shape)}, {tuple(key.shape)} and {tuple(bank.shape)}"
         )
+    if query.shape[0] == 0:
+        raise ValueError("infonce: the batch is empty")
     if not temperature > 0:
         raise ValueError(f"infonce: temperature must be above 0, not {temperature}")
+    if skip is not None and (skip.ndim != 2 or len(skip) != len(query) or skip.dtype != torch.int64):
+        raise ValueError(
+            f"infonce: skip must be ({len(query)}, M) int64, not {tuple(skip.shape)} {str(skip.dtype).split('.')[1]}"
+        )
+    fixed = unit_bank and not normalized and 2 / temperature <= FIXED_MAXIMUM_LIMIT
+    loss, rank, *_ = _infonce(
+        query, key, bank, skip, temperature, margin, normalized, fixed, key.requires_grad, implementation
+    )
+    return Ranked(loss, rank)
+
+
+@torch.library.custom_op("fastmoco::infonce", mutates_args=())
+def _infonce(
+    query: Tensor,
+    key: Tensor,
+    bank: Tensor,
+    skip: Tensor | None,
+    temperature: float,
+    margin: float,
+    normalized: bool,
+    fixed_maximum: bool,
+    key_gradient: bool,
+    implementation: str | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Loss (), rank (N,) int64, lse (N,), and the loss's gradients to query (N, D) and key (N, D) or (0, D)."""
     with no_autocast(query):
         run = dispatch.pick("infonce", query, implementation)
-        return run(wide(query), wide(key), wide(bank.detach()), temperature)
+        result: tuple[Tensor, Tensor, Tensor, Tensor, Tensor] = run(
+            query, key, bank, skip, temperature, margin, normalized, fixed_maximum, key_gradient
+        )
+        return result
 
 
-def reference(query: Tensor, key: Tensor, bank: Tensor, temperature: float) -> Tensor:
-    """The definition, written out: logits of the positive beside those of every negative."""
-    positive = (query * key).sum(dim=1, keepdim=True)
-    logits = torch.cat([positive, query @ bank.T], dim=1) / temperature
-    return (logits.logsumexp(dim=1) - logits[:, 0]).mean()
+@_infonce.register_fake
+def _(
+    query: Tensor,
+    key: Tensor,
+    bank: Tensor,
+    skip: Tensor | None,
+    temperature: float,
+    margin: float,
+    normalized: bool,
+    fixed_maximum: bool,
+    key_gradient: bool,
+    implementation: str | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    n, d = query.shape
+    dtype = torch.promote_types(query.dtype, torch.float32)
+    return (
+        query.new_empty((), dtype=dtype),
+        query.new_empty((n,), dtype=torch.int64),
+        query.new_empty((n,), dtype=dtype),
+        query.new_empty((n, d), dtype=dtype),
+        query.new_empty((n if key_gradient else 0, d), dtype=dtype),
+    )
+
+
+@torch.library.custom_op("fastmoco::infonce_bank", mutates_args=())
+def _bank_gradient(
+    query: Tensor, bank: Tensor, skip: Tensor | None, lse: Tensor, temperature: float, normalized: bool
+) -> Tensor:
+    """(K, D), `sum_i exp(s_ij - lse_i) q_i / (t N)`: a second sweep, for banks that are part of the batch."""
+    with no_autocast(query):
+        q = wide(query)
+        if not normalized:
+            q = q / _norm(q)
+        parts = []
+        for start, rows in _slices(bank, len(q), q.dtype):
+            weights = _mask(q @ rows.T, skip, start).div_(temperature).sub_(lse[:, None]).exp_()
+            parts.append(weights.T @ q)
+        return torch.cat(parts) / (temperature * len(q))
+
+
+@_bank_gradient.register_fake
+def _(
+    query: Tensor, bank: Tensor, skip: Tensor | None, lse: Tensor, temperature: float, normalized: bool
+) -> Tensor:
+    return torch.empty_like(bank, dtype=lse.dtype)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    query, key, bank, skip, temperature, _, normalized, *_ = inputs
+    _, rank, lse, dquery, dkey = output
+    ctx.mark_non_differentiable(rank, lse, dquery, dkey)
+    ctx.set_materialize_grads(False)
+    ctx.dtypes = query.dtype, key.dtype
+    ctx.temperature, ctx.normalized = temperature, normalized
+    # The bank is kept only where it has a gradient: elsewhere keys may be pushed to it before the backward.
+    ctx.bank_gradient = bank.requires_grad
+    ctx.save_for_backward(dquery, dkey, *((query, bank, skip, lse) if ctx.bank_gradient else ()))
+
+
+def _backward(ctx: Any, dloss: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+    if dloss is None:
+        return (None,) * 10
+    dquery, dkey, *kept = ctx.saved_tensors
+    grads: list[Tensor | None] = [None] * 10
+    for i, gradient in enumerate((dquery, dkey)):
+        if ctx.needs_input_grad[i]:
+            grads[i] = (gradient * dloss).to(ctx.dtypes[i])
+    if ctx.bank_gradient:
+        query, bank, skip, lse = kept
+        dbank = _bank_gradient(query, bank, skip, lse, ctx.temperature, ctx.normalized)
+        grads[2] = (dbank * dloss).to(bank.dtype)
+    return tuple(grads)
+
+
+_infonce.register_autograd(_backward, setup_context=_setup_context)
+
+
+def reference(
+    query: Tensor,
+    key: Tensor,
+    bank: Tensor,
+    skip: Tensor | None,
+    temperature: float,
+    margin: float,
+    normalized: bool,
+    fixed_maximum: bool,
+    key_gradient: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Any device and dtype: matrix products on slices of the bank, with the running maximum of an online softmax."""
+    q, k = wide(query), wide(key).to(wide(query).dtype)
+    q_norm, k_norm = _norm(q), _norm(k)
+    if not normalized:
+        q, k = q / q_norm, k / k_norm
+    n, _ = q.shape
+    similarity = (q * k).sum(dim=1)
+    # Finite, so that a query all of whose negatives are skipped gives exp(-inf) = 0 and not NaN.
+    maximum = q.new_full((n,), 1 / temperature if fixed_maximum else torch.finfo(q.dtype).min)
+    total, weighted = torch.zeros_like(similarity), torch.zeros_like(q)
+    rank = torch.zeros_like(similarity, dtype=torch.int64)
+    for start, rows in _slices(bank, n, q.dtype):
+        similarities = _mask(q @ rows.T, skip, start)
+        rank += (similarities > similarity[:, None]).sum(dim=1)
+        logits = similarities.div_(temperature)
+        if not fixed_maximum:
+            higher = torch.maximum(maximum, logits.amax(dim=1))
+            shrink = (maximum - higher).exp()
+            maximum, total, weighted = higher, total * shrink, weighted * shrink[:, None]
+        weights = logits.sub_(maximum[:, None]).exp_()
+        total += weights.sum(dim=1)
+        weighted.addmm_(weights, rows)
+
+    positive = (similarity - margin) / temperature
+    lse = torch.logaddexp(positive, maximum + total.log())
+    loss = (lse - positive).mean()
+    excess = ((positive - lse).expm1() / (temperature * n))[:, None]
+    dquery = weighted * ((maximum - lse).exp() / (temperature * n))[:, None] + excess * k
+    dkey = excess * q if key_gradient else q.new_empty((0, q.shape[1]))
+    if not normalized:
+        dquery = _through_norm(dquery, q, q_norm)
+        dkey = _through_norm(dkey, k, k_norm) if key_gradient else dkey
+    return loss, rank, lse, dquery, dkey
+
+
+def _slices(bank: Tensor, n: int, dtype: torch.dtype) -> Iterator[tuple[int, Tensor]]:
+    size = max(1, SLICE_ELEMENTS // n)
+    for start in range(0, len(bank), size):
+        yield start, bank[start : start + size].to(dtype)
+
+
+def _mask(similarities: Tensor, skip: Tensor | None, start: int) -> Tensor:
+    """`similarities` of the bank's rows from `start` on, with -inf where `skip` names the row."""
+    if skip is None:
+        return similarities
+    rows = torch.arange(start, start + similarities.shape[1], device=skip.device)
+    return similarities.masked_fill((skip[:, :, None] == rows).any(dim=1), -torch.inf)
+
+
+def _norm(x: Tensor) -> Tensor:
+    return x.norm(dim=1, keepdim=True).clamp_min(NORM_EPSILON)
+
+
+def _through_norm(gradient: Tensor, unit: Tensor, norm: Tensor) -> Tensor:
+    """The gradient to x of what has `gradient` at `unit = x / norm`, `norm = max(|x|, epsilon)`."""
+    along = (gradient * unit).sum(dim=1, keepdim=True) * (norm > NORM_EPSILON)
+    return (gradient - unit * along) / norm
 
 
 dispatch.register("infonce", "reference", reference)
