@@ -11,7 +11,7 @@ BIN := $(VENV)/bin
 # One stamp a choice of extras, so that another choice installs again.
 STAMP := $(VENV)/.installed-$(subst $(comma),-,$(EXTRAS))
 # What `make test` runs is needed whatever the extras.
-TOOLS := pytest ruff mypy
+TOOLS := pytest hypothesis ruff mypy
 
 .DELETE_ON_ERROR:
 .PHONY: install demo test test-system lint bench clean

@@ -6,6 +6,7 @@ The extension is optional: where it does not compile the installation still succ
 
 import sys
 import tempfile
+from glob import glob
 from pathlib import Path
 
 from pybind11.setup_helpers import Pybind11Extension, build_ext
@@ -56,8 +57,8 @@ setup(
     ext_modules=[
         Pybind11Extension(
             "fastmoco._C",
-            ["csrc/bindings.cpp", "csrc/ema.cpp"],
-            depends=["csrc/platform.h", "csrc/ema.h"],
+            sorted(glob("csrc/*.cpp")),
+            depends=sorted(glob("csrc/*.h")),
             cxx_std=17,
             # No contraction: whether a product and a sum become one instruction depends on the compiler and
             # on where a loop is cut, so the last bit of a result would depend on the number of threads.

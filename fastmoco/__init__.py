@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import sys
+from importlib.machinery import ModuleSpec
+from importlib.util import spec_from_file_location
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -18,3 +22,19 @@ def __getattr__(name: str) -> Any:
 
         return load_encoder
     raise AttributeError(f"module 'fastmoco' has no attribute {name!r}")
+
+
+class _CheckoutKernels:
+    """Finds fastmoco.kernels in the checkout's kernels/ folder, so that a bare checkout runs without installation."""
+
+    @staticmethod
+    def find_spec(name: str, path: object = None, target: object = None) -> ModuleSpec | None:
+        if name != f"{__name__}.kernels":
+            return None
+        folder = Path(__file__).parents[1] / "kernels"
+        return spec_from_file_location(name, folder / "__init__.py", submodule_search_locations=[str(folder)])
+
+
+# An installed package has its kernels inside; site-packages may hold somebody else's `kernels` beside it.
+if Path(__file__).parents[1].joinpath("pyproject.toml").is_file():
+    sys.meta_path.insert(0, _CheckoutKernels())

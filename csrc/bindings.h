@@ -1,0 +1,32 @@
+// What the bindings of all operations share. Each operation's own stand in bind_NAME.cpp.
+//
+// The module takes addresses and sizes and knows nothing of torch, so one binary serves every torch version. What
+// arguments alone can show to be wrong is refused in the bindings; that an address holds as many elements of its dtype
+// as the sizes say, and that tensors are dense and do not overlap, is for the caller in fastmoco/ops to have checked.
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+#include <cstddef>
+#include <cstdint>
+#include <stdexcept>
+#include <string>
+
+namespace fastmoco {
+
+// `address` as a pointer to `size` elements; throws std::invalid_argument where it cannot be one.
+template <typename T>
+T* pointer(const char* operation, std::uintptr_t address, std::size_t size) {
+  const std::string name(operation);
+  if (address == 0 && size != 0) throw std::invalid_argument(name + ": a null address with a size above 0");
+  if (address % alignof(T) != 0) throw std::invalid_argument(name + ": an address that is not aligned to its dtype");
+  return reinterpret_cast<T*>(address);
+}
+
+inline void check_threads(const char* operation, int threads) {
+  if (threads < 1) throw std::invalid_argument(std::string(operation) + ": threads must be at least 1");
+}
+
+void bind_ema(pybind11::module_& module);
+
+}  // namespace fastmoco
