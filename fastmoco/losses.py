@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor, nn
 from torch.nn.functional import adaptive_avg_pool2d
 
@@ -68,9 +69,11 @@ class StageBarlow(nn.Module):
         self.off_diagonal = off_diagonal
 
     def forward(self, query: Stages, key: Stages) -> dict[str, Tensor]:
-        losses = {}
-        for name, projector in self.projectors.items():
-            s = int(name.removeprefix("stage")) - 1
-            z1, z2 = (projector(adaptive_avg_pool2d(stages[s], 1).flatten(1)) for stages in (query, key))
-            losses[name] = self.weight * crosscorr(z1, z2, off_diagonal=self.off_diagonal, scale=self.scale)
-        return losses
+        # One call for all stages: their projections share a width.
+        z1, z2 = (torch.stack([self._project(name, stages) for name in self.projectors]) for stages in (query, key))
+        losses = self.weight * crosscorr(z1, z2, off_diagonal=self.off_diagonal, scale=self.scale)
+        return dict(zip(self.projectors, losses.unbind(), strict=True))
+
+    def _project(self, name: str, stages: Stages) -> Tensor:
+        pooled = adaptive_avg_pool2d(stages[int(name.removeprefix("stage")) - 1], 1)
+        return self.projectors[name](pooled.flatten(1))

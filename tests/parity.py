@@ -32,6 +32,15 @@ GRADIENT_COSINE: dict[torch.dtype, float] = {torch.float32: 0.999, torch.bfloat1
 # Weights, queue and BatchNorm buffers in float64, by `relative_error`, after every step.
 STATE = 1e-9
 
+# An operation's loss and gradients by `relative_error`, against float64 on the very same inputs. Arithmetic and loss
+# are float32 for the narrow dtypes, so theirs is the one rounding of a gradient, half a unit in the last place.
+OPERATION: dict[torch.dtype, float] = {
+    torch.float64: 1e-10,
+    torch.float32: 4e-6,
+    torch.bfloat16: 2**-8,
+    torch.float16: 2**-11,
+}
+
 
 def relative_error(actual: Tensor, expected: Tensor) -> float:
     """Largest absolute difference over the largest absolute expected value, computed in float64 on the CPU.
