@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import datetime
+import functools
 import json
 import os
 import platform
+import sys
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -13,22 +15,31 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from fastmoco import __version__
 from fastmoco.atomic import write_text
 
+# Larger than any level-2 cache so far (H200: 60 MB).
+EVICTION_BYTES = 256 << 20
 
-def interleaved(runs: Mapping[str, Callable[[], object]], *, rounds: int, warmup: int = 2) -> dict[str, list[float]]:
-    """Seconds of each of `runs` in `rounds` rounds, one of each in turn, so that all meet the same disturbances."""
+
+def interleaved(
+    runs: Mapping[str, Callable[[], object]], *, rounds: int, device: str = "cpu", warmup: int = 2
+) -> dict[str, list[float]]:
+    """Seconds of each of `runs` in `rounds` rounds, one of each in turn, so that all meet the same disturbances.
+
+    On CUDA the events around a run are read, and the level-2 cache is emptied before it, as the rest of a training
+    step would have done.
+    """
+    clock = _cuda_seconds if torch.device(device).type == "cuda" else _seconds
     for _ in range(warmup):
         for run in runs.values():
             run()
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(rounds):
         for name, run in runs.items():
-            began = time.perf_counter()
-            run()
-            seconds[name].append(time.perf_counter() - began)
+            seconds[name].append(clock(run))
     return seconds
 
 
@@ -37,14 +48,33 @@ def quantiles(seconds: list[float]) -> dict[str, float]:
     return {f"p{q}_ms": float(np.percentile(seconds, q) * 1e3) for q in (20, 50, 80)}
 
 
-def environment() -> dict[str, Any]:
-    """What a figure depends on: processor, threads, versions, load and time."""
-    return {
-        "processor": _processor(),
-        "threads": torch.get_num_threads(),
-        "load_1min": round(os.getloadavg()[0], 2),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
+def captured(run: Callable[[], object]) -> Callable[[], None]:
+    """Replays of `run` from a CUDA graph: what the device alone takes, without Python and launches.
+
+    Raises RuntimeError where `run` cannot be captured.
+    """
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            run()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    return graph.replay
+
+
+def environment(device: str = "cpu") -> dict[str, Any]:
+    """What a figure depends on: device, threads, versions, load and time."""
+    where: dict[str, Any] = {"device": device, "processor": _processor(), "threads": torch.get_num_threads()}
+    if torch.device(device).type == "cuda":
+        where |= {"gpu": torch.cuda.get_device_name(device), "cuda": torch.version.cuda}
+    where |= {"load_1min": round(os.getloadavg()[0], 2), "python": platform.python_version()}
+    for name in ("torch", "triton", "lightly"):
+        if name in sys.modules:
+            where[name] = str(sys.modules[name].__version__)
+    return where | {
         "fastmoco": __version__,
         "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
@@ -56,11 +86,37 @@ def save(rows: list[dict[str, Any]], path: Path, *, title: str, command: str, co
     write_text(path.with_suffix(".json"), json.dumps(rows, indent=1) + "\n")
     lines = [f"# {title}", "", f"Written by `{command}`.", "", "| " + " | ".join(columns) + " |"]
     lines.append("|" + "---|" * len(columns))
-    for row in rows:
-        cells = [f"{row[name]:.3g}" if isinstance(row[name], float) else str(row[name]) for name in columns]
-        lines.append("| " + " | ".join(cells) + " |")
-    where = ", ".join(f"{name} {value}" for name, value in environment().items())
-    write_text(path, "\n".join([*lines, "", f"Medians of interleaved steps. Ran on: {where}.", ""]))
+    lines += ["| " + " | ".join(cell(row.get(name)) for name in columns) + " |" for row in rows]
+    where = ", ".join(f"{name} {value}" for name, value in environment(rows[0]["device"] if rows else "cpu").items())
+    write_text(path, "\n".join([*lines, "", f"Medians of interleaved runs. Ran on: {where}.", ""]))
+
+
+def cell(value: object) -> str:
+    """A value as a table shows it: three digits of a number, a dash for what was not measured."""
+    if value is None:
+        return "-"
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
+
+
+def _seconds(run: Callable[[], object]) -> float:
+    began = time.perf_counter()
+    run()
+    return time.perf_counter() - began
+
+
+def _cuda_seconds(run: Callable[[], object]) -> float:
+    _eviction_buffer().zero_()
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    run()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / 1e3
+
+
+@functools.cache
+def _eviction_buffer() -> Tensor:
+    return torch.empty(EVICTION_BYTES, dtype=torch.uint8, device="cuda")
 
 
 def _processor() -> str:

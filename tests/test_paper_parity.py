@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from bench.paper import CHEST_GRIDS, Paper, Record
 from fastmoco.data.loader import Batch
 from fastmoco.data.views import ViewConfig
 from fastmoco.train.config import Config, DataConfig, LossConfig, ModelConfig, OptimConfig, RunConfig
 from fastmoco.train.trainer import Trainer
-from paper import CHEST_GRIDS, Paper, Record
 from parity import (
     GRADIENT,
     GRADIENT_COSINE,

@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-import paper as transcription
-from paper import (
+from bench import paper as transcription
+from bench.paper import (
     Paper,
     Record,
     StageLoss,
