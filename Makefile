@@ -31,8 +31,12 @@ lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
+# Minutes, on a machine that does nothing else; the tables land in $(BENCH).
+BENCH ?= build/bench
 bench: $(STAMP)
-	$(BIN)/python -m bench.step
+	@failed=; for name in infonce crosscorr pooled_mse ema step; do \
+		$(BIN)/python -m bench.$$name --out $(BENCH)/$$name.md || failed="$$failed $$name"; \
+	done; test -z "$$failed" || { echo "failed:$$failed" >&2; exit 1; }
 
 clean:
 	rm -rf build dist *.egg-info fastmoco/*.so .mypy_cache .pytest_cache .ruff_cache $(VENV)/.installed-*
