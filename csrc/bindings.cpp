@@ -48,6 +48,7 @@ py::dict build_info() {
 PYBIND11_MODULE(_C, module) {
   module.doc() = "fastmoco's C++ operations on raw addresses; use them through fastmoco.ops.";
   fastmoco::bind_ema(module);
+  fastmoco::bind_infonce(module);
   module.def("build_info", &build_info,
              "What this extension was compiled with: compiler (str), openmp (bool), and the instruction_set (str)\n"
              "that runs on this processor.");

@@ -28,5 +28,6 @@ inline void check_threads(const char* operation, int threads) {
 }
 
 void bind_ema(pybind11::module_& module);
+void bind_infonce(pybind11::module_& module);
 
 }  // namespace fastmoco

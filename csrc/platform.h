@@ -1,6 +1,9 @@
 // What differs between compilers: marks for functions shared with CUDA, and instruction sets chosen at run time.
 #pragma once
 
+// Any header of the C library: it defines __GLIBC__, which is asked for below.
+#include <cstddef>
+
 #if defined(__CUDACC__)
 #define FASTMOCO_HOST_DEVICE __host__ __device__
 #else

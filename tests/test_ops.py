@@ -6,50 +6,13 @@ import math
 
 import pytest
 import torch
-from torch import Tensor
-from torch.nn.functional import normalize
 
-from fastmoco.errors import UserError
-from fastmoco.ops.infonce import infonce
 from fastmoco.ops.pooled_mse import pooled_mse
-
-
-def unit(rows: int, dim: int, dtype: torch.dtype = torch.float64) -> Tensor:
-    return normalize(torch.randn(rows, dim, dtype=torch.float64), dim=1).to(dtype)
 
 
 @pytest.fixture(autouse=True)
 def seed() -> None:
     torch.manual_seed(5)
-
-
-@pytest.mark.parametrize(("n", "k", "d"), [(1, 1, 3), (2, 7, 5), (7, 33, 17), (33, 257, 31)])
-@pytest.mark.parametrize("temperature", [0.01, 0.07, 10.0])
-def test_infonce_is_its_definition(n: int, k: int, d: int, temperature: float) -> None:
-    query, key, bank = unit(n, d), unit(n, d), unit(k, d)
-    expected = 0.0
-    for i in range(n):
-        positive = float(query[i] @ key[i]) / temperature
-        terms = [positive, *(float(query[i] @ row) / temperature for row in bank)]
-        top = max(terms)
-        expected += top + math.log(math.fsum(math.exp(term - top) for term in terms)) - positive
-    loss = infonce(query, key, bank, temperature=temperature).item()
-    assert loss == pytest.approx(expected / n, rel=1e-10, abs=1e-12)
-
-
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 3e-2), (torch.float16, 4e-3)])
-def test_infonce_of_narrow_inputs_is_done_in_float32(dtype: torch.dtype, tolerance: float) -> None:
-    query, key, bank = unit(9, 65), unit(9, 65), unit(301, 65)
-    exact = infonce(query, key, bank, temperature=0.2).item()
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        loss = infonce(query.to(dtype), key.to(dtype), bank.to(dtype), temperature=0.2)
-    assert loss.dtype == torch.float32
-    assert loss.item() == pytest.approx(exact, rel=tolerance)
-
-
-def test_infonce_gradients() -> None:
-    query, key, bank = unit(4, 6).requires_grad_(), unit(4, 6).requires_grad_(), unit(11, 6)
-    assert torch.autograd.gradcheck(lambda q, k: infonce(q, k, bank, temperature=0.3), (query, key))
 
 
 @pytest.mark.parametrize(
@@ -83,11 +46,5 @@ def test_pooled_mse_of_bfloat16_maps_is_done_in_float32() -> None:
 
 
 def test_mistakes_are_named() -> None:
-    with pytest.raises(ValueError, match="temperature"):
-        infonce(unit(2, 3), unit(2, 3), unit(4, 3), temperature=0.0)
-    with pytest.raises(ValueError, match=r"\(K, D\)"):
-        infonce(unit(2, 3), unit(2, 3), unit(4, 5), temperature=0.1)
     with pytest.raises(ValueError, match="grid"):
         pooled_mse(torch.randn(1, 1, 2, 2), torch.randn(1, 1, 2, 2), grid=0)
-    with pytest.raises(UserError, match="implementation"):
-        infonce(unit(2, 3), unit(2, 3), unit(4, 3), temperature=0.1, implementation="nonsense")

@@ -38,18 +38,24 @@ PREFERENCE = ("triton", "native", "reference")
 
 @dataclass(frozen=True, slots=True)
 class Implementation:
-    """One registered implementation. `device_types` None means any; `missing` is why it cannot run, or ""."""
+    """One registered implementation.
+
+    `device_types` and `dtypes` None mean any; `missing` is why it cannot run, or "".
+    """
 
     function: Callable[..., Any]
     device_types: tuple[str, ...] | None
     missing: str
+    dtypes: tuple[torch.dtype, ...] | None = None
 
-    def refusal(self, device_type: str) -> str:
-        """Why this implementation cannot run on tensors of `device_type`; "" when it can."""
+    def refusal(self, device_type: str, dtype: torch.dtype) -> str:
+        """Why this implementation cannot run on tensors of `device_type` and `dtype`; "" when it can."""
         if self.missing:
             return self.missing
         if self.device_types is not None and device_type not in self.device_types:
             return f"it runs on {' and '.join(self.device_types)} tensors, not on {device_type}"
+        if self.dtypes is not None and dtype not in self.dtypes:
+            return f"it computes in float32, which is too narrow for {str(dtype).removeprefix('torch.')}"
         return ""
 
 
@@ -72,37 +78,39 @@ def register(
     function: Callable[..., Any],
     *,
     device_types: tuple[str, ...] | None = None,
+    dtypes: tuple[torch.dtype, ...] | None = None,
     missing: str = "",
 ) -> None:
     """Adds implementation `name` (one of `PREFERENCE`) of `operation`.
 
     device_types: device types its tensors may be on; None for any.
+    dtypes: dtypes that the tensor given to `pick` may have; None for any floating dtype.
     missing: why it cannot run in this installation; "" when it can.
     """
     assert name in PREFERENCE, name
     implementations = _registry.setdefault(operation, {})
     assert name not in implementations, f"{operation}: {name} is registered already"
-    implementations[name] = Implementation(function, device_types, missing)
+    implementations[name] = Implementation(function, device_types, missing, dtypes)
 
 
 def pick(operation: str, tensor: torch.Tensor, implementation: str | None = None) -> Callable[..., Any]:
-    """The function that performs `operation` on tensors of `tensor`'s device type.
+    """The function that performs `operation` on tensors of `tensor`'s device type and dtype.
 
     implementation: the one to use; None takes the first of `PREFERENCE` that can run.
     Raises UserError where the one named is unknown or cannot run here, saying why and which can.
     """
     implementations = _registry[operation]
-    device_type = tensor.device.type
+    device_type, dtype = tensor.device.type, tensor.dtype
     if implementation is None:
-        return implementations[_choose(operation, device_type).chosen].function
+        return implementations[_choose(operation, device_type, dtype).chosen].function
     if implementation in implementations:
-        refusal = implementations[implementation].refusal(device_type)
+        refusal = implementations[implementation].refusal(device_type, dtype)
         # Triton's interpreter runs kernels on CPU tensors: slow enough that it has to be asked for.
         if not refusal or (implementation == "triton" and _triton_interprets() and device_type == "cpu"):
             return implementations[implementation].function
     else:
         refusal = "this operation has no such implementation"
-    usable = [name for name, other in implementations.items() if not other.refusal(device_type)]
+    usable = [name for name, other in implementations.items() if not other.refusal(device_type, dtype)]
     raise UserError(
         f'{operation}: implementation="{implementation}" cannot be used here: {refusal}. '
         f"On {device_type} tensors choose one of {', '.join(usable)}, or None to have it chosen."
@@ -118,17 +126,17 @@ def _triton_interprets() -> bool:
 
 
 def table(device_types: Iterable[str]) -> list[Choice]:
-    """What runs for every registered operation on each of `device_types`, by operation name."""
+    """What runs in float32 for every registered operation on each of `device_types`, by operation name."""
     kinds = list(device_types)
-    return [_choose(operation, device_type) for operation in sorted(_registry) for device_type in kinds]
+    return [_choose(operation, device_type, torch.float32) for operation in sorted(_registry) for device_type in kinds]
 
 
-def _choose(operation: str, device_type: str) -> Choice:
+def _choose(operation: str, device_type: str, dtype: torch.dtype) -> Choice:
     refusals: dict[str, str] = {}
     for name in PREFERENCE:
         if name not in _registry[operation]:
             continue
-        refusal = _registry[operation][name].refusal(device_type)
+        refusal = _registry[operation][name].refusal(device_type, dtype)
         if not refusal:
             return Choice(operation, device_type, name, refusals)
         refusals[name] = refusal
