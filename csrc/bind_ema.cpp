@@ -1,11 +1,6 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#include <cstdint>
-#include <stdexcept>
-#include <string>
-#include <vector>
-
 #include "bindings.h"
 #include "ema.h"
 
@@ -16,42 +11,61 @@ namespace {
 
 constexpr const char* kName = "ema_update";
 
-template <typename T>
-void ema_update_as(const std::vector<std::uintptr_t>& targets, const std::vector<std::uintptr_t>& sources,
-                   const std::vector<std::size_t>& sizes, double momentum, int threads) {
-  std::vector<Pair<T>> pairs;
-  pairs.reserve(sizes.size());
+template <typename T, typename Place>
+void run(const Addresses& targets, const Addresses& sources, const Addresses& shadows, const Sizes& sizes,
+         double momentum, Place place) {
+  std::vector<EmaTensor<T>> tensors;
+  tensors.reserve(sizes.size());
   for (std::size_t i = 0; i < sizes.size(); ++i) {
-    pairs.push_back({pointer<T>(kName, targets[i], sizes[i]), pointer<T>(kName, sources[i], sizes[i]), sizes[i]});
+    const auto size = sizes[i];
+    tensors.push_back({pointer<T>(kName, targets[i], size), pointer<T>(kName, sources[i], size),
+                       shadows.empty() ? nullptr : pointer<std::uint16_t>(kName, shadows[i], size), size});
   }
   const py::gil_scoped_release release;
-  fastmoco::ema_update(pairs, momentum, threads);
+  update(tensors, make_ema<T>(momentum), place);
 }
 
-void bound(const std::vector<std::uintptr_t>& targets, const std::vector<std::uintptr_t>& sources,
-                const std::vector<std::size_t>& sizes, double momentum, const std::string& dtype, int threads) {
-  if (targets.size() != sources.size() || targets.size() != sizes.size())
-    throw std::invalid_argument("ema_update: targets, sources and sizes differ in length");
+template <typename Place>
+void checked(const Addresses& targets, const Addresses& sources, const Addresses& shadows, const Sizes& sizes,
+             double momentum, const std::string& dtype, Place place) {
+  check_length(kName, "targets", targets.size(), sizes.size());
+  check_length(kName, "sources", sources.size(), sizes.size());
+  if (!shadows.empty()) check_length(kName, "shadows", shadows.size(), sizes.size());
   if (!(momentum >= 0.0 && momentum <= 1.0)) throw std::invalid_argument("ema_update: momentum must lie in [0, 1]");
-  check_threads(kName, threads);
-  if (dtype == "float32") {
-    ema_update_as<float>(targets, sources, sizes, momentum, threads);
-  } else if (dtype == "float64") {
-    ema_update_as<double>(targets, sources, sizes, momentum, threads);
+  if (is_float32(kName, dtype)) {
+    run<float>(targets, sources, shadows, sizes, momentum, place);
   } else {
-    throw std::invalid_argument("ema_update: dtype must be float32 or float64, not " + dtype);
+    run<double>(targets, sources, shadows, sizes, momentum, place);
   }
+}
+
+void on_cpu(const Addresses& targets, const Addresses& sources, const Addresses& shadows, const Sizes& sizes,
+            double momentum, const std::string& dtype, int threads) {
+  check_threads(kName, threads);
+  checked(targets, sources, shadows, sizes, momentum, dtype, threads);
+}
+
+void on_cuda(const Addresses& targets, const Addresses& sources, const Addresses& shadows, const Sizes& sizes,
+             double momentum, const std::string& dtype, int device, std::uintptr_t stream) {
+  checked(targets, sources, shadows, sizes, momentum, dtype, CudaPlace{device, stream});
 }
 
 }  // namespace
 
 void bind_ema(py::module_& module) {
-  module.def("ema_update", &bound, py::arg("targets"), py::arg("sources"), py::arg("sizes"), py::kw_only(),
-             py::arg("momentum"), py::arg("dtype"), py::arg("threads"),
-             "targets[i][:sizes[i]] <- momentum * targets[i] + (1 - momentum) * sources[i], in place.\n\n"
-             "targets, sources: addresses of dense memory; sizes: elements; dtype: 'float32' or 'float64'.\n"
+  module.def("ema_update", &on_cpu, py::arg("targets"), py::arg("sources"), py::arg("shadows"), py::arg("sizes"),
+             py::kw_only(), py::arg("momentum"), py::arg("dtype"), py::arg("threads"),
+             "targets[i][:sizes[i]] <- momentum * targets[i] + (1 - momentum) * sources[i], in place, and the result\n"
+             "as bfloat16 to shadows[i] unless shadows is empty.\n\n"
+             "targets, sources, shadows: addresses of dense memory; sizes: elements; dtype: 'float32' or 'float64'.\n"
              "Raises ValueError for lists of different lengths, a null or unaligned address, a momentum outside\n"
              "[0, 1], another dtype, or fewer than one thread.");
+  module.def("ema_update_cuda", &on_cuda, py::arg("targets"), py::arg("sources"), py::arg("shadows"),
+             py::arg("sizes"), py::kw_only(), py::arg("momentum"), py::arg("dtype"), py::arg("device"),
+             py::arg("stream"),
+             "ema_update on a GPU's memory: on the stream of address `stream` of device number `device`.\n\n"
+             "Raises RuntimeError with CUDA's message where it cannot be launched, or where this was built without\n"
+             "CUDA; else as ema_update.");
 }
 
 }  // namespace fastmoco

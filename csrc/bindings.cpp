@@ -6,6 +6,7 @@
 
 #include <string>
 
+#include "cuda_place.h"
 #include "platform.h"
 
 namespace py = pybind11;
@@ -40,6 +41,9 @@ py::dict build_info() {
   info["openmp"] = false;
 #endif
   info["instruction_set"] = instruction_set();
+  const int version = fastmoco::cuda_version();
+  info["cuda"] = version == 0 ? "" : std::to_string(version / 1000) + "." + std::to_string(version % 1000 / 10);
+  info["cuda_targets"] = fastmoco::cuda_description();
   return info;
 }
 
@@ -50,6 +54,7 @@ PYBIND11_MODULE(_C, module) {
   fastmoco::bind_ema(module);
   fastmoco::bind_infonce(module);
   module.def("build_info", &build_info,
-             "What this extension was compiled with: compiler (str), openmp (bool), and the instruction_set (str)\n"
-             "that runs on this processor.");
+             "What this extension was compiled with: compiler (str), openmp (bool), the instruction_set (str)\n"
+             "that runs on this processor, the cuda toolkit's version (str, empty without) and cuda_targets (str):\n"
+             "the GPUs it has code for or, in a build without CUDA, why it has none.");
 }

@@ -11,8 +11,12 @@
 #include <cstdint>
 #include <stdexcept>
 #include <string>
+#include <vector>
 
 namespace fastmoco {
+
+using Addresses = std::vector<std::uintptr_t>;
+using Sizes = std::vector<std::size_t>;
 
 // `address` as a pointer to `size` elements; throws std::invalid_argument where it cannot be one.
 template <typename T>
@@ -25,6 +29,17 @@ T* pointer(const char* operation, std::uintptr_t address, std::size_t size) {
 
 inline void check_threads(const char* operation, int threads) {
   if (threads < 1) throw std::invalid_argument(std::string(operation) + ": threads must be at least 1");
+}
+
+inline void check_length(const char* operation, const char* list, std::size_t length, std::size_t sizes) {
+  if (length != sizes) throw std::invalid_argument(std::string(operation) + ": " + list + " and sizes differ in length");
+}
+
+// Whether `dtype` is "float32"; false for "float64", and std::invalid_argument thrown for any other.
+inline bool is_float32(const char* operation, const std::string& dtype) {
+  if (dtype != "float32" && dtype != "float64")
+    throw std::invalid_argument(std::string(operation) + ": dtype must be float32 or float64, not " + dtype);
+  return dtype == "float32";
 }
 
 void bind_ema(pybind11::module_& module);

@@ -2,8 +2,11 @@
 #pragma once
 
 #include <cstddef>
+#include <cstdint>
 #include <vector>
 
+#include "cuda_place.h"
+#include "pack.h"
 #include "platform.h"
 
 namespace fastmoco {
@@ -20,16 +23,57 @@ struct Lerp {
   }
 };
 
-// `size` elements of target and source, both dense and in the same order in memory.
+// `size` elements of target and source, dense and in the same order in memory; `shadow`, where it is not null, takes
+// the target's new values as bfloat16.
 template <typename T>
-struct Pair {
+struct EmaTensor {
+  using Element = T;
   T* target;
   const T* source;
+  std::uint16_t* shadow;
   std::size_t size;
+
+  // Every address, for a look at their common alignment.
+  FASTMOCO_HOST_DEVICE std::uintptr_t addresses() const {
+    return reinterpret_cast<std::uintptr_t>(target) | reinterpret_cast<std::uintptr_t>(source) |
+           reinterpret_cast<std::uintptr_t>(shadow);
+  }
 };
 
-// Updates every target in place, on at most `threads` threads. No two tensors may overlap.
-void ema_update(const std::vector<Pair<float>>& pairs, double momentum, int threads);
-void ema_update(const std::vector<Pair<double>>& pairs, double momentum, int threads);
+// The update of elements i to i + kWidth of a tensor. What a caller knows when it is compiled it says with
+// std::true_type or std::false_type, what it does not with a bool.
+template <typename T>
+struct Ema {
+  using Tensor = EmaTensor<T>;
+  Lerp<T> lerp;
+
+  template <int kWidth, typename Shadow>
+  FASTMOCO_HOST_DEVICE FASTMOCO_INLINE void update(const Tensor& t, std::size_t i, Shadow shadow) const {
+    auto k = load<kWidth>(t.target + i);
+    const auto q = load<kWidth>(t.source + i);
+    for (int j = 0; j < kWidth; ++j) k.lane[j] = lerp(k.lane[j], q.lane[j]);
+    store<kWidth>(t.target + i, k);
+    if (shadow) store_bf16<kWidth>(t.shadow + i, k);
+  }
+
+  template <int kWidth>
+  FASTMOCO_HOST_DEVICE FASTMOCO_INLINE void update(const Tensor& t, std::size_t i) const {
+    update<kWidth>(t, i, t.shadow != nullptr);
+  }
+
+  // What is read from memory once, before the first element.
+  FASTMOCO_HOST_DEVICE FASTMOCO_INLINE void prepare() {}
+};
+
+template <typename T>
+Ema<T> make_ema(double momentum) {
+  return {{static_cast<T>(1.0 - momentum)}};
+}
+
+// Updates every target in place, on at most `threads` threads or on a GPU. No two tensors may overlap.
+void update(const std::vector<EmaTensor<float>>& tensors, Ema<float> ema, int threads);
+void update(const std::vector<EmaTensor<double>>& tensors, Ema<double> ema, int threads);
+void update(const std::vector<EmaTensor<float>>& tensors, Ema<float> ema, CudaPlace place);
+void update(const std::vector<EmaTensor<double>>& tensors, Ema<double> ema, CudaPlace place);
 
 }  // namespace fastmoco

@@ -108,7 +108,14 @@ def _extension() -> list[Row]:
         Row("C++ extension", "fastmoco._C", f"built with {info['compiler']}"),
         Row("C++ extension", "OpenMP", "yes" if info["openmp"] else "no: its operations run on one thread"),
         Row("C++ extension", "instruction set", info["instruction_set"]),
+        Row("C++ extension", "CUDA", _cuda(info["cuda"], info["cuda_targets"])),
     ]
+
+
+def _cuda(version: str, targets: str) -> str:
+    if not version:
+        return f"none: {targets}; install with FASTMOCO_CUDA=1 to have the build insist on it"
+    return f"{version}, for {targets}"
 
 
 def _operations() -> list[Row]:

@@ -1,6 +1,7 @@
 """`fastmoco doctor` says what is here, and works with what is not."""
 
 from importlib import metadata
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -22,6 +23,18 @@ def test_reports_what_will_run() -> None:
     assert found["training precision on cpu"] in ("bf16", "fp32")
     assert found["ema on cpu"].startswith("reference" if dispatch.native is None else "native")
     assert {"infonce on cpu", "pooled_mse on cpu", "crosscorr on cpu"} <= found.keys()
+
+
+@pytest.mark.parametrize(
+    ("cuda", "targets", "expected"),
+    [("13.0", "sm_90 compute_90", "13.0, for sm_90 compute_90"), ("", "no nvcc on PATH", "none: no nvcc on PATH; ")],
+)
+def test_says_what_gpus_the_extension_is_for(
+    monkeypatch: pytest.MonkeyPatch, cuda: str, targets: str, expected: str
+) -> None:
+    info = {"compiler": "g++", "openmp": True, "instruction_set": "fma", "cuda": cuda, "cuda_targets": targets}
+    monkeypatch.setattr(dispatch, "native", SimpleNamespace(build_info=lambda: info))
+    assert values()["CUDA"].startswith(expected)
 
 
 def test_without_extras_it_names_them(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -177,6 +177,7 @@ def test_empty_list_is_nothing_to_do(implementation: str) -> None:
 
 
 a, b, memory = torch.zeros(4), torch.zeros(4), torch.zeros(10)
+half = torch.zeros(4, dtype=torch.bfloat16)
 whole = torch.zeros(4, dtype=torch.int64)
 trained = torch.zeros(4, requires_grad=True)
 REFUSED = {
@@ -185,7 +186,7 @@ REFUSED = {
     "momentum NaN": ([a], [b], math.nan, "momentum must lie in"),
     "lengths": ([a], [b, b], 0.9, "1 targets but 2 sources"),
     "shapes of equal size": ([a.view(2, 2)], [b.view(4, 1)], 0.9, r"shapes differ, \(2, 2\) and \(4, 1\)"),
-    "the second pair": ([a, memory], [b, b], 0.9, "tensor 1 of 2: shapes differ"),
+    "the second pair": ([a, memory], [b, b], 0.9, "target 1 and source 1 of 2: shapes differ"),
     "integers": ([whole], [b], 0.9, "floating-point"),
     "devices": ([a], [torch.zeros(4, device="meta")], 0.9, "must be on cpu, not cpu and meta"),
     "gradient": ([trained], [b], 0.9, "requires a gradient"),
@@ -194,6 +195,10 @@ REFUSED = {
     "targets overlap by one": ([memory[:5], memory[4:8]], [torch.zeros(5), b], 0.9, "share memory"),
     "source reaches into target": ([memory[3:7]], [memory[6:]], 0.9, "target 0 and source 0 share memory"),
     "target within a source": ([memory[2:4], a], [b[:2], memory[1:5]], 0.9, "target 0 and source 1"),
+    "shadow is target": ([half], [b.bfloat16()], 0.9, "shadow 0 and target 0 share memory", [half]),
+    "shadows": ([a, memory], [b, memory.clone()], 0.9, "2 targets but 1 shadows", [half]),
+    "shadow's shape": ([memory], [memory.clone()], 0.9, "target 0 and shadow 0 of 1: shapes differ", [half]),
+    "shadow's dtype": ([a], [b], 0.9, "shadow 0 of 1 must be bfloat16, not torch.float16", [half.half()]),
     "expanded": ([torch.zeros(1).expand(4)], [b], 0.9, "expanded"),
 }
 
@@ -201,10 +206,63 @@ REFUSED = {
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("case", REFUSED)
 def test_mistakes_are_refused_before_anything_is_written(case: str, implementation: str) -> None:
-    targets, sources, momentum, message = REFUSED[case]
+    targets, sources, momentum, message, *shadows = REFUSED[case]
     with pytest.raises(UserError, match=message):
-        ema_update_(targets, sources, momentum, implementation=implementation)
+        ema_update_(targets, sources, momentum, shadows=shadows[0] if shadows else None, implementation=implementation)
     assert all(target.count_nonzero() == 0 for target in targets)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("momentum", [0.3, 0.999])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("layout", [Tensor.contiguous, Tensor.t])
+def test_shadows_are_the_rounded_targets(
+    implementation: str, momentum: float, dtype: torch.dtype, layout: Callable[[Tensor], Tensor]
+) -> None:
+    targets, sources = tensors(dtype, 0), tensors(dtype, 1)
+    before = [target.clone() for target in targets]
+    shadows = [torch.full(target.shape, math.nan, dtype=torch.bfloat16) for target in targets]
+    # Another order in memory than the target's.
+    shadows[6] = layout(torch.full((131, 127) if layout is Tensor.t else (127, 131), math.nan, dtype=torch.bfloat16))
+    ema_update_(targets, sources, momentum, shadows=shadows, implementation=implementation)
+    assert_rounded(targets, exact(before, sources, momentum), before, sources)
+    assert all(torch.equal(shadow, target.bfloat16()) for target, shadow in zip(targets, shadows, strict=True))
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_shadows_round_ties_to_even_and_keep_what_is_not_finite(implementation: str) -> None:
+    unit = 2.0**-7
+    source = [1 + unit / 2, 1 + 1.5 * unit, 1 + 2.5 * unit, -1 - unit / 2, 3.4e38, -3.4e38, 1e-45, 0.0]
+    expected = [1, 1 + 2 * unit, 1 + 2 * unit, -1, math.inf, -math.inf, 0, 0]
+    target, shadow = torch.zeros(9), torch.zeros(9, dtype=torch.bfloat16)
+    ema_update_([target], [torch.tensor([*source, math.nan])], 0.0, shadows=[shadow], implementation=implementation)
+    assert shadow[:8].tolist() == expected and shadow[8].isnan()
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_it_is_an_operation_that_torch_library_accepts(implementation: str) -> None:
+    for shadows in ([], [torch.zeros(3, dtype=torch.bfloat16), torch.zeros(2, 5, dtype=torch.bfloat16)]):
+        sources = [torch.randn(3), torch.nn.Parameter(torch.randn(2, 5))]
+        with torch.no_grad():
+            torch.library.opcheck(
+                torch.ops.fastmoco.ema_update_.default,
+                ([torch.randn(3), torch.randn(2, 5)], sources, shadows, 0.9, implementation),
+            )
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_it_compiles_without_a_graph_break(implementation: str) -> None:
+    def step(targets: list[Tensor], sources: list[Tensor], shadows: list[Tensor]) -> Tensor:
+        ema_update_(targets, [2 * source for source in sources], 0.9, shadows=shadows, implementation=implementation)
+        return targets[0] + 1
+
+    sources = [torch.randn(7), torch.randn(3, 2)]
+    eager, compiled = ([torch.ones(7), torch.ones(3, 2)] for _ in range(2))
+    shadows, compiled_shadows = ([torch.zeros_like(t, dtype=torch.bfloat16) for t in eager] for _ in range(2))
+    expected = step(eager, sources, shadows)
+    got = torch.compile(step, backend="aot_eager", fullgraph=True)(compiled, sources, compiled_shadows)
+    for a, b in zip([expected, *eager, *shadows], [got, *compiled, *compiled_shadows], strict=True):
+        assert torch.equal(a, b)
 
 
 def test_adjacent_tensors_of_one_memory_are_accepted() -> None:
@@ -220,7 +278,7 @@ class TestBindings:
 
     def call(self, **changes: object) -> None:
         x, y = torch.zeros(4), torch.ones(4)
-        arguments = {"targets": [x.data_ptr()], "sources": [y.data_ptr()], "sizes": [4]}
+        arguments = {"targets": [x.data_ptr()], "sources": [y.data_ptr()], "shadows": [], "sizes": [4]}
         options = {"momentum": 0.5, "dtype": "float32", "threads": 1}
         assert dispatch.native is not None
         dispatch.native.ema_update(**(arguments | options | changes))
@@ -230,6 +288,7 @@ class TestBindings:
         [
             ({"sizes": [4, 4]}, "differ in length"),
             ({"targets": []}, "differ in length"),
+            ({"shadows": [2, 4]}, "shadows and sizes differ in length"),
             ({"sources": [0]}, "null address"),
             ({"targets": [3]}, "not aligned"),
             ({"momentum": 1.5}, "momentum"),
@@ -241,6 +300,18 @@ class TestBindings:
     def test_refuses(self, changes: dict[str, object], message: str) -> None:
         with pytest.raises(ValueError, match=message):
             self.call(**changes)
+
+    def test_on_a_gpu_that_is_not_there_it_says_so(self) -> None:
+        """Whether built with CUDA or without; the static CUDA runtime must not need a driver to load."""
+        if torch.cuda.is_available():
+            pytest.skip("there is a GPU")
+        x = torch.zeros(4)
+        assert dispatch.native is not None
+        built = dispatch.native.build_info()["cuda"]
+        with pytest.raises(RuntimeError, match="CUDA: .*(driver|device)" if built else "built without CUDA"):
+            dispatch.native.ema_update_cuda(
+                [x.data_ptr()], [x.data_ptr()], [], [4], momentum=0.5, dtype="float32", device=0, stream=0
+            )
 
     def test_negative_size_is_refused(self) -> None:
         with pytest.raises(TypeError):

@@ -1,5 +1,6 @@
 """What an installation contains. The tests that build one, marked `system`, need the package index."""
 
+import importlib.util
 import os
 import re
 import shutil
@@ -7,6 +8,7 @@ import subprocess
 import sys
 import sysconfig
 import tarfile
+import time
 import tomllib
 import zipfile
 from importlib import metadata
@@ -90,7 +92,35 @@ def test_extension_is_built_where_there_is_a_compiler() -> None:
     if not any(dist.metadata["Name"] == "fastmoco" for dist in metadata.distributions()):
         pytest.skip("fastmoco is not installed here (make install)")
     assert dispatch.native is not None, dispatch.NATIVE_MISSING
-    assert set(dispatch.native.build_info()) == {"compiler", "openmp", "instruction_set"}
+    assert set(dispatch.native.build_info()) == {
+        "compiler", "openmp", "instruction_set", "cuda", "cuda_targets",
+    }  # fmt: skip
+
+
+def cuobjdump() -> str:
+    """CUDA's or Triton's own; the test is skipped where there is neither."""
+    beside_nvcc = Path(os.path.realpath(shutil.which("nvcc") or "nvcc")).with_name("cuobjdump")
+    spec = importlib.util.find_spec("triton")
+    triton = Path(spec.origin or "").parent / "backends" / "nvidia" / "bin" / "cuobjdump" if spec else None
+    for found in (shutil.which("cuobjdump"), beside_nvcc, triton):
+        if found and Path(found).is_file():
+            return str(found)
+    pytest.skip("no cuobjdump")
+
+
+@pytest.mark.skipif(dispatch.native is None, reason=dispatch.NATIVE_MISSING or "built")
+def test_extension_holds_code_for_the_gpus_it_names() -> None:
+    assert dispatch.native is not None
+    info = dispatch.native.build_info()
+    if not info["cuda"]:
+        pytest.skip(f"built without CUDA: {info['cuda_targets']}")
+    if tuple(map(int, info["cuda"].split("."))) >= (12, 8):
+        assert info["cuda_targets"] == "sm_80 sm_90 sm_100 compute_100"
+    *machine, newest = info["cuda_targets"].split()
+    tool, extension = cuobjdump(), Path(dispatch.native.__file__ or "")
+    for kind, expected in (("elf", set(machine)), ("ptx", {newest.replace("compute", "sm")})):
+        said = run(tool, f"--list-{kind}", extension, cwd=ROOT)
+        assert set(re.findall(r"\bsm_\d+", said)) == expected
 
 
 @pytest.fixture
@@ -131,7 +161,7 @@ def test_wheel_of_the_tree_and_of_the_sdist(tree: Path, tmp_path: Path) -> None:
     assert installed(names) == sources()
     assert {name.split("/")[0] for name in names} == {"fastmoco", f"fastmoco-{VERSION}.dist-info"}
     assert any(name.endswith("licenses/LICENSE") for name in names)
-    assert [name for name in names if name.endswith((".so", ".h", ".cpp"))] == [
+    assert [name for name in names if name.endswith((".so", ".h", ".cpp", ".cu", ".cuh"))] == [
         name for name in names if re.fullmatch(r"fastmoco/_C\..*\.so", name)
     ]
     imports = "import fastmoco.kernels; from fastmoco.ops import dispatch; print(dispatch.native)"
@@ -147,9 +177,91 @@ def test_wheel_of_the_tree_and_of_the_sdist(tree: Path, tmp_path: Path) -> None:
     (sdist,) = (tree / "sdist").glob("*.tar.gz")
     with tarfile.open(sdist) as archive:
         inside = {name.partition("/")[2] for name in archive.getnames()}
-    assert {"csrc/ema.h", "csrc/platform.h", "kernels/__init__.py", "constraints.txt", "Makefile"} <= inside
+    csrc = {f"csrc/{path.name}" for path in (ROOT / "csrc").iterdir()}
+    assert csrc >= {"csrc/ema.h", "csrc/ema.cpp", "csrc/ema.cu", "csrc/multi_tensor.cuh"}
+    assert csrc | { "kernels/__init__.py", "constraints.txt", "Makefile"} <= inside
     again, _ = build_wheel(sdist, tmp_path / "of_sdist")
     assert sorted(unpack(again, tmp_path / "site_of_sdist")) == sorted(names)
+
+
+class TestBuild:
+    """setup.py build_ext in a copy of the sources; compilers stood in for by scripts that write what they are told."""
+
+    def build(self, tree: Path, folder: Path, nvcc: str | None, **env: str) -> subprocess.CompletedProcess[str]:
+        """`nvcc` is what its stand-in answers to a compilation, a shell command; None leaves it out."""
+        tools = folder / "bin"
+        tools.mkdir(parents=True, exist_ok=True)
+        toolkit = folder / "toolkit"
+        (toolkit / "lib64").mkdir(parents=True, exist_ok=True)
+        (toolkit / "lib64" / "libcudart_static.a").write_bytes(b"!<arch>\n")
+        # An object for the compiler, the file's name for the linker; the extension is not loaded.
+        write = 'while [ $# -gt 1 ]; do [ "$1" = -o ] && out=$2; shift; done; echo made > "$out"'
+        for name in ("gcc", "g++"):
+            (tools / name).write_text(f"#!/bin/sh\n{write}\n")
+        if nvcc is not None:
+            answers = (
+                f'case "$*" in *-dryrun*) echo "#$ TOP={toolkit}";; *--version*) echo "release 13.0, V13.0.1";;\n'
+                f'*--list-gpu-arch*) echo "compute_80 compute_90 compute_100 compute_121";;\n*) {nvcc};; esac'
+            )
+            (tools / "nvcc").write_text(f"#!/bin/sh\nset -- \"$@\"\n{answers}\n".replace("WRITE", write))
+        for tool in tools.iterdir():
+            tool.chmod(0o755)
+        env = {"PATH": f"{tools}:/usr/bin:/bin", "CC": str(tools / "gcc"), "CXX": str(tools / "g++"), **env}
+        without = {name: value for name, value in os.environ.items() if name not in ("CUDA_HOME", "CUDA_PATH")}
+        return subprocess.run(
+            [sys.executable, "setup.py", "build_ext", "--inplace"],
+            cwd=tree, env=without | env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        )  # fmt: skip
+
+    def test_with_nvcc_it_says_for_which_gpus(self, tree: Path, tmp_path: Path) -> None:
+        done = self.build(tree, tmp_path, "WRITE")
+        assert done.returncode == 0, done.stdout
+        assert "with CUDA 13.0 for sm_80 sm_90 sm_100 compute_100" in done.stdout
+        assert "-lcudart_static" in done.stdout and "ema.cu.o" in done.stdout
+        assert "csrc/cuda_absent.cpp" not in done.stdout
+
+    @pytest.mark.parametrize(
+        ("nvcc", "asked", "reason"),
+        [
+            (None, "", "no nvcc on PATH"),
+            ("WRITE", "0", "left out, with FASTMOCO_CUDA=0"),
+            ("echo 'error: no'; exit 2", "", "nvcc failed on csrc/ema.cu: error: no"),
+        ],
+    )
+    def test_without_cuda_it_says_why(
+        self, tree: Path, tmp_path: Path, nvcc: str | None, asked: str, reason: str
+    ) -> None:
+        for extra in (tree / "csrc").glob("*.cu"):
+            if extra.name != "ema.cu":
+                extra.unlink()
+        done = self.build(tree, tmp_path, nvcc, FASTMOCO_CUDA=asked)
+        assert done.returncode == 0, done.stdout
+        assert "WITHOUT CUDA: " in done.stdout and reason in done.stdout
+        assert list((tree / "fastmoco").glob("_C.*.so"))
+        assert "-lcudart_static" not in done.stdout and "csrc/cuda_absent.cpp.o" in done.stdout
+
+    @pytest.mark.parametrize("nvcc", [None, "echo 'error: no'; exit 2"])
+    def test_asked_for_cuda_it_fails_without(self, tree: Path, tmp_path: Path, nvcc: str | None) -> None:
+        done = self.build(tree, tmp_path, nvcc, FASTMOCO_CUDA="1")
+        assert done.returncode != 0 and "FASTMOCO_CUDA=1, but there is no CUDA part" in done.stdout
+        assert not list((tree / "fastmoco").glob("_C.*.so"))
+
+    def test_another_word_is_refused(self, tree: Path, tmp_path: Path) -> None:
+        done = self.build(tree, tmp_path, None, FASTMOCO_CUDA="yes")
+        assert done.returncode != 0 and "FASTMOCO_CUDA must be 1, 0 or unset, not 'yes'" in done.stdout
+
+    def test_only_what_changed_is_compiled_again(self, tree: Path, tmp_path: Path) -> None:
+        def compiled(said: str) -> set[str]:
+            return set(re.findall(r"-c (csrc/\S+)", said))
+
+        first = compiled(self.build(tree, tmp_path, "WRITE").stdout)
+        assert {"csrc/ema.cpp", "csrc/ema.cu", "csrc/bindings.cpp"} <= first
+        assert compiled(self.build(tree, tmp_path, "WRITE").stdout) == set()
+        later = time.time() + 5
+        os.utime(tree / "csrc" / "ema.cu", (later, later))
+        assert compiled(self.build(tree, tmp_path, "WRITE").stdout) == {"csrc/ema.cu"}
+        os.utime(tree / "csrc" / "ema.h", (later, later))
+        assert compiled(self.build(tree, tmp_path, "WRITE").stdout) == first
 
 
 @pytest.mark.system
@@ -172,6 +284,12 @@ def test_without_a_compiler_it_installs_and_says_what_is_missing(tree: Path, tmp
     wheel, said = build_wheel(tree, tmp_path / "out", env=nowhere)
     assert stale.name == wheel.name
     assert "fastmoco._C was NOT built" in said and "install a C++17 compiler" in said
+    # Where CUDA was asked for, an installation without it must not pass for one with it.
+    pip = (sys.executable, "-m", "pip", "wheel", "-v", "--no-deps", "-w", tmp_path / "asked", tree)
+    asked = subprocess.run(
+        [str(word) for word in pip], env=os.environ | nowhere | {"FASTMOCO_CUDA": "1"}, capture_output=True, text=True
+    )
+    assert asked.returncode != 0 and "FASTMOCO_CUDA=1, but" in asked.stdout + asked.stderr
     names = unpack(wheel, tmp_path / "site")
     assert installed(names) == sources()
     assert not any(name.endswith(".so") for name in names)

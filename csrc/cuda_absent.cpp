@@ -1,0 +1,22 @@
+// Stands in for the *.cu files in a build without CUDA. setup.py defines FASTMOCO_CUDA_ABSENT, the reason.
+
+#include <stdexcept>
+
+#include "cuda_place.h"
+#include "ema.h"
+
+namespace fastmoco {
+namespace {
+
+[[noreturn]] void refuse() { throw std::runtime_error("fastmoco._C was built without CUDA: " FASTMOCO_CUDA_ABSENT); }
+
+}  // namespace
+
+int cuda_version() { return 0; }
+
+std::string cuda_description() { return FASTMOCO_CUDA_ABSENT; }
+
+void update(const std::vector<EmaTensor<float>>&, Ema<float>, CudaPlace) { refuse(); }
+void update(const std::vector<EmaTensor<double>>&, Ema<double>, CudaPlace) { refuse(); }
+
+}  // namespace fastmoco

@@ -1,0 +1,52 @@
+// Neighbouring elements moved as one: how a functor reads and writes memory on the CPU and on a GPU alike.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#include "platform.h"
+
+namespace fastmoco {
+
+// Width 1 is an element, which a CPU's compiler vectorises as it likes; a GPU's thread moves 16 bytes at a time.
+template <typename T, int kWidth>
+struct alignas(sizeof(T) * kWidth) Pack {
+  T lane[kWidth];
+};
+
+// `address` must be aligned to the whole pack.
+template <int kWidth, typename T>
+FASTMOCO_HOST_DEVICE FASTMOCO_INLINE Pack<T, kWidth> load(const T* address) {
+  if constexpr (kWidth == 1) {
+    return {{*address}};
+  } else {
+    return *reinterpret_cast<const Pack<T, kWidth>*>(address);
+  }
+}
+
+template <int kWidth, typename T>
+FASTMOCO_HOST_DEVICE FASTMOCO_INLINE void store(T* address, const Pack<T, kWidth>& pack) {
+  if constexpr (kWidth == 1) {
+    *address = pack.lane[0];
+  } else {
+    *reinterpret_cast<Pack<T, kWidth>*>(address) = pack;
+  }
+}
+
+// The bits of the bfloat16 nearest to x, the even one of two equally near; NaN stays NaN.
+FASTMOCO_HOST_DEVICE FASTMOCO_INLINE std::uint16_t bf16_bits(float x) {
+  std::uint32_t bits;
+  std::memcpy(&bits, &x, sizeof bits);
+  const std::uint32_t rounded = (bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16;
+  return static_cast<std::uint16_t>(x != x ? 0x7FC0u : rounded);
+}
+
+template <int kWidth, typename T>
+FASTMOCO_HOST_DEVICE FASTMOCO_INLINE void store_bf16(std::uint16_t* address, const Pack<T, kWidth>& pack) {
+  Pack<std::uint16_t, kWidth> narrow;
+  // float64 goes by way of float32, as torch's own conversion does.
+  for (int j = 0; j < kWidth; ++j) narrow.lane[j] = bf16_bits(static_cast<float>(pack.lane[j]));
+  store<kWidth>(address, narrow);
+}
+
+}  // namespace fastmoco
