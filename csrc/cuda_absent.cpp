@@ -4,6 +4,7 @@
 
 #include "cuda_place.h"
 #include "ema.h"
+#include "sgd_ema.h"
 
 namespace fastmoco {
 namespace {
@@ -18,5 +19,7 @@ std::string cuda_description() { return FASTMOCO_CUDA_ABSENT; }
 
 void update(const std::vector<EmaTensor<float>>&, Ema<float>, CudaPlace) { refuse(); }
 void update(const std::vector<EmaTensor<double>>&, Ema<double>, CudaPlace) { refuse(); }
+void update(const std::vector<SgdEmaTensor<float>>&, SgdEma<float>, CudaPlace) { refuse(); }
+void update(const std::vector<SgdEmaTensor<double>>&, SgdEma<double>, CudaPlace) { refuse(); }
 
 }  // namespace fastmoco
