@@ -25,7 +25,7 @@ constexpr float kNoMaximum = -1e30f;
 
 struct InstructionSet {
   const char* name;
-  bool pairs;
+  std::size_t pairs;  // 0, or what d must be a multiple of for its products of bfloat16
   std::size_t lanes;
   void (*sweep)(const Sweep&, const Partial&, std::size_t, std::size_t);
 };
@@ -36,12 +36,23 @@ std::vector<InstructionSet> instruction_sets() {
 #if defined(FASTMOCO_HAS_CLONES)
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
       __builtin_cpu_supports("avx512dq")) {
-    if (__builtin_cpu_supports("avx512bf16")) sets.push_back({"avx512bf16", true, 16, sweep_avx512bf16});
-    sets.push_back({"avx512", false, 16, sweep_avx512});
-  }
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) sets.push_back({"avx2", false, 8, sweep_avx2});
+#if defined(FASTMOCO_HAS_AMX)
+    if (__builtin_cpu_supports("amx-bf16") && __builtin_cpu_supports("amx-tile") && amx_permitted())
+      sets.push_back({"amx", 32, 16, sweep_amx});
 #endif
-  sets.push_back({"baseline", false, 4, sweep_baseline});
+    const InstructionSet pairs{"avx512bf16", 2, 16, sweep_avx512bf16}, plain{"avx512", 0, 16, sweep_avx512};
+    if (!__builtin_cpu_supports("avx512bf16")) {
+      sets.push_back(plain);
+    } else if (sets.empty()) {
+      sets.insert(sets.end(), {pairs, plain});
+    } else {
+      // Processors with tiles multiply pairs in vectors at no more than float32's rate.
+      sets.insert(sets.end(), {plain, pairs});
+    }
+  }
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) sets.push_back({"avx2", 0, 8, sweep_avx2});
+#endif
+  sets.push_back({"baseline", 0, 4, sweep_baseline});
   return sets;
 }
 
@@ -49,7 +60,7 @@ InstructionSet instruction_set(const InfoNce& a) {
   bool reached = *a.instruction_set == 0;
   for (const auto& set : instruction_sets()) {
     reached = reached || std::strcmp(set.name, a.instruction_set) == 0;
-    const bool fits = !set.pairs || (a.bank_dtype == BankDtype::kBFloat16 && a.d % 2 == 0);
+    const bool fits = set.pairs == 0 || (a.bank_dtype == BankDtype::kBFloat16 && a.d % set.pairs == 0);
     if (reached && fits) return set;
   }
   throw std::invalid_argument(std::string("infonce: this processor has not the instruction set ") + a.instruction_set);

@@ -34,8 +34,8 @@ struct InfoNce {
 
 // Queries are taken in panels of this many at the most, and padded to whole panels.
 constexpr std::size_t kPanel = 32;
-// Rows of the bank that a thread takes at a time: with d = 128 they fill 48 KiB, and both products read them there.
-constexpr std::size_t kSlice = 96;
+// Rows of the bank that a thread takes at a time, at the most.
+constexpr std::size_t kSlice = 192;
 
 // What a thread keeps of its part of the bank, for all queries; each array starts on a cache line. Logarithms are to
 // the base 2 here, since that is the exponential the processor is quick at.
@@ -74,6 +74,9 @@ void infonce(const InfoNce& arguments);
 
 // Each takes rows begin to end of the bank, by one instruction set. The one for bfloat16 wants the bank in bfloat16, `d`
 // even, and `queries` as (padded n / panel, d / 2, panel) pairs of bfloat16, 32 bits each.
+// The one for AMX wants `d` in multiples of 32 besides, and amx_permitted().
+void sweep_amx(const Sweep& sweep, const Partial& partial, std::size_t begin, std::size_t end);
+bool amx_permitted();
 void sweep_avx512bf16(const Sweep& sweep, const Partial& partial, std::size_t begin, std::size_t end);
 void sweep_avx512(const Sweep& sweep, const Partial& partial, std::size_t begin, std::size_t end);
 void sweep_avx2(const Sweep& sweep, const Partial& partial, std::size_t begin, std::size_t end);

@@ -24,6 +24,11 @@
 #define FASTMOCO_CLONES
 #endif
 
+// Tile registers (AMX): known to g++ 11 and clang 12, and to the C library's cpu features from the same time on.
+#if defined(FASTMOCO_HAS_CLONES) && defined(__linux__) && (__GNUC__ >= 11 || __clang_major__ >= 12)
+#define FASTMOCO_HAS_AMX 1
+#endif
+
 #if defined(__GNUC__)
 #define FASTMOCO_INLINE inline __attribute__((always_inline))
 #else
