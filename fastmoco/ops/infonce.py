@@ -328,3 +328,20 @@ dispatch.register(
     dtypes=(torch.float32, torch.bfloat16, torch.float16),
     missing=dispatch.NATIVE_MISSING,
 )
+
+
+def _triton(query: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    from fastmoco.kernels.infonce import infonce as launch
+
+    result: tuple[Tensor, Tensor, Tensor, Tensor, Tensor] = launch(query, *rest)
+    return result
+
+
+dispatch.register(
+    "infonce",
+    "triton",
+    _triton,
+    device_types=("cuda",),
+    dtypes=(torch.float32, torch.bfloat16, torch.float16),
+    missing=dispatch.TRITON_MISSING,
+)

@@ -1,0 +1,170 @@
+"""Compiles the Triton kernels for GPUs that are not here, and reads in the machine code what became of them.
+
+The launchers themselves are run, on CPU tensors of the method's sizes, with the launch replaced by a note of it: what
+is compiled is what they would launch. Run as a program, in a process where TRITON_INTERPRET is not set, it prints a
+JSON list of `Report`s; names of cases as arguments select some.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+import triton.backends.nvidia
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.runtime.jit import JITFunction
+
+ARCHITECTURES = (80, 90, 100)
+DTYPES = {
+    torch.float32: "fp32",
+    torch.bfloat16: "bf16",
+    torch.float16: "fp16",
+    torch.int64: "i64",
+    torch.int32: "i32",
+    torch.uint8: "u8",
+}
+TENSOR_CORES = re.compile(r"\b(?:mma\.sync|wgmma\.mma_async|tcgen05\.mma)\b")
+CUOBJDUMP = Path(triton.backends.nvidia.__file__).parent / "bin" / "cuobjdump"
+
+
+@dataclass(frozen=True, slots=True)
+class Launch:
+    """A kernel, its arguments by name in order, and the launch options."""
+
+    kernel: JITFunction
+    arguments: dict[str, Any]
+    options: dict[str, int]
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """One kernel of one case on one architecture, `shared` in bytes, `local` the count of local-memory accesses."""
+
+    case: str
+    kernel: str
+    architecture: int
+    registers: int
+    threads: int
+    shared: int
+    local: int
+    tensor_cores: list[str]
+    dots: int
+
+
+@contextmanager
+def recording() -> Iterator[list[Launch]]:
+    """Notes launches in place of making them."""
+    launches: list[Launch] = []
+
+    def run(self: JITFunction, *positional: Any, grid: Any, warmup: bool, **named: Any) -> None:
+        arguments = dict(zip(self.arg_names, positional, strict=False))
+        options = {name: value for name, value in named.items() if name not in self.arg_names}
+        arguments |= {name: value for name, value in named.items() if name in self.arg_names}
+        assert list(arguments) == self.arg_names, (self.arg_names, arguments)
+        launches.append(Launch(self, arguments, options))
+
+    original = JITFunction.run
+    JITFunction.run = run
+    try:
+        yield launches
+    finally:
+        JITFunction.run = original
+
+
+def source(launch: Launch) -> ASTSource:
+    """The launch as the compiler sees it, specialised as the runtime would: on ones and on divisibility by 16."""
+    signature, constants, attributes = {}, {}, {}
+    for i, parameter in enumerate(launch.kernel.params):
+        value = launch.arguments[parameter.name]
+        if parameter.is_constexpr or value is None or (type(value) is int and value == 1):
+            signature[parameter.name] = "constexpr"
+            constants[(i,)] = value
+            continue
+        if isinstance(value, torch.Tensor):
+            signature[parameter.name], aligned = f"*{DTYPES[value.dtype]}", value.data_ptr() % 16 == 0
+        elif isinstance(value, int):
+            signature[parameter.name], aligned = "i32" if abs(value) < 2**31 else "i64", value % 16 == 0
+        else:
+            signature[parameter.name], aligned = "fp32", False
+        if aligned:
+            attributes[(i,)] = [["tt.divisibility", 16]]
+    return ASTSource(launch.kernel, signature, constants, attributes)
+
+
+def build(case: str, launch: Launch, architecture: int) -> Report:
+    """Compiles one launch and reads its machine code."""
+    compiled = triton.compile(source(launch), target=GPUTarget("cuda", architecture, 32), options=launch.options)
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
+        cubin.write(compiled.asm["cubin"])
+        cubin.flush()
+        sass = _cuobjdump("-sass", cubin.name)
+        usage = _cuobjdump("-res-usage", cubin.name)
+    registers = re.search(r"REG:(\d+)", usage)
+    assert registers is not None and re.search(r"\bEXIT\b", sass), "cuobjdump's output is not what it was"
+    return Report(
+        case=case,
+        kernel=launch.kernel.__name__,
+        architecture=architecture,
+        registers=int(registers[1]),
+        threads=compiled.metadata.num_warps * 32,
+        shared=compiled.metadata.shared,
+        local=len(re.findall(r"\b(?:LDL|STL)\b", sass)),
+        tensor_cores=sorted(set(TENSOR_CORES.findall(compiled.asm["ptx"]))),
+        dots=len(re.findall(r"\btt\.dot\b", compiled.asm["ttir"])),
+    )
+
+
+def _cuobjdump(option: str, path: str) -> str:
+    return subprocess.run([CUOBJDUMP, option, path], check=True, capture_output=True, text=True).stdout
+
+
+def _infonce(n: int, d: int, dtype: torch.dtype, *, k: int = 65536, simclr: bool = False) -> None:
+    from fastmoco.kernels.infonce import infonce
+
+    skip = torch.zeros(n, 2, dtype=torch.int64) if simclr else None
+    # float16, and not the others, with the running maximum.
+    infonce(torch.empty(n, d), torch.empty(n, d), torch.empty(k, d, dtype=dtype), skip, 0.07, 0.0, False, True, simclr)
+
+
+# The method's sizes, for every architecture.
+METHOD: dict[str, Callable[[], None]] = {
+    f"infonce N={n} {DTYPES[dtype]}": partial(_infonce, n, 128, dtype)
+    for n in (8, 32, 256)
+    for dtype in (torch.float32, torch.bfloat16)
+}
+# Other paths through the kernels, for one.
+OTHERS: dict[str, Callable[[], None]] = {
+    "infonce fp32 SimCLR": partial(_infonce, 512, 128, torch.float32, k=512, simclr=True),
+    "infonce fp16 running maximum": partial(_infonce, 256, 128, torch.float16),
+    "infonce fp32 D=512": partial(_infonce, 256, 512, torch.float32),
+    "infonce bf16 D=129": partial(_infonce, 33, 129, torch.bfloat16, k=1021),
+}
+
+
+def reports(names: list[str]) -> Iterator[Report]:
+    """Every launch of the cases named, or of all."""
+    for name, run in (METHOD | OTHERS).items():
+        if names and name not in names:
+            continue
+        with recording() as launches:
+            run()
+        assert launches, name
+        for launch in launches:
+            for architecture in ARCHITECTURES if name in METHOD else (90,):
+                yield build(name, launch, architecture)
+
+
+if __name__ == "__main__":
+    json.dump([asdict(report) for report in reports(sys.argv[1:])], sys.stdout, indent=1)

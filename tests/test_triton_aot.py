@@ -1,0 +1,58 @@
+"""What the compiler makes of the Triton kernels for A100, H100 and B200, without any of them (aot.py)."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+# Bytes of shared memory that a block may have (CUDA C++ Programming Guide, compute capabilities).
+SHARED = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+REGISTERS = 65536
+LARGE = ("infonce N=256 bf16", "sweep")
+
+
+@pytest.fixture(scope="module")
+def reports(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
+    """Of every kernel; compiled where the interpreter, chosen for the other tests, is not."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment |= {"TRITON_CACHE_DIR": str(tmp_path_factory.mktemp("triton")), "PYTHONPATH": str(ROOT)}
+    program = [sys.executable, str(ROOT / "tests" / "aot.py")]
+    done = subprocess.run(program, env=environment, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def faults(report: dict) -> list[str]:
+    found = []
+    if report["local"]:
+        found.append(f"{report['local']} accesses to local memory: registers are spilled")
+    if report["shared"] > SHARED[report["architecture"]]:
+        found.append(f"{report['shared']} bytes of shared memory do not fit")
+    if report["registers"] * report["threads"] > REGISTERS:
+        found.append(f"{report['registers']} registers for each of {report['threads']} threads do not fit")
+    if report["dots"] and not report["tensor_cores"]:
+        found.append("a matrix product does not run on tensor cores")
+    return found
+
+
+def test_no_kernel_spills_or_exceeds_the_device_and_products_run_on_tensor_cores(reports: list[dict]) -> None:
+    bad = {f"{r['case']}: {r['kernel']}, sm_{r['architecture']}": faults(r) for r in reports if faults(r)}
+    assert not bad
+
+
+def test_everything_was_compiled(reports: list[dict]) -> None:
+    assert {report["architecture"] for report in reports} == {80, 90, 100}
+    products = {(report["kernel"], report["dots"] > 0) for report in reports}
+    assert products == {("sweep", True), ("merge", False)}
+
+
+def test_large_products_use_the_architectures_own_instructions(reports: list[dict]) -> None:
+    """Those that only an H100 or only a B200 has; below 64 rows mma.sync is all there is."""
+    found = {r["architecture"]: r["tensor_cores"] for r in reports if (r["case"], r["kernel"]) == LARGE}
+    assert found == {80: ["mma.sync"], 90: ["wgmma.mma_async"], 100: ["tcgen05.mma"]}
