@@ -104,9 +104,10 @@ def pick(operation: str, tensor: torch.Tensor, implementation: str | None = None
     if implementation is None:
         return implementations[_choose(operation, device_type, dtype).chosen].function
     if implementation in implementations:
-        refusal = implementations[implementation].refusal(device_type, dtype)
         # Triton's interpreter runs kernels on CPU tensors: slow enough that it has to be asked for.
-        if not refusal or (implementation == "triton" and _triton_interprets() and device_type == "cpu"):
+        interpreted = implementation == "triton" and device_type == "cpu" and _triton_interprets()
+        refusal = implementations[implementation].refusal("cuda" if interpreted else device_type, dtype)
+        if not refusal:
             return implementations[implementation].function
     else:
         refusal = "this operation has no such implementation"
