@@ -53,6 +53,7 @@ PYBIND11_MODULE(_C, module) {
   module.doc() = "fastmoco's C++ operations on raw addresses; use them through fastmoco.ops.";
   fastmoco::bind_ema(module);
   fastmoco::bind_infonce(module);
+  fastmoco::bind_pooled_mse(module);
   fastmoco::bind_sgd_ema(module);
   module.def("build_info", &build_info,
              "What this extension was compiled with: compiler (str), openmp (bool), the instruction_set (str)\n"

@@ -44,6 +44,7 @@ inline bool is_float32(const char* operation, const std::string& dtype) {
 
 void bind_ema(pybind11::module_& module);
 void bind_infonce(pybind11::module_& module);
+void bind_pooled_mse(pybind11::module_& module);
 void bind_sgd_ema(pybind11::module_& module);
 
 }  // namespace fastmoco

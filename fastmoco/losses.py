@@ -30,8 +30,8 @@ class InfoNCE(nn.Module):
 class StageMSE(nn.Module):
     """`weight` times the mean squared error of the two views' pooled maps, for each of `stages` (numbered from 1).
 
-    `grids` gives, for all four stages, the side of the grid that a map is average-pooled to. Returns
-    {"stage1": loss, ...}, weighted as they enter the sum.
+    `grids` gives, for all four stages, the side of the grid that a map is average-pooled to; the keys' maps may be
+    pooled to it already. Returns {"stage1": loss, ...}, weighted as they enter the sum.
     """
 
     def __init__(self, stages: Sequence[int], grids: Sequence[int], weight: float) -> None:
