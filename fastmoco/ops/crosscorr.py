@@ -9,15 +9,18 @@ matrix C: `||Z1' Z2||^2 = tr(Z1 Z1' Z2 Z2') = sum(G1 o G2)`, for 8 N^2 D operati
 6 N D^2:
 
     dZ1 = (2 scale / N) * (lam * G2 Z1 / N + Z2 * ((1 - lam) * c - 1))        and the same with 1 and 2 exchanged
-    dz  = r * (dZ - mean_n dZ - Z * mean_n(dZ * Z)),    r = 1 / sqrt(variance + epsilon)
+    dz  = r * (dZ - Z * mean_n(dZ * Z)),    r = 1 / sqrt(variance + epsilon)
 
+(A standardisation's gradient has mean_n dZ subtracted too, which is zero here, as the mean over n of Z is.)
 Loss and gradients come out together: the Gram matrices serve both and neither they nor Z are kept. In float32 this
 grouping of the terms matters: written as a polynomial in C and I it loses one to two digits of the gradient.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -120,49 +123,101 @@ def _backward(ctx: Any, dloss: Tensor | None, *_: Any) -> tuple[Tensor | None, .
 _crosscorr.register_autograd(_backward, setup_context=_setup_context)
 
 
-def reference(
-    z1: Tensor, z2: Tensor, off_diagonal: float, scale: float, form: str, gradients: bool
+class Passes(NamedTuple):
+    """What lies between the matrix products.
+
+    standardize(z1, z2) -> both standardised over dimension 1, the factors r (S, D) that made them so, and C's diagonal.
+    gradient(left, right, alpha, other, weight, s, r) -> the gradient to z of what has the gradient
+        `alpha * left @ right + other * weight` to `s`; all columns of the product and of `other` sum to zero.
+    """
+
+    standardize: Callable[[Tensor, Tensor], tuple[Tensor, Tensor, Tensor, Tensor, Tensor]]
+    gradient: Callable[[Tensor, Tensor, float, Tensor, Tensor, Tensor, Tensor], Tensor]
+
+
+def _run(
+    passes: Passes, z1: Tensor, z2: Tensor, off_diagonal: float, scale: float, form: str, gradients: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Any device and dtype: batched matrix products, and as few passes over (S, N, D) as PyTorch allows."""
     n = z1.shape[1]
-    s1, r1 = _standardize(wide(z1))
-    s2, r2 = _standardize(wide(z2))
+    s1, s2, r1, r2, diagonal = passes.standardize(z1, z2)
     if form == "gram":
         g1, g2 = torch.bmm(s1, s1.mT), torch.bmm(s2, s2.mT)
-        diagonal = (s1 * s2).mean(dim=1)
         off = (g1 * g2).sum(dim=(1, 2)) / n**2 - diagonal.square().sum(dim=1)
         weight = (1 - off_diagonal) * diagonal - 1
-        products, alpha = ((g2, s1), (g1, s2)), off_diagonal / n
+        factors1, factors2, alpha = (g2, s1), (g1, s2), off_diagonal / n
     else:
         c = torch.bmm(s1.mT, s2).div_(n)
-        diagonal = c.diagonal(dim1=1, dim2=2).clone()
         # With C at hand its diagonal is left out, rather than subtracted, and the small sum stays exact.
         c.diagonal(dim1=1, dim2=2).zero_()
         off = c.square().sum(dim=(1, 2))
         weight = diagonal - 1
-        products, alpha = ((s2, c.mT), (s1, c)), off_diagonal
+        factors1, factors2, alpha = (s2, c.mT), (s1, c), off_diagonal
     loss = scale * ((diagonal - 1).square().sum(dim=1) + off_diagonal * off)
     if not gradients:
-        nothing = s1.new_empty((len(s1), 0, s1.shape[2]))
-        return loss, nothing, nothing.clone()
-    weight = weight.mul_(2 * scale / n)[:, None]
-    dz1 = torch.baddbmm(s2 * weight, *products[0], alpha=2 * scale / n * alpha)
-    dz2 = torch.baddbmm(s1 * weight, *products[1], alpha=2 * scale / n * alpha)
-    return loss, _through_standardize_(dz1, s1, r1), _through_standardize_(dz2, s2, r2)
+        dz1, dz2 = (s1.new_empty((len(s1), 0, s1.shape[2])) for _ in range(2))
+        return loss, dz1, dz2
+    alpha *= 2 * scale / n
+    weight *= 2 * scale / n
+    dz1 = passes.gradient(*factors1, alpha, s2, weight, s1, r1)
+    dz2 = passes.gradient(*factors2, alpha, s1, weight, s2, r2)
+    return loss, dz1, dz2
 
 
-def _standardize(z: Tensor) -> tuple[Tensor, Tensor]:
-    """`z` with zero mean and unit variance over dimension 1, and the factors r (S, 1, D) that made it so."""
-    centred = z - z.mean(dim=1, keepdim=True)
-    r = centred.square().mean(dim=1, keepdim=True).add_(EPSILON).rsqrt_()
-    return centred.mul_(r), r
+def _standardize(z1: Tensor, z2: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    s1, s2 = (wide(z) - wide(z).mean(dim=1, keepdim=True) for z in (z1, z2))
+    r1, r2 = (s.square().mean(dim=1).add_(EPSILON).rsqrt_() for s in (s1, s2))
+    s1 *= r1[:, None]
+    s2 *= r2[:, None]
+    return s1, s2, r1, r2, (s1 * s2).mean(dim=1)
 
 
-def _through_standardize_(gradient: Tensor, s: Tensor, r: Tensor) -> Tensor:
-    """The gradient to z, in place of that to `s`."""
-    gradient.sub_(gradient.mean(dim=1, keepdim=True))
-    gradient.addcmul_(s, (gradient * s).mean(dim=1, keepdim=True), value=-1)
-    return gradient.mul_(r)
+def _gradient(
+    left: Tensor, right: Tensor, alpha: float, other: Tensor, weight: Tensor, s: Tensor, r: Tensor
+) -> Tensor:
+    ds = torch.baddbmm(other * weight[:, None], left, right, alpha=alpha)
+    ds.addcmul_(s, (ds * s).mean(dim=1, keepdim=True), value=-1)
+    return ds.mul_(r[:, None])
+
+
+# Any device and dtype.
+reference = partial(_run, Passes(_standardize, _gradient))
+
+
+def _sizes(z: Tensor) -> dict[str, int]:
+    stages, batch, features = z.shape
+    return {"stages": stages, "batch": batch, "features": features, "threads": torch.get_num_threads()}
+
+
+def _native_standardize(z1: Tensor, z2: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    z1, z2 = z1.float().contiguous(), z2.float().contiguous()
+    assert dispatch.native is not None
+    s1, s2 = torch.empty_like(z1), torch.empty_like(z2)
+    r1, r2, diagonal = z1.new_empty((3, len(z1), z1.shape[2])).unbind()
+    addresses = (tensor.data_ptr() for tensor in (z1, z2, s1, s2, r1, r2, diagonal))
+    dispatch.native.crosscorr_standardize(*addresses, epsilon=EPSILON, **_sizes(z1))
+    return s1, s2, r1, r2, diagonal
+
+
+def _native_gradient(
+    left: Tensor, right: Tensor, alpha: float, other: Tensor, weight: Tensor, s: Tensor, r: Tensor
+) -> Tensor:
+    assert dispatch.native is not None
+    product = torch.bmm(left, right)
+    addresses = (tensor.data_ptr() for tensor in (product, other, weight, s, r))
+    dispatch.native.crosscorr_through_standardize(*addresses, alpha=alpha, **_sizes(s))
+    return product
+
+
+# Each pass once through memory, with sums in double.
+_native = partial(_run, Passes(_native_standardize, _native_gradient))
 
 
 dispatch.register("crosscorr", "reference", reference)
+dispatch.register(
+    "crosscorr",
+    "native",
+    _native,
+    device_types=("cpu",),
+    dtypes=(torch.float32, torch.bfloat16, torch.float16),
+    missing=dispatch.NATIVE_MISSING,
+)

@@ -1,0 +1,105 @@
+#include "crosscorr.h"
+
+#include <algorithm>
+#include <cmath>
+
+namespace fastmoco {
+namespace {
+
+// Columns that one thread takes through the whole batch: their sums stay in registers' reach, and rows of a KiB are
+// long enough to stream.
+constexpr std::size_t kBlock = 256;
+
+// Below this a second thread costs more to wake than it saves (elements).
+constexpr std::size_t kGrain = 16384;
+
+// Sums over the batch of one block of columns.
+struct Sums {
+  double values[kBlock];
+};
+
+// A block of `width` columns: its first element, and how far apart rows are.
+struct Block {
+  std::size_t batch, width, stride;
+};
+
+FASTMOCO_INLINE void standardize_columns(const float* __restrict z, float* __restrict s, float* __restrict r,
+                                         double epsilon, const Block& b) {
+  Sums mean{}, square{};
+  float centre[kBlock], factor[kBlock];
+  for (std::size_t n = 0; n < b.batch; ++n)
+    for (std::size_t c = 0; c < b.width; ++c) mean.values[c] += z[n * b.stride + c];
+  for (std::size_t c = 0; c < b.width; ++c) centre[c] = static_cast<float>(mean.values[c] /= b.batch);
+  for (std::size_t n = 0; n < b.batch; ++n)
+    for (std::size_t c = 0; c < b.width; ++c) {
+      const float centred = z[n * b.stride + c] - centre[c];
+      square.values[c] += centred * centred;
+    }
+  for (std::size_t c = 0; c < b.width; ++c)
+    r[c] = factor[c] = static_cast<float>(1 / std::sqrt(square.values[c] / b.batch + epsilon));
+  for (std::size_t n = 0; n < b.batch; ++n)
+    for (std::size_t c = 0; c < b.width; ++c)
+      s[n * b.stride + c] = (z[n * b.stride + c] - centre[c]) * factor[c];
+}
+
+FASTMOCO_CLONES void standardize_block(const float* z1, const float* z2, float* s1, float* s2, float* r1, float* r2,
+                                       float* diagonal, double epsilon, const Block& b) {
+  standardize_columns(z1, s1, r1, epsilon, b);
+  standardize_columns(z2, s2, r2, epsilon, b);
+  Sums product{};
+  for (std::size_t n = 0; n < b.batch; ++n)
+    for (std::size_t c = 0; c < b.width; ++c) product.values[c] += s1[n * b.stride + c] * s2[n * b.stride + c];
+  for (std::size_t c = 0; c < b.width; ++c) diagonal[c] = static_cast<float>(product.values[c] / b.batch);
+}
+
+FASTMOCO_CLONES void through_block(float* __restrict product, const float* __restrict other,
+                                   const float* __restrict weight, const float* __restrict s,
+                                   const float* __restrict r, float alpha, const Block& b) {
+  Sums along{};
+  float mean[kBlock];
+  for (std::size_t n = 0; n < b.batch; ++n)
+    for (std::size_t c = 0; c < b.width; ++c) {
+      const std::size_t i = n * b.stride + c;
+      product[i] = alpha * product[i] + weight[c] * other[i];
+      along.values[c] += product[i] * s[i];
+    }
+  for (std::size_t c = 0; c < b.width; ++c) mean[c] = static_cast<float>(along.values[c] / b.batch);
+  for (std::size_t n = 0; n < b.batch; ++n)
+    for (std::size_t c = 0; c < b.width; ++c) {
+      const std::size_t i = n * b.stride + c;
+      product[i] = r[c] * (product[i] - s[i] * mean[c]);
+    }
+}
+
+// Calls run(offset of the block's first element, offset of its first column, block) for all blocks of all stages.
+template <typename Run>
+void for_each_block(const Batches& m, int threads, const Run& run) {
+  const std::size_t blocks = (m.features + kBlock - 1) / kBlock, tasks = m.stages * blocks;
+  const std::size_t useful = std::min(tasks, (m.stages * m.batch * m.features + kGrain - 1) / kGrain);
+  const int team = static_cast<int>(std::min<std::size_t>(useful, static_cast<std::size_t>(threads)));
+  (void)team;
+#pragma omp parallel for schedule(static) num_threads(team) if (team > 1)
+  for (std::size_t task = 0; task < tasks; ++task) {
+    const std::size_t stage = task / blocks, column = task % blocks * kBlock;
+    run(stage * m.batch * m.features + column, stage * m.features + column,
+        Block{m.batch, std::min(kBlock, m.features - column), m.features});
+  }
+}
+
+}  // namespace
+
+void standardize(const float* z1, const float* z2, float* s1, float* s2, float* r1, float* r2, float* diagonal,
+                 double epsilon, const Batches& batches, int threads) {
+  for_each_block(batches, threads, [=](std::size_t i, std::size_t c, const Block& block) {
+    standardize_block(z1 + i, z2 + i, s1 + i, s2 + i, r1 + c, r2 + c, diagonal + c, epsilon, block);
+  });
+}
+
+void through_standardize(float* product, const float* other, const float* weight, const float* s, const float* r,
+                         double alpha, const Batches& batches, int threads) {
+  for_each_block(batches, threads, [=](std::size_t i, std::size_t c, const Block& block) {
+    through_block(product + i, other + i, weight + c, s + i, r + c, static_cast<float>(alpha), block);
+  });
+}
+
+}  // namespace fastmoco
