@@ -18,6 +18,7 @@ from bench.harness import Benchmark, Outputs, Run, relative_error
 from bench.memory import peak_memory
 from bench.shapes import resnet50_shapes
 from bench.timing import interleaved, quantiles
+from fastmoco.ops import dispatch
 
 ROOT = Path(__file__).resolve().parents[1]
 SMALL = {
@@ -38,6 +39,12 @@ FIELDS = {
 def measured_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """The machine's rates, which take a second to measure, are measured once for all tests."""
     monkeypatch.setattr(harness, "measure", MEASURE)
+
+
+@pytest.fixture(autouse=True)
+def not_interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The tests let Triton's interpreter stand in for a GPU; a benchmark times no implementation run in it."""
+    monkeypatch.setattr(dispatch, "_triton_interprets", lambda: False)
 
 
 @pytest.fixture(params=SMALL, ids=lambda module: module.__name__)
