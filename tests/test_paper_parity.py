@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -113,13 +112,15 @@ class Spy:
         self.trainer = trainer
         self.gradients: dict[str, Tensor] = {}
         self.projector_gradients: dict[str, Tensor] = {}
-        trainer.engine.optimizer.register_step_pre_hook(self)
+        self.engine_step = trainer.engine.step
+        trainer.engine.step = self.step
 
-    def __call__(self, *_: Any) -> None:
+    def step(self, lr: float, *, ema: float) -> None:
         module = self.trainer.module
         self.gradients = torchvision_names({n: p.grad.clone() for n, p in module.query.named_parameters()})
         if module.stage_loss is not None:
             self.projector_gradients = {n: p.grad.clone() for n, p in module.stage_loss.named_parameters()}
+        self.engine_step(lr, ema=ema)
 
 
 def our_step(trainer: Trainer, spy: Spy, views: tuple[Tensor, Tensor]) -> tuple[dict[str, Tensor], dict[str, float]]:

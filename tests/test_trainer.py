@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from fastmoco.train.trainer import Trainer
 from runs import small_config
 
 CPU = torch.device("cpu")
+UPDATES = pytest.mark.parametrize("update", ["fused", "torch"])
 
 
 def trainer(method: str = "mse", **changes: Any) -> Trainer:
@@ -37,6 +39,17 @@ def weights(t: Trainer) -> dict[str, Tensor]:
     return {name: value.clone() for name, value in t.module.state_dict().items()}
 
 
+def before_step(t: Trainer, look: Callable[[], object]) -> None:
+    """Have `look` called before each optimiser step, while there are gradients."""
+    step = t.engine.step
+
+    def stepped(lr: float, *, ema: float) -> None:
+        look()
+        step(lr, ema=ema)
+
+    t.engine.step = stepped  # type: ignore[method-assign]
+
+
 class NoSync(TorchDispatchMode):
     """Fails on the operations through which a value reaches the host."""
 
@@ -45,9 +58,10 @@ class NoSync(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+@UPDATES
 @pytest.mark.parametrize("method", ["moco", "mse", "barlow"])
-def test_a_step_does_not_wait_for_the_device(method: str) -> None:
-    t = trainer(method, accumulate=2, precision="bf16")
+def test_a_step_does_not_wait_for_the_device(method: str, update: str) -> None:
+    t = trainer(method, accumulate=2, precision="bf16", update=update)
     with NoSync():
         for step in range(2):
             t.step([batch(2 * step), batch(2 * step + 1)], lr=0.1)
@@ -102,16 +116,15 @@ def test_accumulated_gradients_are_the_mean() -> None:
         t = trainer("moco", accumulate=len(parts), precision="fp64")
         # The second micro-batch must see the queue as the first does, for the mean to be exact.
         t.queue.push = lambda keys: None  # type: ignore[method-assign]
-        t.engine.optimizer.register_step_pre_hook(
-            lambda *_, t=t: gradients.append(t.module.query.backbone.conv1.weight.grad.clone())
-        )
+        before_step(t, lambda t=t: gradients.append(t.module.query.backbone.conv1.weight.grad.clone()))
         t.step([batch(i) for i in parts], lr=0.1)
     assert torch.allclose(gradients[2], (gradients[0] + gradients[1]) / 2, rtol=1e-9, atol=1e-12)
 
 
+@UPDATES
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_a_non_finite_loss_suppresses_every_update_from_then_on(bad: float) -> None:
-    t = trainer(log_every=9)
+def test_a_non_finite_loss_suppresses_every_update_from_then_on(bad: float, update: str) -> None:
+    t = trainer(log_every=9, update=update)
     t.step([batch(0)], lr=0.1)
     before = {name: p.clone() for name, p in t.module.query.named_parameters()}
     momentum = {name: value.clone() for name, value in t.engine.momentum_buffers.items()}
@@ -126,8 +139,9 @@ def test_a_non_finite_loss_suppresses_every_update_from_then_on(bad: float) -> N
     assert [bool(np.isfinite(row["infonce"])) for row in t.history.read()] == [True, False, True]
 
 
-def test_the_first_step_can_be_suppressed_too() -> None:
-    t = trainer()
+@UPDATES
+def test_the_first_step_can_be_suppressed_too(update: str) -> None:
+    t = trainer(update=update)
     before = weights(t)
     broken = batch(1)
     broken.k.fill_(float("nan"))
@@ -142,25 +156,88 @@ def test_non_finite_tensors_are_found() -> None:
     assert non_finite(tensors) == ["b"]
 
 
-def test_the_momentum_step_is_sgds_own() -> None:
+@UPDATES
+@pytest.mark.parametrize("momentum", [0.9, 0.0])
+def test_the_step_is_sgds_own_and_then_the_average(update: str, momentum: float) -> None:
     """Starting SGD's momentum from zeros is torch's first step."""
-    torch.manual_seed(0)
-    t = trainer("moco", precision="fp64")
+    t = trainer("barlow", precision="fp64", update=update, sgd_momentum=momentum, log_every=9)
     plain = torch.optim.SGD(
         [torch.nn.Parameter(p.detach().clone()) for p in t.engine.trainable.values()],
-        lr=0.1, momentum=0.9, weight_decay=1e-4, fused=False, foreach=False,
+        lr=0.1, momentum=momentum, weight_decay=1e-4, fused=False, foreach=False,
     )  # fmt: skip
+    followers = {name: p.clone() for name, p in t.module.key.named_parameters()}
 
-    def mirror(*_: Any) -> None:
+    def mirror() -> None:
         for mine, other in zip(t.engine.trainable.values(), plain.param_groups[0]["params"], strict=True):
             other.grad = mine.grad.clone()
         plain.step()
 
-    t.engine.optimizer.register_step_pre_hook(mirror)
-    for i in range(2):
+    before_step(t, mirror)
+    m = t.config.loss.ema
+    for i in range(3):
         t.step([batch(i)], lr=0.1)
-        for mine, other in zip(t.engine.trainable.values(), plain.param_groups[0]["params"], strict=True):
+        for (name, mine), other in zip(t.engine.trainable.items(), plain.param_groups[0]["params"], strict=True):
             assert torch.allclose(mine, other, rtol=1e-12, atol=1e-14)
+            if name.startswith("query."):
+                name = name.removeprefix("query.")
+                followers[name] = m * followers[name] + (1 - m) * mine.detach()
+                assert torch.allclose(t.module.key.get_parameter(name), followers[name], rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize(("precision", "tolerance"), [("fp64", 1e-12), ("fp32", 1e-4)])
+def test_both_updates_train_to_the_same_weights(precision: str, tolerance: float) -> None:
+    changes: dict[str, Any] = {"precision": precision, "accumulate": 2, "log_every": 9}
+    fused, plain = (trainer("mse", update=update, **changes) for update in ("fused", "torch"))
+    for t in (fused, plain):
+        for step in range(3):
+            t.step([batch(2 * step), batch(2 * step + 1)], lr=0.01)
+    expected = weights(plain)
+    for name, value in weights(fused).items():
+        assert torch.allclose(value, expected[name], rtol=tolerance, atol=tolerance), name
+
+
+@pytest.mark.parametrize(("first", "second"), [("fused", "fused"), ("torch", "torch"), ("torch", "fused")])
+def test_a_checkpoint_goes_on_bit_for_bit_and_with_either_update(first: str, second: str) -> None:
+    def run(t: Trainer, steps: range) -> Trainer:
+        for step in steps:
+            t.step([batch(step)], lr=0.1)
+        return t
+
+    whole = run(trainer(update=first, log_every=9), range(2))
+    saved = whole.checkpoint(2, "images")
+    other = trainer(update=second, log_every=9, seed=7)
+    other.restore(saved)
+    assert {name for name in saved.tensors if name.startswith("momentum.")} == {
+        f"momentum.{name}" for name in other.engine.trainable
+    }
+    run(whole, range(2, 4))
+    run(other, range(2, 4))
+    expected = whole.checkpoint(4, "images").tensors
+    for name, value in other.checkpoint(4, "images").tensors.items():
+        if first == second:
+            assert torch.equal(value, expected[name]), name
+        else:
+            assert torch.allclose(value, expected[name], rtol=1e-3, atol=1e-3), name
+
+
+def test_a_parameter_without_a_gradient_is_left_alone_and_averaged() -> None:
+    results = []
+    for update in ("fused", "torch"):
+        t = trainer("moco", update=update)
+        t.step([batch(0)], lr=0.1)
+        head = dict(t.module.query.head.named_parameters())
+        before = {name: p.clone() for name, p in head.items()}
+
+        def drop(head: dict[str, Tensor] = head) -> None:
+            for p in head.values():
+                p.grad = None
+
+        before_step(t, drop)
+        t.step([batch(1)], lr=0.1)
+        assert all(torch.equal(p, before[name]) for name, p in head.items())
+        results.append([p.clone() for p in t.module.key.head.parameters()])
+    for a, b in zip(*results, strict=True):
+        assert torch.allclose(a, b, rtol=1e-5, atol=1e-6)
 
 
 def test_embedding_spread_tells_collapse() -> None:

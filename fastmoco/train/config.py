@@ -117,6 +117,10 @@ class OptimConfig:
     """Momentum of SGD."""
     weight_decay: float = 1e-4
     """Weight decay, on every parameter."""
+    update: Literal["fused", "torch"] = "fused"
+    """What steps the weights: SGD and the key encoder's average in one pass over memory, or torch.optim.SGD and then
+    the average, which agree to rounding. Fused is the default as the faster: measured on two CPU cores, it takes half
+    the time for a ResNet-50's."""
     schedule: Literal["constant", "cosine"] = "constant"
     """Learning rate after the warm-up: constant, or half a cosine falling towards 0 at the end."""
     warmup_epochs: float = 0.0

@@ -10,7 +10,6 @@ from torch.nn.functional import normalize
 
 from fastmoco.losses import InfoNCE, StageBarlow, StageMSE
 from fastmoco.models.encoder import Encoder
-from fastmoco.ops.ema import ema_update_
 from fastmoco.ops.precision import wide
 from fastmoco.train.config import LossConfig, ModelConfig
 
@@ -64,6 +63,11 @@ class MomentumContrast(nn.Module):
             return ["infonce", *self.stage_loss.projectors]
         return ["infonce"]
 
+    @property
+    def averages(self) -> dict[str, Tensor]:
+        """The key encoder's parameters, each by the name of the query encoder's that it is the average of."""
+        return {f"query.{name}": parameter for name, parameter in self.key.named_parameters()}
+
     def forward(self, view_q: Tensor, view_k: Tensor, bank: Tensor) -> Output:
         """Two views (N, 3, H, W) of the same images in [0, 1], and the negatives (K, D), as they were before them."""
         query = self.query(view_q)
@@ -75,8 +79,3 @@ class MomentumContrast(nn.Module):
         if self.stage_loss is not None:
             losses |= self.stage_loss(query.stages, key.stages)
         return Output(losses, q.detach(), k)
-
-    @torch.no_grad()
-    def update_key(self, momentum: float) -> None:
-        """key <- momentum * key + (1 - momentum) * query, over the parameters."""
-        ema_update_(list(self.key.parameters()), list(self.query.parameters()), momentum)

@@ -43,7 +43,7 @@ class Trainer:
         if run.channels_last:
             module.to(memory_format=torch.channels_last)
         self.module = module
-        self.engine = SingleProcess(module, config.optim, precision=precision, device=device)
+        self.engine = SingleProcess(module, module.averages, config.optim, precision=precision, device=device)
         self.history = History(module.loss_names, run.log_every, device)
         self.pushed = 0
 
@@ -59,8 +59,7 @@ class Trainer:
             self.queue.push(key)
             self.pushed += len(key)
             self.history.add(losses, query, divisor=accumulate)
-        self.engine.step(lr)
-        self.module.update_key(self.config.loss.ema)
+        self.engine.step(lr, ema=self.config.loss.ema)
         self.history.next_row()
 
     @property

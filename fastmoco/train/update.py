@@ -1,0 +1,101 @@
+"""How an optimiser step reaches the weights: SGD on those that are trained, and the average that follows them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from fastmoco.ops.ema import ema_update_
+from fastmoco.ops.sgd_ema import sgd_ema_update_
+from fastmoco.train.config import OptimConfig
+
+Parameters = Mapping[str, nn.Parameter]
+
+
+class Update(Protocol):
+    """SGD with momentum on parameters by name, and averages of some of them.
+
+    `buffers` is SGD's momentum by the parameter's name; empty where momentum is 0. Parameters without a gradient are
+    left alone.
+    """
+
+    buffers: dict[str, Tensor]
+
+    def step(self, lr: float, ema: float) -> None:
+        """One step of SGD at `lr`, unless blocked; then average <- ema * average + (1 - ema) * parameter."""
+
+
+class TorchUpdate:
+    """torch.optim.SGD, then the average: two passes over memory.
+
+    `parameters` and the `averages` of some, by the parameter's name; while the 0-d float32 tensor `blocked` is 1,
+    parameters and momentum stay as they are.
+    """
+
+    def __init__(
+        self, parameters: Parameters, averages: Mapping[str, Tensor], optim: OptimConfig, blocked: Tensor
+    ) -> None:
+        self.averages = list(averages.values())
+        self.sources = [parameters[name] for name in averages]
+        self.optimizer = torch.optim.SGD(
+            list(parameters.values()),
+            lr=optim.lr,
+            momentum=optim.sgd_momentum,
+            weight_decay=optim.weight_decay,
+            fused=True,
+        )
+        self.buffers = _zero_buffers(parameters, optim)
+        # torch's first step sets the buffer to the gradient, which momentum * 0 + gradient is too; starting from
+        # zeros keeps it well defined when the very first step is blocked.
+        for name, buffer in self.buffers.items():
+            self.optimizer.state[parameters[name]]["momentum_buffer"] = buffer
+        # The fused optimiser skips its update where this tensor is 1; gradient scalers use the same door.
+        self.optimizer.found_inf = blocked  # type: ignore[attr-defined]
+
+    def step(self, lr: float, ema: float) -> None:
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.optimizer.step()
+        ema_update_(self.averages, self.sources, ema)
+
+
+class FusedUpdate:
+    """Both in one pass over memory (ops/sgd_ema.py); arguments as TorchUpdate's, and the same to rounding."""
+
+    def __init__(
+        self, parameters: Parameters, averages: Mapping[str, Tensor], optim: OptimConfig, blocked: Tensor
+    ) -> None:
+        self.parameters = parameters
+        self.averages = averages
+        self.optim = optim
+        self.blocked = blocked
+        self.buffers = _zero_buffers(parameters, optim)
+
+    def step(self, lr: float, ema: float) -> None:
+        gradients = {name: p.grad for name, p in self.parameters.items() if p.grad is not None}
+        sgd_ema_update_(
+            [self.parameters[name] for name in gradients],
+            list(gradients.values()),
+            [self.buffers[name] for name in gradients] if self.buffers else [],
+            [self.averages.get(name) for name in gradients],
+            lr=lr,
+            momentum=self.optim.sgd_momentum,
+            weight_decay=self.optim.weight_decay,
+            ema=ema,
+            found_inf=self.blocked,
+        )
+        still = [name for name in self.averages if name not in gradients]
+        ema_update_([self.averages[name] for name in still], [self.parameters[name] for name in still], ema)
+
+
+def make_update(parameters: Parameters, averages: Mapping[str, Tensor], optim: OptimConfig, blocked: Tensor) -> Update:
+    """The one that `optim.update` names."""
+    kind = FusedUpdate if optim.update == "fused" else TorchUpdate
+    return kind(parameters, averages, optim, blocked)
+
+
+def _zero_buffers(parameters: Parameters, optim: OptimConfig) -> dict[str, Tensor]:
+    return {name: torch.zeros_like(p) for name, p in parameters.items()} if optim.sgd_momentum else {}
