@@ -1,4 +1,4 @@
-"""Small images and small runs that several tests need."""
+"""Small images, small runs and a watch on them that several tests need."""
 
 from __future__ import annotations
 
@@ -9,9 +9,18 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastmoco.train.config import Config
 from fastmoco.train.recipes import find
+
+
+class NoSync(TorchDispatchMode):
+    """Fails on the operations through which a value reaches the host."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        assert func.__name__.split(".")[0] not in ("_local_scalar_dense", "nonzero"), f"{func} synchronises"
+        return func(*args, **(kwargs or {}))
 
 
 def draw_images(folder: Path, count: int = 24, *, seed: int = 0, side: int = 40) -> Path:

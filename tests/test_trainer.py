@@ -11,12 +11,11 @@ import pytest
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastmoco.data.loader import Batch
 from fastmoco.train.checkpoint import non_finite
 from fastmoco.train.trainer import Trainer
-from runs import small_config
+from runs import NoSync, small_config
 
 CPU = torch.device("cpu")
 UPDATES = pytest.mark.parametrize("update", ["fused", "torch"])
@@ -48,14 +47,6 @@ def before_step(t: Trainer, look: Callable[[], object]) -> None:
         step(lr, ema=ema)
 
     t.engine.step = stepped  # type: ignore[method-assign]
-
-
-class NoSync(TorchDispatchMode):
-    """Fails on the operations through which a value reaches the host."""
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        assert func.__name__.split(".")[0] not in ("_local_scalar_dense", "nonzero"), f"{func} synchronises"
-        return func(*args, **(kwargs or {}))
 
 
 @UPDATES
@@ -107,6 +98,27 @@ def test_the_queue_is_pushed_once_a_micro_batch() -> None:
     t.step([batch(i) for i in range(3)], lr=0.1)
     assert t.queue.pointer.item() == 24 % 19
     assert t.queue_fill == 1.0
+
+
+@pytest.mark.parametrize(
+    ("queue_dtype", "precision", "kept"),
+    [
+        ("fp32", "fp32", torch.float32),
+        ("fp32", "bf16", torch.float32),
+        ("fp32", "fp64", torch.float64),
+        ("bf16", "fp32", torch.bfloat16),
+        ("bf16", "fp64", torch.bfloat16),
+    ],
+)
+def test_the_queue_keeps_the_numbers_it_is_told_to(queue_dtype: str, precision: str, kept: torch.dtype) -> None:
+    t = trainer("moco", queue_dtype=queue_dtype, precision=precision)
+    t.step([batch(0)], lr=0.1)
+    saved = t.checkpoint(1, "images")
+    assert t.queue.bank.dtype == saved.tensors["queue.bank"].dtype == kept
+    other = trainer("moco", queue_dtype=queue_dtype, precision=precision, seed=5)
+    other.restore(saved)
+    assert other.queue.bank.dtype == kept and torch.equal(other.queue.bank, t.queue.bank)
+    assert other.queue.pointer.item() == 4
 
 
 def test_accumulated_gradients_are_the_mean() -> None:

@@ -35,11 +35,12 @@ class Trainer:
             backbone = initial_backbone(config.model.init, config.model.arch)
             module.query.backbone.load_state_dict(backbone)
             module.key.backbone.load_state_dict(backbone)
-        self.queue = Queue(loss.queue_size, config.model.dim, seed=run.seed).to(device)
+        wide = torch.float64 if precision == "fp64" else torch.float32
+        kept = torch.bfloat16 if loss.queue_dtype == "bf16" else wide
+        self.queue = Queue(loss.queue_size, config.model.dim, seed=run.seed, dtype=kept).to(device)
         module.to(device)
         if precision == "fp64":
             module.double()
-            self.queue.double()
         if run.channels_last:
             module.to(memory_format=torch.channels_last)
         self.module = module
