@@ -1,6 +1,7 @@
 # `make demo` in a new clone installs everything into .venv (no root needed), then runs. A second time it is quick.
 #   make test VENV=/path/to/venv    another environment
 #   make test EXTRAS=               no optional packages (DALI and the like)
+#   make gpu                        on a machine with a GPU: its tests and benchmarks, with python3 as it is
 VENV ?= .venv
 EXTRAS ?= dev,dali-cuda13
 
@@ -14,7 +15,7 @@ STAMP := $(VENV)/.installed-$(subst $(comma),-,$(EXTRAS))
 TOOLS := pytest hypothesis ruff mypy
 
 .DELETE_ON_ERROR:
-.PHONY: install demo test test-system lint bench clean
+.PHONY: install demo test test-system lint bench gpu clean
 
 install: $(STAMP)
 
@@ -37,6 +38,11 @@ bench: $(STAMP)
 	@failed=; for name in infonce crosscorr pooled_mse ema step; do \
 		$(BIN)/python -m bench.$$name --out $(BENCH)/$$name.md || failed="$$failed $$name"; \
 	done; test -z "$$failed" || { echo "failed:$$failed" >&2; exit 1; }
+
+# Installs nothing: whichever python3 has torch, or the one named by PYTHON. Nine minutes at most; results land in $(OUT).
+OUT ?= build/gpu
+gpu:
+	@$(if $(filter file,$(origin PYTHON)),python3,$(PYTHON)) -m bench.gpu --out $(OUT)
 
 clean:
 	rm -rf build dist *.egg-info fastmoco/*.so .mypy_cache .pytest_cache .ruff_cache $(VENV)/.installed-*

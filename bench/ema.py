@@ -14,6 +14,7 @@ from bench import harness, roofline
 from bench.harness import Benchmark, Case, Outputs, Run
 from bench.shapes import resnet50_shapes
 from fastmoco.ops.ema import ema_update_
+from fastmoco.ops.sgd_ema import sgd_ema_update_
 
 # Near float32's rounding: weight decay alone moves a weight by 3e-6 of itself.
 TOLERANCE = {"float32": 1e-6}
@@ -149,6 +150,26 @@ def lerp(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
 STEP.provider("paper, SGD and a loop")(lambda x: library(x, loop))
 STEP.provider("SGD(foreach), foreach")(lambda x: library(x, lerp, foreach=True))
 STEP.provider("SGD(fused), foreach")(lambda x: library(x, lerp, fused=True))
+
+
+def ours_together(x: Inputs, implementation: str) -> Run:
+    def update() -> None:
+        sgd_ema_update_(
+            x.parameters,
+            x.gradients,
+            x.buffers,
+            x.targets,
+            lr=LR,
+            momentum=SGD_MOMENTUM,
+            weight_decay=WEIGHT_DECAY,
+            ema=MOMENTUM,
+            implementation=implementation,
+        )
+
+    return step_run(x, update)
+
+
+STEP.ours(ours_together, like=lambda x: x.targets[0])
 
 
 def main(argv: Sequence[str] | None = None) -> int:
