@@ -189,3 +189,25 @@ def test_the_floor_is_the_slower_of_bytes_and_arithmetic() -> None:
     assert machine.floor(work) == (3.0, "arithmetic")
     assert machine.floor(roofline.Work(bytes=40, flops=100, exponentials=100)) == (4.0, "memory")
     assert roofline.replace(machine, overlaps=True).floor(work) == (2.0, "memory")
+
+
+def test_the_document_has_the_table_that_the_formulas_give(capsys: pytest.CaptureFixture[str]) -> None:
+    assert roofline.main([]) == 0
+    table = capsys.readouterr().out.strip()
+    assert table in (ROOT / "docs/kernels.md").read_text(), "python -m bench.roofline --write docs/kernels.md"
+
+
+def test_the_methods_own_estimates() -> None:
+    """What was reckoned by hand: the queue's bytes, the Gram form's gain, and 12 and 28 bytes a parameter."""
+    infonce_work = roofline.infonce(256, 65536, 128, "bfloat16")
+    assert infonce_work.flops == pytest.approx(8.6e9, rel=0.01) and infonce_work.bytes == pytest.approx(
+        16.8e6, rel=0.05
+    )
+    assert roofline.H100.floor(infonce_work)[0] == pytest.approx(8.7e-6, rel=0.01)
+    assert roofline.infonce_eager(256, 65536, 128, "float32").bytes == pytest.approx(1.0e9, rel=0.02)
+    for n, gain in ((32, 48), (256, 6)):
+        ours, eager = (form(1, n, 2048, "float32").flops for form in (roofline.crosscorr, roofline.crosscorr_eager))
+        assert eager / ours == pytest.approx(gain, rel=0.01)
+    numbers = sum(math.prod(shape) for shape in resnet50_shapes(128))
+    assert roofline.H100.floor(roofline.ema(numbers, 1))[0] == pytest.approx(85e-6, rel=0.01)
+    assert roofline.sgd_ema(numbers, 1).bytes / roofline.sgd_ema_library(numbers, 1).bytes == pytest.approx(28 / 32)

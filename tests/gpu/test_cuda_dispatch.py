@@ -4,13 +4,15 @@ import pytest
 import torch
 
 from cuda_checks import on_cuda
-from fastmoco.ops import crosscorr, dispatch, ema, infonce, pooled_mse, sgd_ema
+from fastmoco.ops import crosscorr, dispatch, ema, infonce, pooled_mse, queue_push, sgd_ema
 
 pytestmark = pytest.mark.gpu
 
 
 def test_no_operation_falls_back_to_its_reference() -> None:
-    assert all(module.__name__ for module in (crosscorr, ema, infonce, pooled_mse, sgd_ema)), "registered at import"
+    assert all(module.__name__ for module in (crosscorr, ema, infonce, pooled_mse, queue_push, sgd_ema)), (
+        "registered at import"
+    )
     slow = {choice.operation: choice.refusals for choice in dispatch.table(["cuda"]) if choice.chosen == "reference"}
     assert not on_cuda() or not slow, f"only the reference runs: {slow}"
 
