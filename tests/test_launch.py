@@ -14,7 +14,7 @@ def test_every_block_and_thread_does_its_part(tmp_path: Path) -> None:
     program = tmp_path / "launch"
     sources = [ROOT / "tests" / "launch.cpp", ROOT / "csrc" / "ema.cpp", ROOT / "csrc" / "sgd_ema.cpp"]
     # One baseline copy of the loops: the sanitizers do not go with instruction sets chosen at load time.
-    options = "-std=c++17 -O1 -ffp-contract=off -Dtarget_clones(...)= -fsanitize=address,undefined".split()
+    options = ["-std=c++17", "-O1", "-ffp-contract=off", "-Dtarget_clones(...)=", "-fsanitize=address,undefined"]
     compiled = subprocess.run(
         ["g++", *options, f"-I{ROOT / 'csrc'}", *map(str, sources), "-o", str(program)], capture_output=True, text=True
     )
