@@ -138,11 +138,22 @@ def _infonce(n: int, d: int, dtype: torch.dtype, *, k: int = 65536, simclr: bool
     infonce(torch.empty(n, d), torch.empty(n, d), torch.empty(k, d, dtype=dtype), skip, 0.07, 0.0, False, True, simclr)
 
 
+def _pooled_mse(n: int, channels: int, side: int, grid: int, dtype: torch.dtype, *, pooled: bool = False) -> None:
+    from fastmoco.kernels.pooled_mse import pooled_mse, pooled_mse_backward
+
+    a = torch.empty(n, channels, side, side, dtype=dtype)
+    _, difference = pooled_mse(a, a[:, :, :grid, :grid] if pooled else a, grid)
+    pooled_mse_backward(difference, torch.ones(()), side, side, dtype)
+
+
 # The method's sizes, for every architecture.
 METHOD: dict[str, Callable[[], None]] = {
     f"infonce N={n} {DTYPES[dtype]}": partial(_infonce, n, 128, dtype)
     for n in (8, 32, 256)
     for dtype in (torch.float32, torch.bfloat16)
+} | {
+    "pooled_mse 56 to 16, fp32": partial(_pooled_mse, 32, 256, 56, 16, torch.float32),
+    "pooled_mse 56 to 16, bf16": partial(_pooled_mse, 32, 256, 56, 16, torch.bfloat16),
 }
 # Other paths through the kernels, for one.
 OTHERS: dict[str, Callable[[], None]] = {
@@ -150,6 +161,9 @@ OTHERS: dict[str, Callable[[], None]] = {
     "infonce fp16 running maximum": partial(_infonce, 256, 128, torch.float16),
     "infonce fp32 D=512": partial(_infonce, 256, 512, torch.float32),
     "infonce bf16 D=129": partial(_infonce, 33, 129, torch.bfloat16, k=1021),
+    "pooled_mse 56 to 1": partial(_pooled_mse, 8, 256, 56, 1, torch.bfloat16),
+    "pooled_mse 7 to 4, 3 channels, pooled": partial(_pooled_mse, 8, 3, 7, 4, torch.float16, pooled=True),
+    "pooled_mse 7 to 4, 2048 channels": partial(_pooled_mse, 256, 2048, 7, 4, torch.bfloat16),
 }
 
 
