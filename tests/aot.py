@@ -26,6 +26,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
+from bench.shapes import resnet50_shapes
+
 ARCHITECTURES = (80, 90, 100)
 DTYPES = {
     torch.float32: "fp32",
@@ -50,7 +52,8 @@ class Launch:
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """One kernel of one case on one architecture, `shared` in bytes, `local` the count of local-memory accesses."""
+    """One kernel of one case on one architecture, `shared` in bytes, `local` the count of local-memory accesses,
+    `vectors` that of accesses to global memory of 16 bytes."""
 
     case: str
     kernel: str
@@ -61,6 +64,7 @@ class Report:
     local: int
     tensor_cores: list[str]
     dots: int
+    vectors: int
 
 
 @contextmanager
@@ -72,8 +76,7 @@ def recording() -> Iterator[list[Launch]]:
         arguments = dict(zip(self.arg_names, positional, strict=False))
         options = {name: value for name, value in named.items() if name not in self.arg_names}
         arguments |= {name: value for name, value in named.items() if name in self.arg_names}
-        assert list(arguments) == self.arg_names, (self.arg_names, arguments)
-        launches.append(Launch(self, arguments, options))
+        launches.append(Launch(self, {name: arguments[name] for name in self.arg_names}, options))
 
     original = JITFunction.run
     JITFunction.run = run
@@ -122,6 +125,7 @@ def build(case: str, launch: Launch, architecture: int) -> Report:
         shared=compiled.metadata.shared,
         local=len(re.findall(r"\b(?:LDL|STL)\b", sass)),
         tensor_cores=sorted(set(TENSOR_CORES.findall(compiled.asm["ptx"]))),
+        vectors=len(re.findall(r"\b(?:LDG|STG|LDGSTS)\S*\.128\b", sass)),
         dots=len(re.findall(r"\btt\.dot\b", compiled.asm["ttir"])),
     )
 
@@ -146,6 +150,30 @@ def _pooled_mse(n: int, channels: int, side: int, grid: int, dtype: torch.dtype,
     pooled_mse_backward(difference, torch.ones(()), side, side, dtype)
 
 
+def _resnet50(dtype: torch.dtype = torch.float32) -> list[torch.Tensor]:
+    return [torch.empty(shape, dtype=dtype) for shape in resnet50_shapes(128)]
+
+
+def _ema(source: torch.dtype) -> None:
+    from fastmoco.kernels.ema import ema_update
+
+    ema_update(_resnet50(), _resnet50(source), _resnet50(torch.bfloat16), 0.999)
+
+
+def _sgd_ema(gradient: torch.dtype) -> None:
+    from fastmoco.kernels.sgd_ema import sgd_ema_update
+
+    lists = [_resnet50(dtype) for dtype in (torch.float32, gradient, torch.float32, torch.float32, torch.bfloat16)]
+    options = {"lr": 0.03, "momentum": 0.9, "weight_decay": 1e-4, "ema": 0.999, "found_inf": torch.zeros(())}
+    sgd_ema_update(*lists, **options)
+
+
+def _queue_push(n: int, d: int, dtype: torch.dtype) -> None:
+    from fastmoco.kernels.queue_push import queue_push
+
+    queue_push(torch.empty(65536, d, dtype=dtype), torch.zeros((), dtype=torch.int64), torch.empty(n, d))
+
+
 # The method's sizes, for every architecture.
 METHOD: dict[str, Callable[[], None]] = {
     f"infonce N={n} {DTYPES[dtype]}": partial(_infonce, n, 128, dtype)
@@ -154,6 +182,9 @@ METHOD: dict[str, Callable[[], None]] = {
 } | {
     "pooled_mse 56 to 16, fp32": partial(_pooled_mse, 32, 256, 56, 16, torch.float32),
     "pooled_mse 56 to 16, bf16": partial(_pooled_mse, 32, 256, 56, 16, torch.bfloat16),
+    "ema ResNet-50": partial(_ema, torch.float32),
+    "sgd_ema ResNet-50": partial(_sgd_ema, torch.float32),
+    "queue_push 256": partial(_queue_push, 256, 128, torch.bfloat16),
 }
 # Other paths through the kernels, for one.
 OTHERS: dict[str, Callable[[], None]] = {
@@ -161,6 +192,8 @@ OTHERS: dict[str, Callable[[], None]] = {
     "infonce fp16 running maximum": partial(_infonce, 256, 128, torch.float16),
     "infonce fp32 D=512": partial(_infonce, 256, 512, torch.float32),
     "infonce bf16 D=129": partial(_infonce, 33, 129, torch.bfloat16, k=1021),
+    "ema of bf16": partial(_ema, torch.bfloat16),
+    "sgd_ema of fp16": partial(_sgd_ema, torch.float16),
     "pooled_mse 56 to 1": partial(_pooled_mse, 8, 256, 56, 1, torch.bfloat16),
     "pooled_mse 7 to 4, 3 channels, pooled": partial(_pooled_mse, 8, 3, 7, 4, torch.float16, pooled=True),
     "pooled_mse 7 to 4, 2048 channels": partial(_pooled_mse, 256, 2048, 7, 4, torch.bfloat16),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -41,7 +41,7 @@ def ema_update_(
     targets: floating-point tensors of any shapes and strides on one device, none requiring a gradient.
     sources: as many, of the same shapes on the same device; another dtype is converted to the target's.
     shadows: as many bfloat16 tensors of the same shapes, which take the new targets, rounded to the nearest.
-    implementation: "reference" or "native"; None has it chosen.
+    implementation: "reference", "native" or "triton"; None has it chosen.
 
     Raises UserError (a ValueError), before anything is written, where lengths, shapes or devices differ,
     a dtype is not floating-point, a shadow is not bfloat16, a target requires a gradient, a tensor to be written
@@ -83,22 +83,45 @@ def reference(targets: list[Tensor], sources: list[Tensor], shadows: list[Tensor
 
 def _native(targets: list[Tensor], sources: list[Tensor], shadows: list[Tensor], momentum: float) -> None:
     """C++ for the tensors without gaps of the dtypes it knows, the reference for the rest."""
-    groups: dict[torch.dtype | None, list[int]] = {}
-    for i, tensors in enumerate(zip(targets, sources, *((shadows,) if shadows else ()), strict=True)):
-        dtype = tensors[0].dtype
-        suits = dtype in NATIVE_DTYPES and dtype == tensors[1].dtype and same_order(tensors)
-        groups.setdefault(dtype if suits else None, []).append(i)
-    for native_dtype, rows in groups.items():
-        lists = [[list_[i] for i in rows] for list_ in (targets, sources, shadows) if list_]
-        if native_dtype is None:
-            reference(lists[0], lists[1], lists[2] if shadows else [], momentum)
+
+    def known(target: Tensor, source: Tensor) -> torch.dtype | None:
+        return target.dtype if target.dtype in NATIVE_DTYPES and target.dtype == source.dtype else None
+
+    for dtype, lists in _groups(targets, sources, shadows, known).items():
+        if dtype is None:
+            reference(*lists, momentum)
             continue
         addresses = [[tensor.data_ptr() for tensor in list_] for list_ in lists]
         sizes = [tensor.numel() for tensor in lists[0]]
-        call_native(
-            "ema_update", lists[0][0], *addresses[:2], addresses[2] if shadows else [], sizes, momentum=momentum
-        )
+        call_native("ema_update", lists[0][0], *addresses, sizes, momentum=momentum)
+
+
+def _triton(targets: list[Tensor], sources: list[Tensor], shadows: list[Tensor], momentum: float) -> None:
+    """Triton for float32 tensors without gaps, one launch for each dtype of sources; the reference for the rest."""
+    from fastmoco.kernels.ema import ELEMENTS, ema_update
+
+    def known(target: Tensor, source: Tensor) -> torch.dtype | None:
+        return source.dtype if target.dtype == torch.float32 and source.dtype in ELEMENTS else None
+
+    for dtype, lists in _groups(targets, sources, shadows, known).items():
+        (reference if dtype is None else ema_update)(*lists, momentum)
+
+
+def _groups(
+    targets: list[Tensor],
+    sources: list[Tensor],
+    shadows: list[Tensor],
+    known: Callable[[Tensor, Tensor], torch.dtype | None],
+) -> dict[torch.dtype | None, tuple[list[Tensor], list[Tensor], list[Tensor]]]:
+    """The three lists by what is `known` of their rows; those whose tensors cannot be taken as flat under None."""
+    groups: dict[torch.dtype | None, tuple[list[Tensor], list[Tensor], list[Tensor]]] = {}
+    for row in zip(targets, sources, *((shadows,) if shadows else ()), strict=True):
+        kind = known(row[0], row[1]) if same_order(row) else None
+        for list_, tensor in zip(groups.setdefault(kind, ([], [], [])), row, strict=False):
+            list_.append(tensor)
+    return groups
 
 
 dispatch.register("ema", "reference", reference)
 dispatch.register("ema", "native", _native, device_types=NATIVE_DEVICES, missing=dispatch.NATIVE_MISSING)
+dispatch.register("ema", "triton", _triton, device_types=("cuda",), missing=dispatch.TRITON_MISSING)

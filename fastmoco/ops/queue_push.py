@@ -65,3 +65,23 @@ def reference(bank: Tensor, pointer: Tensor, keys: Tensor) -> None:
 
 
 dispatch.register("queue_push", "reference", reference)
+
+
+def _triton(bank: Tensor, pointer: Tensor, keys: Tensor) -> None:
+    """Triton where the bank has no gaps and neither side is float64, the reference elsewhere."""
+    if not bank.is_contiguous() or keys.dtype == torch.float64:
+        reference(bank, pointer, keys)
+        return
+    from fastmoco.kernels.queue_push import queue_push
+
+    queue_push(bank, pointer, keys)
+
+
+dispatch.register(
+    "queue_push",
+    "triton",
+    _triton,
+    device_types=("cuda",),
+    dtypes=(torch.float32, torch.bfloat16, torch.float16),
+    missing=dispatch.TRITON_MISSING,
+)

@@ -9,7 +9,8 @@ after the other they move 20 + 12 bytes a float32 parameter, together 28.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -61,7 +62,7 @@ def sgd_ema_update_(
     found_inf: 0-d float32 tensor on the same device; where it holds 1, parameters and buffers stay as they are and
         the averages move on all the same. It is not read by the host, other than for tensors in the host's memory.
     shadows: as many bfloat16 tensors, which take the new targets rounded to the nearest; None where a target is.
-    implementation: "reference" or "native"; None has it chosen.
+    implementation: "reference", "native" or "triton"; None has it chosen.
 
     Raises UserError (a ValueError), before anything is written, where lengths, shapes, dtypes or devices do not
     fit, a target requires a gradient, a tensor to be written shares memory with another or is expanded, ema lies
@@ -176,44 +177,15 @@ def reference(
         ema_reference(targets, [parameters[i] for i in followed], shadows, ema)
 
 
-def _native(
-    parameters: list[Tensor],
-    gradients: list[Tensor],
-    buffers: list[Tensor],
-    targets: list[Tensor],
-    shadows: list[Tensor],
-    followed: list[int],
-    *,
-    lr: float,
-    momentum: float,
-    weight_decay: float,
-    ema: float,
-    found_inf: Tensor | None,
-) -> None:
+def _native(*lists: Any, found_inf: Tensor | None, **options: float) -> None:
     """C++ for the tensors without gaps of the dtypes it knows, the reference for the rest."""
-    options = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "ema": ema}
-    average = {i: n for n, i in enumerate(followed)}
-    rows = [
-        (
-            parameter,
-            gradients[i],
-            buffers[i] if buffers else None,
-            targets[average[i]] if i in average else None,
-            shadows[average[i]] if shadows and i in average else None,
-        )
-        for i, parameter in enumerate(parameters)
-    ]
-    groups: dict[torch.dtype | None, list[tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]]] = {}
-    for row in rows:
-        dtype = row[0].dtype
-        suits = dtype in NATIVE_DTYPES and row[1].dtype == dtype and same_order([t for t in row if t is not None])
-        groups.setdefault(dtype if suits else None, []).append(row)
-    for native_dtype, group in groups.items():
-        if native_dtype is None:
-            p, g, b, t, s = ([tensor for tensor in list_ if tensor is not None] for list_ in zip(*group, strict=True))
-            has_average = [i for i, row in enumerate(group) if row[3] is not None]
-            reference(p, g, b, t, s, has_average, **options, found_inf=found_inf)
-            continue
+
+    def known(parameter: Tensor, gradient: Tensor) -> torch.dtype | None:
+        return parameter.dtype if parameter.dtype in NATIVE_DTYPES and gradient.dtype == parameter.dtype else None
+
+    groups = _groups(known, *lists)
+    _reference_rows(groups.pop(None, []), **options, found_inf=found_inf)
+    for group in groups.values():
         columns = zip(*group, strict=True)
         addresses = [[0 if tensor is None else tensor.data_ptr() for tensor in column] for column in columns]
         sizes = [row[0].numel() for row in group]
@@ -221,5 +193,55 @@ def _native(
         call_native("sgd_ema_update", group[0][0], *addresses, sizes, **options, found_inf=flag)
 
 
+def _triton(*lists: Any, found_inf: Tensor | None, **options: float) -> None:
+    """Triton for float32 tensors without gaps, one launch for each dtype of gradients; the reference for the rest."""
+    from fastmoco.kernels.ema import ELEMENTS
+    from fastmoco.kernels.sgd_ema import sgd_ema_update
+
+    def known(parameter: Tensor, gradient: Tensor) -> torch.dtype | None:
+        return gradient.dtype if parameter.dtype == torch.float32 and gradient.dtype in ELEMENTS else None
+
+    groups = _groups(known, *lists)
+    _reference_rows(groups.pop(None, []), **options, found_inf=found_inf)
+    for group in groups.values():
+        sgd_ema_update(*zip(*group, strict=True), **options, found_inf=found_inf)
+
+
+# Parameter, gradient, buffer, target and shadow.
+_Row = tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]
+
+
+def _groups(
+    known: Callable[[Tensor, Tensor], torch.dtype | None],
+    parameters: list[Tensor],
+    gradients: list[Tensor],
+    buffers: list[Tensor],
+    targets: list[Tensor],
+    shadows: list[Tensor],
+    followed: list[int],
+) -> dict[torch.dtype | None, list[_Row]]:
+    """The rows by what is `known` of parameter and gradient; those that cannot be taken as flat under None."""
+    average = {i: n for n, i in enumerate(followed)}
+    groups: dict[torch.dtype | None, list[_Row]] = {}
+    for i, parameter in enumerate(parameters):
+        row = (
+            parameter,
+            gradients[i],
+            buffers[i] if buffers else None,
+            targets[average[i]] if i in average else None,
+            shadows[average[i]] if shadows and i in average else None,
+        )
+        kind = known(parameter, gradients[i]) if same_order([t for t in row if t is not None]) else None
+        groups.setdefault(kind, []).append(row)
+    return groups
+
+
+def _reference_rows(rows: list[_Row], **options: Any) -> None:
+    if rows:
+        p, g, b, t, s = ([tensor for tensor in list_ if tensor is not None] for list_ in zip(*rows, strict=True))
+        reference(p, g, b, t, s, [i for i, row in enumerate(rows) if row[3] is not None], **options)
+
+
 dispatch.register("sgd_ema", "reference", reference)
 dispatch.register("sgd_ema", "native", _native, device_types=NATIVE_DEVICES, missing=dispatch.NATIVE_MISSING)
+dispatch.register("sgd_ema", "triton", _triton, device_types=("cuda",), missing=dispatch.TRITON_MISSING)
