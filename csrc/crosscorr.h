@@ -13,7 +13,7 @@ struct Batches {
 };
 
 // s <- r * (z - mean), r = 1 / sqrt(variance + epsilon), (stages, features), of both matrices; diagonal (stages,
-// features) <- the mean of s1 * s2 over the batch. Sums are double.
+// features) <- the mean of s1 * s2 over the batch. Sums of many terms are double.
 void standardize(const float* z1, const float* z2, float* s1, float* s2, float* r1, float* r2, float* diagonal,
                  double epsilon, const Batches& batches, int threads);
 

@@ -77,30 +77,33 @@ def crosscorr(
     dtype = torch.promote_types(z1.dtype, z2.dtype)
     z1, z2 = z1.to(dtype), z2.to(dtype)
     gradients = torch.is_grad_enabled() and (z1.requires_grad or z2.requires_grad)
-    batched = (z[None] if z.ndim == 2 else z for z in (z1, z2))
-    loss, *_ = _crosscorr(*batched, off_diagonal, scale, form, gradients, implementation)
-    return loss.view(z1.shape[:-2])
+    loss, *_ = _crosscorr(z1, z2, off_diagonal, scale, form, gradients, implementation)
+    return loss
 
 
 @torch.library.custom_op("fastmoco::crosscorr", mutates_args=())
 def _crosscorr(
     z1: Tensor, z2: Tensor, off_diagonal: float, scale: float, form: str, gradients: bool, implementation: str | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Losses (S,) of (S, N, D) pairs and their gradients to z1 and z2, (S, N, D), or (S, 0, D) where not asked for."""
+    """Losses (...) of (..., N, D) pairs and their gradients to z1 and z2, (..., 0, D) where they are not asked for."""
     with no_autocast(z1):
         run = dispatch.pick("crosscorr", z1, implementation)
-        result: tuple[Tensor, Tensor, Tensor] = run(z1, z2, off_diagonal, scale, form, gradients)
-        return result
+        if z1.ndim == 3:
+            result: tuple[Tensor, Tensor, Tensor] = run(z1, z2, off_diagonal, scale, form, gradients)
+            return result
+        # Here rather than around the operation, where autograd would record it: at N = 32 calls are what costs.
+        loss, dz1, dz2 = run(z1[None], z2[None], off_diagonal, scale, form, gradients)
+        return loss[0], dz1[0], dz2[0]
 
 
 @_crosscorr.register_fake
 def _(
     z1: Tensor, z2: Tensor, off_diagonal: float, scale: float, form: str, gradients: bool, implementation: str | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    s, n, d = z1.shape
+    *stages, n, d = z1.shape
     dtype = torch.promote_types(z1.dtype, torch.float32)
-    dz1, dz2 = (z1.new_empty((s, n if gradients else 0, d), dtype=dtype) for _ in range(2))
-    return z1.new_empty((s,), dtype=dtype), dz1, dz2
+    dz1, dz2 = (z1.new_empty((*stages, n if gradients else 0, d), dtype=dtype) for _ in range(2))
+    return z1.new_empty(stages, dtype=dtype), dz1, dz2
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -116,7 +119,7 @@ def _backward(ctx: Any, dloss: Tensor | None, *_: Any) -> tuple[Tensor | None, .
     if dloss is not None:
         for i, gradient in enumerate(ctx.saved_tensors):
             if ctx.needs_input_grad[i]:
-                grads[i] = (gradient * dloss[:, None, None]).to(ctx.dtype)
+                grads[i] = (gradient * dloss[..., None, None]).to(ctx.dtype)
     return tuple(grads)
 
 
@@ -142,8 +145,8 @@ def _run(
     s1, s2, r1, r2, diagonal = passes.standardize(z1, z2)
     if form == "gram":
         g1, g2 = torch.bmm(s1, s1.mT), torch.bmm(s2, s2.mT)
-        off = (g1 * g2).sum(dim=(1, 2)) / n**2 - diagonal.square().sum(dim=1)
-        weight = (1 - off_diagonal) * diagonal - 1
+        off = (g1 * g2).sum(dim=(1, 2)).div_(n**2).sub_(diagonal.square().sum(dim=1))
+        weight = diagonal.mul(1 - off_diagonal).sub_(1)
         factors1, factors2, alpha = (g2, s1), (g1, s2), off_diagonal / n
     else:
         c = torch.bmm(s1.mT, s2).div_(n)
@@ -152,7 +155,7 @@ def _run(
         off = c.square().sum(dim=(1, 2))
         weight = diagonal - 1
         factors1, factors2, alpha = (s2, c.mT), (s1, c), off_diagonal
-    loss = scale * ((diagonal - 1).square().sum(dim=1) + off_diagonal * off)
+    loss = (diagonal - 1).square_().sum(dim=1).add_(off, alpha=off_diagonal).mul_(scale)
     if not gradients:
         dz1, dz2 = (s1.new_empty((len(s1), 0, s1.shape[2])) for _ in range(2))
         return loss, dz1, dz2
