@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -70,10 +70,12 @@ class StageBarlow(nn.Module):
 
     def forward(self, query: Stages, key: Stages) -> dict[str, Tensor]:
         # One call for all stages: their projections share a width.
-        z1, z2 = (torch.stack([self._project(name, stages) for name in self.projectors]) for stages in (query, key))
+        z1, z2 = (torch.stack(side) for side in zip(*self._projections(query, key), strict=True))
         losses = self.weight * crosscorr(z1, z2, off_diagonal=self.off_diagonal, scale=self.scale)
         return dict(zip(self.projectors, losses.unbind(), strict=True))
 
-    def _project(self, name: str, stages: Stages) -> Tensor:
-        pooled = adaptive_avg_pool2d(stages[int(name.removeprefix("stage")) - 1], 1)
-        return self.projectors[name](pooled.flatten(1))
+    def _projections(self, query: Stages, key: Stages) -> Iterator[tuple[Tensor, ...]]:
+        """For each stage the projections of both views, (N, D) each."""
+        for name, projector in self.projectors.items():
+            stage = int(name.removeprefix("stage")) - 1
+            yield projector(*(adaptive_avg_pool2d(stages[stage], 1).flatten(1) for stages in (query, key)))

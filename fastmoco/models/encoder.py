@@ -9,6 +9,7 @@ import torchvision
 from torch import Tensor, nn
 
 from fastmoco.errors import UserError
+from fastmoco.models.convolution import use_products
 from fastmoco.ops.precision import no_autocast, wide
 
 ARCHS = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")
@@ -58,6 +59,7 @@ class Encoder(nn.Module):
             self.backbone = _backbone(arch, zero_init_residual)
             self.width = cast(nn.Linear, self.backbone.fc).in_features
             self.backbone.fc = nn.Identity()
+            use_products(self.backbone)
             self.head = _head(head, self.width, dim)
 
     @property

@@ -1,0 +1,119 @@
+"""Convolutions as matrix products: the same maps and gradients as torch's own convolutions."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from fastmoco.models.convolution import Convolution, use_products
+from fastmoco.models.encoder import Encoder
+
+
+def layers(
+    channels: tuple[int, int], kernel: int, stride: int, padding: int | str, **options: object
+) -> list[nn.Conv2d]:
+    """torch's convolution and ours, with the same weights, channels-last."""
+    torch.manual_seed(1)
+    plain = nn.Conv2d(*channels, kernel, stride=stride, padding=padding, **options)  # type: ignore[arg-type]
+    ours = nn.Conv2d(*channels, kernel, stride=stride, padding=padding, **options)  # type: ignore[arg-type]
+    ours.load_state_dict(plain.state_dict())
+    use_products(ours)
+    assert type(ours) is Convolution and type(plain) is nn.Conv2d
+    return [layer.to(memory_format=torch.channels_last) for layer in (plain, ours)]
+
+
+def run(layer: nn.Conv2d, x: Tensor, upstream: Tensor | None = None) -> dict[str, Tensor]:
+    """The map and every gradient, under bfloat16 autocast, of `x` rounded to bfloat16."""
+    x = x.bfloat16().contiguous(memory_format=torch.channels_last).requires_grad_()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = layer(x)
+    y.backward(torch.ones_like(y) if upstream is None else upstream.to(y.dtype))
+    assert x.grad is not None and layer.weight.grad is not None
+    assert y.dtype == torch.bfloat16 and y.is_contiguous(memory_format=torch.channels_last)
+    return {"map": y.detach(), "input": x.grad, "weight": layer.weight.grad}
+
+
+def close(actual: Tensor, exact: Tensor, rounded: Tensor) -> bool:
+    """Whether `actual` is as near to the exact value as torch's own rounding of it, but for a factor of two."""
+    floor = 2**-8 * exact.abs().max()
+    return bool((actual.double() - exact).abs().max() <= 2 * (rounded.double() - exact).abs().max() + floor)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize(
+    ("shape", "channels", "kernel", "stride", "padding"),
+    [
+        ((3, 16, 5, 7), (16, 24), 1, 1, 0),
+        ((3, 16, 5, 7), (16, 24), 1, 2, 0),
+        ((2, 16, 4, 4), (16, 8), 1, 2, 1),
+        ((2, 24, 3, 2), (24, 16), 3, 1, 1),
+        ((2, 24, 5, 4), (24, 16), 3, 2, 1),
+        ((1, 24, 1, 1), (24, 16), 3, 1, 1),
+        ((2, 8, 7, 6), (8, 16), (3, 2), (2, 1), (0, 1)),
+    ],
+)
+def test_products_give_the_same_map_and_gradients(
+    shape: tuple[int, ...], channels: tuple[int, int], kernel: int, stride: int, padding: int, bias: bool
+) -> None:
+    plain, ours = layers(channels, kernel, stride, padding, bias=bias)
+    x = torch.randn(shape)
+    assert ours._as_product(x.bfloat16().contiguous(memory_format=torch.channels_last))
+    theirs = run(plain, x)
+    upstream = torch.randn_like(theirs["map"])
+    plain.zero_grad()
+    theirs, mine = run(plain, x, upstream), run(ours, x, upstream)
+
+    weight = plain.weight.detach().bfloat16().double().requires_grad_()
+    z = x.bfloat16().double().requires_grad_()
+    offset = None if plain.bias is None else plain.bias.detach().bfloat16().double()
+    exact = torch.nn.functional.conv2d(z, weight, offset, plain.stride, plain.padding)
+    exact.backward(upstream.double())
+    for name, value in (("map", exact.detach()), ("input", z.grad), ("weight", weight.grad)):
+        assert mine[name].shape == theirs[name].shape
+        assert close(mine[name], value, theirs[name]), name
+
+
+@pytest.mark.parametrize(
+    ("x", "options"),
+    [
+        (torch.randn(2, 4, 6, 6), {}),
+        (torch.randn(2, 4, 6, 6).double(), {"dtype": torch.float64}),
+        (torch.randn(2, 4, 6, 6).bfloat16(), {"dtype": torch.bfloat16}),
+        (torch.randn(2, 4, 30, 30).bfloat16().contiguous(memory_format=torch.channels_last), {"dtype": torch.bfloat16}),
+        (
+            torch.randn(2, 4, 2, 2).bfloat16().contiguous(memory_format=torch.channels_last),
+            {"dtype": torch.bfloat16, "groups": 2},
+        ),
+        (
+            torch.randn(2, 4, 4, 4).bfloat16().contiguous(memory_format=torch.channels_last),
+            {"dtype": torch.bfloat16, "dilation": 2},
+        ),
+        (
+            torch.randn(2, 4, 2, 2).bfloat16().contiguous(memory_format=torch.channels_last),
+            {"dtype": torch.bfloat16, "padding_mode": "reflect"},
+        ),
+        (
+            torch.randn(2, 4, 2, 2).bfloat16().contiguous(memory_format=torch.channels_last),
+            {"dtype": torch.bfloat16, "padding": "same"},
+        ),
+    ],
+)
+def test_all_else_is_left_to_torch(x: Tensor, options: dict[str, object]) -> None:
+    plain, ours = layers((4, 8), 3, 1, **({"padding": 1} | options))  # type: ignore[arg-type]
+    assert torch.equal(ours(x), plain(x))
+
+
+def test_an_encoder_keeps_its_names_and_its_output() -> None:
+    encoder = Encoder("resnet50", seed=3).to(memory_format=torch.channels_last)
+    assert all(type(part) is Convolution for part in encoder.modules() if isinstance(part, nn.Conv2d))
+    torch.manual_seed(0)
+    images = torch.rand(4, 3, 64, 64).bfloat16().contiguous(memory_format=torch.channels_last)
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        ours = encoder(images)
+        for part in encoder.modules():
+            if type(part) is Convolution:
+                part.__class__ = nn.Conv2d
+        plain = encoder(images)
+    for a, b in zip(ours.stages, plain.stages, strict=True):
+        assert torch.nn.functional.cosine_similarity(a.float().flatten(), b.float().flatten(), dim=0) > 0.999
