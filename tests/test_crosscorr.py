@@ -281,7 +281,7 @@ class TestStageBarlow:
         assert list(named) == ["stage4", "stage2"] and all(loss.shape == () for loss in named.values())
         for name, loss in named.items():
             s = int(name[-1]) - 1
-            z1, z2 = (losses.projectors[name](maps[s].mean(dim=(2, 3))) for maps in (query, key))
+            z1, z2 = losses.projectors[name](*(maps[s].mean(dim=(2, 3)) for maps in (query, key)))
             expected = 3.0 * definitions.crosscorr(z1.double(), z2.double(), off_diagonal=0.005, scale=0.5)
             assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
             parameters = list(losses.projectors[name].parameters())
