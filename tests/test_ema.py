@@ -1,5 +1,6 @@
 """ops.ema against the recurrence written in float64, and what it refuses."""
 
+import importlib
 import math
 from collections.abc import Callable
 
@@ -336,8 +337,25 @@ class TestDispatch:
         assert dispatch.pick("sum", torch.zeros(1))() == "native"
         assert dispatch.pick("sum", torch.zeros(1), "reference")() == "reference"
         assert dispatch.pick("sum", torch.zeros(1, device="meta"))() == "reference"
-        with pytest.raises(UserError, match=r"absent\. On cpu tensors choose one of reference, native"):
+        with pytest.raises(UserError, match=r"absent\. On cpu tensors choose one of native, reference"):
             dispatch.pick("sum", torch.zeros(1), "triton")
         cpu, cuda = dispatch.table(["cpu", "cuda"])
         assert (cpu.operation, cpu.device_type, cpu.chosen) == ("sum", "cpu", "native")
         assert cuda.chosen == "reference" and set(cuda.refusals) == {"triton", "native"}
+
+    def test_one_that_is_preferred_comes_first_where_it_can_run(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(dispatch, "_registry", {})
+        for name in dispatch.PREFERENCE:
+            types = ("cpu",) if name == "native" else None
+            dispatch.register("sum", name, lambda name=name: name, device_types=types, preferred=name == "native")
+        assert dispatch.pick("sum", torch.zeros(1))() == "native"
+        assert dispatch.pick("sum", torch.zeros(1, device="meta"))() == "triton"
+
+    @pytest.mark.skipif(dispatch.native is None, reason=dispatch.NATIVE_MISSING or "built")
+    @pytest.mark.parametrize("operation", ["ema"])
+    def test_on_a_gpu_the_averages_are_native_where_that_is_built(self, operation: str) -> None:
+        importlib.import_module(f"fastmoco.ops.{operation}")
+        assert dispatch.native is not None
+        (choice,) = (c for c in dispatch.table(["cuda"]) if c.operation == operation)
+        built = bool(dispatch.native.build_info()["cuda"])
+        assert (choice.chosen == "native") == built

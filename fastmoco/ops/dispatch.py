@@ -40,13 +40,15 @@ PREFERENCE = ("triton", "native", "reference")
 class Implementation:
     """One registered implementation.
 
-    `device_types` and `dtypes` None mean any; `missing` is why it cannot run, or "".
+    `device_types` and `dtypes` None mean any; `missing` is why it cannot run, or "". One that is `preferred` comes
+    before the order of `PREFERENCE`.
     """
 
     function: Callable[..., Any]
     device_types: tuple[str, ...] | None
     missing: str
     dtypes: tuple[torch.dtype, ...] | None = None
+    preferred: bool = False
 
     def refusal(self, device_type: str, dtype: torch.dtype) -> str:
         """Why this implementation cannot run on tensors of `device_type` and `dtype`; "" when it can."""
@@ -80,23 +82,29 @@ def register(
     device_types: tuple[str, ...] | None = None,
     dtypes: tuple[torch.dtype, ...] | None = None,
     missing: str = "",
+    preferred: bool = False,
 ) -> None:
     """Adds implementation `name` (one of `PREFERENCE`) of `operation`.
 
     device_types: device types its tensors may be on; None for any.
     dtypes: dtypes that the tensor given to `pick` may have; None for any floating dtype.
     missing: why it cannot run in this installation; "" when it can.
+    preferred: whether it is chosen before those that `PREFERENCE` puts in front of it.
     """
     assert name in PREFERENCE, name
     implementations = _registry.setdefault(operation, {})
     assert name not in implementations, f"{operation}: {name} is registered already"
-    implementations[name] = Implementation(function, device_types, missing, dtypes)
+    implementations[name] = Implementation(function, device_types, missing, dtypes, preferred)
+    # In the order in which they are tried.
+    order = sorted(implementations, key=lambda name: (not implementations[name].preferred, PREFERENCE.index(name)))
+    _registry[operation] = {name: implementations[name] for name in order}
 
 
 def pick(operation: str, tensor: torch.Tensor, implementation: str | None = None) -> Callable[..., Any]:
     """The function that performs `operation` on tensors of `tensor`'s device type and dtype.
 
-    implementation: the one to use; None takes the first of `PREFERENCE` that can run.
+    implementation: the one to use; None takes the first that can run, in the order of `PREFERENCE` save for one that
+        was registered as preferred.
     Raises UserError where the one named is unknown or cannot run here, saying why and which can.
     """
     implementations = _registry[operation]
@@ -134,10 +142,8 @@ def table(device_types: Iterable[str]) -> list[Choice]:
 
 def _choose(operation: str, device_type: str, dtype: torch.dtype) -> Choice:
     refusals: dict[str, str] = {}
-    for name in PREFERENCE:
-        if name not in _registry[operation]:
-            continue
-        refusal = _registry[operation][name].refusal(device_type, dtype)
+    for name, implementation in _registry[operation].items():
+        refusal = implementation.refusal(device_type, dtype)
         if not refusal:
             return Choice(operation, device_type, name, refusals)
         refusals[name] = refusal

@@ -123,5 +123,8 @@ def _groups(
 
 
 dispatch.register("ema", "reference", reference)
-dispatch.register("ema", "native", _native, device_types=NATIVE_DEVICES, missing=dispatch.NATIVE_MISSING)
+# Before Triton on a GPU: its launch takes the list by value, with no table of addresses to keep on the device.
+dispatch.register(
+    "ema", "native", _native, device_types=NATIVE_DEVICES, missing=dispatch.NATIVE_MISSING, preferred=True
+)
 dispatch.register("ema", "triton", _triton, device_types=("cuda",), missing=dispatch.TRITON_MISSING)
