@@ -7,24 +7,35 @@
 namespace fastmoco {
 namespace {
 
-template <typename T, typename Buffer, typename Target, typename Shadow>
+template <typename T, typename... Flags>
 FASTMOCO_INLINE void loop(SgdEmaTensor<T> t, std::size_t begin, std::size_t end, const SgdEma<T>& given,
-                          Buffer buffer, Target target, Shadow shadow) {
+                          Flags... flags) {
   const SgdEma<T> step = given;
   // The caller's word that no two operands overlap is what allows vector instructions.
 #pragma GCC ivdep
-  for (std::size_t i = begin; i < end; ++i) step.template update<1>(t, i, buffer, target, shadow);
+  for (std::size_t i = begin; i < end; ++i) step.template update<1>(t, i, flags...);
+}
+
+// One loop for each combination of what a tensor has and lacks, so that none is asked about within it.
+template <typename T, typename Buffer, typename Copy>
+FASTMOCO_INLINE void span_with(const SgdEmaTensor<T>& t, std::size_t begin, std::size_t end, const SgdEma<T>& step,
+                               Buffer buffer, Copy copy) {
+  if (t.shadow != nullptr) {
+    loop(t, begin, end, step, buffer, std::true_type(), std::true_type(), copy);
+  } else if (t.target != nullptr) {
+    loop(t, begin, end, step, buffer, std::true_type(), std::false_type(), copy);
+  } else {
+    loop(t, begin, end, step, buffer, std::false_type(), std::false_type(), copy);
+  }
 }
 
 template <typename T, typename Buffer>
 FASTMOCO_INLINE void span_with(const SgdEmaTensor<T>& t, std::size_t begin, std::size_t end, const SgdEma<T>& step,
                                Buffer buffer) {
-  if (t.shadow != nullptr) {
-    loop(t, begin, end, step, buffer, std::true_type(), std::true_type());
-  } else if (t.target != nullptr) {
-    loop(t, begin, end, step, buffer, std::true_type(), std::false_type());
+  if (t.copy != nullptr) {
+    span_with(t, begin, end, step, buffer, std::true_type());
   } else {
-    loop(t, begin, end, step, buffer, std::false_type(), std::false_type());
+    span_with(t, begin, end, step, buffer, std::false_type());
   }
 }
 

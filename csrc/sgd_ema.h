@@ -24,22 +24,24 @@ struct Sgd {
 };
 
 // `size` elements of each, dense and in the same order in memory. Where it is null: without `buffer` SGD has no
-// momentum, without `target` there is no average, and without `shadow` (which needs a target) no bfloat16 copy of it.
+// momentum, without `target` there is no average, and without `shadow` (which needs a target) no bfloat16 of it. Where
+// `copy` is not null training goes through it: it takes the new parameter in bfloat16, as the gradient is.
 template <typename T>
 struct SgdEmaTensor {
   using Element = T;
   T* parameter;
-  const T* gradient;
+  const void* gradient;
   T* buffer;
   T* target;
   std::uint16_t* shadow;
+  std::uint16_t* copy;
   std::size_t size;
 
   // Every address, for a look at their common alignment.
   FASTMOCO_HOST_DEVICE std::uintptr_t addresses() const {
     return reinterpret_cast<std::uintptr_t>(parameter) | reinterpret_cast<std::uintptr_t>(gradient) |
            reinterpret_cast<std::uintptr_t>(buffer) | reinterpret_cast<std::uintptr_t>(target) |
-           reinterpret_cast<std::uintptr_t>(shadow);
+           reinterpret_cast<std::uintptr_t>(shadow) | reinterpret_cast<std::uintptr_t>(copy);
   }
 
   FASTMOCO_HOST_DEVICE EmaTensor<T> average() const { return {target, parameter, shadow, size}; }
@@ -55,11 +57,12 @@ struct SgdEma {
   const float* found_inf;
   bool blocked;
 
-  template <int kWidth, typename Buffer, typename Target, typename Shadow>
+  template <int kWidth, typename Buffer, typename Target, typename Shadow, typename Copy>
   FASTMOCO_HOST_DEVICE FASTMOCO_INLINE void update(const Tensor& t, std::size_t i, Buffer buffer, Target target,
-                                                   Shadow shadow) const {
+                                                   Shadow shadow, Copy copy) const {
     auto p = load<kWidth>(t.parameter + i);
-    auto g = load<kWidth>(t.gradient + i);
+    auto g = copy ? load_bf16<T, kWidth>(static_cast<const std::uint16_t*>(t.gradient) + i)
+                  : load<kWidth>(static_cast<const T*>(t.gradient) + i);
     for (int j = 0; j < kWidth; ++j) g.lane[j] = sgd.decayed(g.lane[j], p.lane[j]);
     if (buffer) {
       const auto b = load<kWidth>(t.buffer + i);
@@ -68,6 +71,7 @@ struct SgdEma {
     }
     for (int j = 0; j < kWidth; ++j) p.lane[j] = sgd.moved(p.lane[j], g.lane[j]);
     store<kWidth>(t.parameter + i, p);
+    if (copy) store_bf16<kWidth>(t.copy + i, p);
     if (target) {
       auto k = load<kWidth>(t.target + i);
       for (int j = 0; j < kWidth; ++j) k.lane[j] = ema.lerp(k.lane[j], p.lane[j]);
@@ -79,7 +83,8 @@ struct SgdEma {
   template <int kWidth>
   FASTMOCO_HOST_DEVICE FASTMOCO_INLINE void update(const Tensor& t, std::size_t i) const {
     if (!blocked) {
-      update<kWidth>(t, i, t.buffer != nullptr, t.target != nullptr, t.shadow != nullptr);
+      update<kWidth>(t, i, t.buffer != nullptr, t.target != nullptr, t.shadow != nullptr,
+                     t.copy != nullptr);
     } else if (t.target != nullptr) {
       ema.template update<kWidth>(t.average(), i);
     }

@@ -29,17 +29,21 @@ struct Array {
 template <typename T>
 struct Operands {
   Operands(std::size_t size, std::size_t skew)
-      : size(size), p(size, skew), g(size, skew), b(size, skew), k(size, skew), s(size, skew) {}
+      : size(size), p(size, skew), g(size, skew), b(size, skew), k(size, skew), s(size, skew), c(size, skew),
+        n(size, skew) {
+    for (std::size_t i = 0; i < size; ++i) n.data()[i] = fastmoco::bf16_bits(static_cast<float>(g.data()[i]));
+  }
   std::size_t size;
   Array<T> p, g, b, k;
-  Array<std::uint16_t> s;
+  Array<std::uint16_t> s, c, n;
 
   bool operator==(const Operands& other) const {
     const auto same = [](const auto& x, const auto& y) {
       const auto bytes = x.memory.size() * sizeof(x.memory[0]);
       return bytes == 0 || std::memcmp(x.memory.data(), y.memory.data(), bytes) == 0;
     };
-    return same(p, other.p) && same(g, other.g) && same(b, other.b) && same(k, other.k) && same(s, other.s);
+    return same(p, other.p) && same(g, other.g) && same(b, other.b) && same(k, other.k) && same(s, other.s) &&
+           same(c, other.c);
   }
 };
 
@@ -97,10 +101,12 @@ void compare_sgd(std::size_t skew, bool buffers, float found_inf) {
   const auto list = [buffers](std::vector<Operands<T>>& all) {
     std::vector<fastmoco::SgdEmaTensor<T>> tensors;
     for (auto& x : all) {
-      // In turn: an average and its shadow, an average, neither.
+      // In turn: an average and its shadow, an average, neither; each with and without a copy.
       const auto turn = tensors.size() % 3;
-      tensors.push_back({x.p.data(), x.g.data(), buffers ? x.b.data() : nullptr, turn < 2 ? x.k.data() : nullptr,
-                         turn < 1 ? x.s.data() : nullptr, x.size});
+      const bool copied = tensors.size() % 2 == 0;
+      const void* const gradient = copied ? static_cast<const void*>(x.n.data()) : x.g.data();
+      tensors.push_back({x.p.data(), gradient, buffers ? x.b.data() : nullptr, turn < 2 ? x.k.data() : nullptr,
+                         turn < 1 ? x.s.data() : nullptr, copied ? x.c.data() : nullptr, x.size});
     }
     return tensors;
   };

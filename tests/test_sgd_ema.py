@@ -112,6 +112,25 @@ def test_where_found_inf_is_one_only_the_average_moves(implementation: str, mome
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_training_through_bfloat16_copies(implementation: str, dtype: torch.dtype) -> None:
+    """A parameter with a copy has gradients in bfloat16; it moves as without, and the copy is its rounding."""
+    weights, expected = Weights(dtype), Weights(dtype)
+    copies = [None if i % 2 else torch.full_like(p, 7, dtype=torch.bfloat16) for i, p in enumerate(weights.parameters)]
+    for found_inf in (0.0, 0.0, 1.0):
+        gradients = [
+            gradient if copy is None else gradient.bfloat16()
+            for gradient, copy in zip(weights.random(), copies, strict=True)
+        ]
+        blocked = torch.tensor(found_inf)
+        weights.step(gradients, copies=copies, found_inf=blocked, implementation=implementation)
+        expected.step([g.to(dtype) for g in gradients], found_inf=blocked, implementation=implementation)
+    assert all(torch.equal(a, b) for a, b in zip(weights.state(), expected.state(), strict=True))
+    for copy, parameter in zip(copies, weights.parameters, strict=True):
+        assert copy is None or torch.equal(copy, parameter.bfloat16())
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_found_inf_of_zero_changes_no_bit(implementation: str) -> None:
     a, b = Weights(torch.float32), Weights(torch.float32)
     for _ in range(2):
@@ -163,14 +182,18 @@ def test_it_is_an_operation_that_torch_library_accepts(implementation: str, whol
     def new(dtype: torch.dtype = torch.float32) -> list[Tensor]:
         return [torch.randn(3).to(dtype), torch.randn(2, 5).to(dtype)]
 
-    buffers, averages, shadows, followed = [], [], [], []
+    buffers, averages, shadows, copies, followed, copied = [], [], [], [], [], []
     if whole:
-        buffers, averages, shadows, followed = new(), new()[1:], new(torch.bfloat16)[1:], [1]
+        buffers, averages, shadows, copies = new(), new()[1:], new(torch.bfloat16)[1:], new(torch.bfloat16)[:1]
+        followed, copied = [1], [0]
     found_inf = torch.zeros(()) if whole else None
     torch.library.opcheck(
         torch.ops.fastmoco.sgd_ema_update_.default,
-        (new(), new(), buffers, averages, shadows, followed, 0.1, 0.9 * whole, 0.1, 0.9, found_inf, implementation),
-    )
+        (
+            new(), new(), buffers, averages, shadows, copies, followed, copied,
+            0.1, 0.9 * whole, 0.1, 0.9, found_inf, implementation,
+        ),
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
@@ -220,6 +243,9 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "shadow alone": ({"targets": [None], "shadows": [tensor(4).bfloat16()]}, "None where the target is"),
     "shadow missing": ({"shadows": [None]}, "a shadow for each target"),
     "shadow's dtype": ({"shadows": [tensor(4)]}, "shadow 0 of 1 must be bfloat16"),
+    "copies": ({"copies": [None, None]}, "1 parameters but 2 copies"),
+    "copy's dtype": ({"copies": [tensor(4)]}, "copy 0 of 1 must be bfloat16"),
+    "copy's shape": ({"copies": [tensor(5).bfloat16()]}, "parameter 0 and copy 0 of 1: shapes differ"),
     "found_inf's dtype": ({"found_inf": torch.tensor(0)}, "found_inf must be a 0-d float32 tensor on cpu, not t"),
     "found_inf's shape": ({"found_inf": tensor(1)}, r"found_inf must be .* of shape \(1,\)"),
     "found_inf's device": ({"found_inf": torch.zeros((), device="meta")}, "found_inf must be .* on meta"),
@@ -251,7 +277,8 @@ class TestBindings:
     def arguments(self, **changes: object) -> dict[str, object]:
         self.p, self.g, self.b, self.t = (torch.full((4,), float(i)) for i in range(4))
         names = {"parameters": self.p, "gradients": self.g, "buffers": self.b, "targets": self.t}
-        lists = {name: [value.data_ptr()] for name, value in names.items()} | {"shadows": [0], "sizes": [4]}
+        lists = {name: [value.data_ptr()] for name, value in names.items()}
+        lists |= {"shadows": [0], "copies": [0], "sizes": [4]}
         return lists | OPTIONS | {"found_inf": 0, "dtype": "float32"} | changes
 
     @pytest.mark.parametrize(
@@ -259,6 +286,8 @@ class TestBindings:
         [
             ({"sizes": []}, "parameters and sizes differ in length"),
             ({"targets": []}, "targets and sizes differ in length"),
+            ({"copies": []}, "copies and sizes differ in length"),
+            ({"copies": [2], "gradients": [3]}, "not aligned"),
             ({"gradients": [0]}, "null address"),
             ({"buffers": [3]}, "not aligned"),
             ({"found_inf": 1}, "not aligned"),

@@ -63,12 +63,14 @@ def check_targets(operation: str, targets: Sequence[Tensor]) -> None:
             )
 
 
-def check_shadows(operation: str, targets: Sequence[Tensor], shadows: Sequence[Tensor]) -> None:
+def check_shadows(
+    operation: str, targets: Sequence[Tensor], shadows: Sequence[Tensor], name: str = "target", shadow: str = "shadow"
+) -> None:
     """Refuses shadows that are not bfloat16 tensors of the targets' shapes, on their device."""
-    check_alike(operation, "target", targets, "shadow", shadows)
-    for i, shadow in enumerate(shadows):
-        if shadow.dtype != torch.bfloat16:
-            raise UserError(f"{operation}: shadow {i} of {len(shadows)} must be bfloat16, not {shadow.dtype}")
+    check_alike(operation, name, targets, shadow, shadows)
+    for i, tensor in enumerate(shadows):
+        if tensor.dtype != torch.bfloat16:
+            raise UserError(f"{operation}: {shadow} {i} of {len(shadows)} must be bfloat16, not {tensor.dtype}")
 
 
 def check_apart(

@@ -46,6 +46,7 @@ def sgd_ema_update_(
     ema: float,
     found_inf: Tensor | None = None,
     shadows: Sequence[Tensor | None] | None = None,
+    copies: Sequence[Tensor | None] | None = None,
     implementation: str | None = None,
 ) -> None:
     """One step of SGD on `parameters` and the update of their averages `targets`, all in place.
@@ -81,15 +82,20 @@ def sgd_ema_update_(
         raise UserError(f"{_NAME}: {len(parameters)} parameters but {len(targets)} targets")
     followed = [i for i, target in enumerate(targets) if target is not None]
     averages = [target for target in targets if target is not None]
+    if len(copies or parameters) != len(parameters):
+        raise UserError(f"{_NAME}: {len(parameters)} parameters but {len(copies or ())} copies")
+    copied = [i for i, copy in enumerate(copies or ()) if copy is not None]
+    narrow = [copy for copy in copies or () if copy is not None]
+    check_shadows(_NAME, [parameters[i] for i in copied], narrow, "parameter", "copy")
     sources = [parameters[i] for i in followed]
     check_alike(_NAME, "target", averages, "followed parameter", sources)
     _check_dtypes("target", averages, "followed parameter", sources)
     check_targets(_NAME, averages)
-    copies = [shadow for shadow in shadows or () if shadow is not None]
+    kept = [shadow for shadow in shadows or () if shadow is not None]
     if shadows is not None:
         if [shadow is None for shadow in shadows] != [target is None for target in targets]:
             raise UserError(f"{_NAME}: there must be a shadow for each target, and None where the target is None")
-        check_shadows(_NAME, averages, copies)
+        check_shadows(_NAME, averages, kept)
     if not parameters:
         return
     device = parameters[0].device
@@ -99,7 +105,7 @@ def sgd_ema_update_(
             f"{tuple(found_inf.shape)} on {found_inf.device}"
         )
     _sgd_ema_update_(
-        list(parameters), list(gradients), list(buffers), averages, copies, followed,
+        list(parameters), list(gradients), list(buffers), averages, kept, narrow, followed, copied,
         lr, momentum, weight_decay, ema, found_inf, implementation,
     )  # fmt: skip
 
@@ -116,7 +122,9 @@ def _update(
     buffers: list[Tensor],
     targets: list[Tensor],
     shadows: list[Tensor],
+    copies: list[Tensor],
     followed: list[int],
+    copied: list[int],
     lr: float,
     momentum: float,
     weight_decay: float,
@@ -124,21 +132,23 @@ def _update(
     found_inf: Tensor | None,
     implementation: str | None,
 ) -> None:
-    written = {"parameter": parameters, "buffer": buffers, "target": targets, "shadow": shadows}
+    written = {
+        "parameter": parameters, "buffer": buffers, "target": targets, "shadow": shadows, "copy": copies
+    }  # fmt: skip
     check_apart(_NAME, written, {"gradient": gradients})
     run = dispatch.pick("sgd_ema", parameters[0], implementation)
     run(
-        parameters, gradients, buffers, targets, shadows, followed,
+        parameters, gradients, buffers, targets, shadows, copies, followed, copied,
         lr=lr, momentum=momentum, weight_decay=weight_decay, ema=ema, found_inf=found_inf,
     )  # fmt: skip
     # Written behind autograd's back: a graph that saved one of them must find out, as after any in-place operation.
-    torch.autograd.graph.increment_version([*parameters, *buffers, *targets, *shadows])
+    torch.autograd.graph.increment_version([*parameters, *buffers, *targets, *shadows, *copies])
 
 
 _sgd_ema_update_ = define(
     "sgd_ema_update_(Tensor(a!)[] parameters, Tensor[] gradients, Tensor(b!)[] buffers, Tensor(c!)[] targets, "
-    "Tensor(d!)[] shadows, int[] followed, float lr, float momentum, float weight_decay, float ema, "
-    "Tensor? found_inf, str? implementation) -> ()",
+    "Tensor(d!)[] shadows, Tensor(e!)[] copies, int[] followed, int[] copied, "
+    "float lr, float momentum, float weight_decay, float ema, Tensor? found_inf, str? implementation) -> ()",
     _update,
 )
 
@@ -149,7 +159,9 @@ def reference(
     buffers: list[Tensor],
     targets: list[Tensor],
     shadows: list[Tensor],
+    copies: list[Tensor],
     followed: list[int],
+    copied: list[int],
     *,
     lr: float,
     momentum: float,
@@ -157,9 +169,9 @@ def reference(
     ema: float,
     found_inf: Tensor | None,
 ) -> None:
-    """Any device, dtype and layout; targets[i] is the average of parameters[followed[i]].
+    """Any device, dtype and layout.
 
-    `buffers` may be empty, and so may `shadows`, which otherwise are as many as `targets`.
+    targets[i] is the average of parameters[followed[i]], copies[i] the copy of parameters[copied[i]]. `buffers` may be empty, and so may `shadows`, which otherwise are as many as `targets`.
     """
     steps = [gradient.to(parameter.dtype) for gradient, parameter in zip(gradients, parameters, strict=True)]
     if weight_decay:
@@ -173,6 +185,8 @@ def reference(
     if buffers:
         torch._foreach_copy_(buffers, steps)
     torch._foreach_copy_(parameters, moved)
+    if copies:
+        torch._foreach_copy_(copies, [parameters[i] for i in copied])
     if targets:
         ema_reference(targets, [parameters[i] for i in followed], shadows, ema)
 
@@ -180,8 +194,9 @@ def reference(
 def _native(*lists: Any, found_inf: Tensor | None, **options: float) -> None:
     """C++ for the tensors without gaps of the dtypes it knows, the reference for the rest."""
 
-    def known(parameter: Tensor, gradient: Tensor) -> torch.dtype | None:
-        return parameter.dtype if parameter.dtype in NATIVE_DTYPES and gradient.dtype == parameter.dtype else None
+    def known(row: _Row) -> torch.dtype | None:
+        dtype, expected = row[0].dtype, row[0].dtype if row[5] is None else torch.bfloat16
+        return dtype if dtype in NATIVE_DTYPES and row[1].dtype == expected else None
 
     groups = _groups(known, *lists)
     _reference_rows(groups.pop(None, []), **options, found_inf=found_inf)
@@ -194,34 +209,43 @@ def _native(*lists: Any, found_inf: Tensor | None, **options: float) -> None:
 
 
 def _triton(*lists: Any, found_inf: Tensor | None, **options: float) -> None:
-    """Triton for float32 tensors without gaps, one launch for each dtype of gradients; the reference for the rest."""
+    """Triton for float32 tensors without gaps, one launch for each dtype of gradients; the reference for the rest.
+
+    Copies are written after it, by torch.
+    """
     from fastmoco.kernels.ema import ELEMENTS
     from fastmoco.kernels.sgd_ema import sgd_ema_update
 
-    def known(parameter: Tensor, gradient: Tensor) -> torch.dtype | None:
-        return gradient.dtype if parameter.dtype == torch.float32 and gradient.dtype in ELEMENTS else None
+    def known(row: _Row) -> torch.dtype | None:
+        return row[1].dtype if row[0].dtype == torch.float32 and row[1].dtype in ELEMENTS else None
 
     groups = _groups(known, *lists)
     _reference_rows(groups.pop(None, []), **options, found_inf=found_inf)
     for group in groups.values():
-        sgd_ema_update(*zip(*group, strict=True), **options, found_inf=found_inf)
+        *columns, copies = zip(*group, strict=True)
+        sgd_ema_update(*columns, **options, found_inf=found_inf)
+        copied = [(copy, row[0]) for copy, row in zip(copies, group, strict=True) if copy is not None]
+        if copied:
+            torch._foreach_copy_([copy for copy, _ in copied], [parameter for _, parameter in copied])
 
 
-# Parameter, gradient, buffer, target and shadow.
-_Row = tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]
+# Parameter, gradient, buffer, target, shadow and copy.
+_Row = tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 
 
 def _groups(
-    known: Callable[[Tensor, Tensor], torch.dtype | None],
+    known: Callable[[_Row], torch.dtype | None],
     parameters: list[Tensor],
     gradients: list[Tensor],
     buffers: list[Tensor],
     targets: list[Tensor],
     shadows: list[Tensor],
+    copies: list[Tensor],
     followed: list[int],
+    copied: list[int],
 ) -> dict[torch.dtype | None, list[_Row]]:
-    """The rows by what is `known` of parameter and gradient; those that cannot be taken as flat under None."""
-    average = {i: n for n, i in enumerate(followed)}
+    """The rows by what is `known` of them; those that cannot be taken as flat under None."""
+    average, copy = ({i: n for n, i in enumerate(indices)} for indices in (followed, copied))
     groups: dict[torch.dtype | None, list[_Row]] = {}
     for i, parameter in enumerate(parameters):
         row = (
@@ -230,16 +254,18 @@ def _groups(
             buffers[i] if buffers else None,
             targets[average[i]] if i in average else None,
             shadows[average[i]] if shadows and i in average else None,
+            copies[copy[i]] if i in copy else None,
         )
-        kind = known(parameter, gradients[i]) if same_order([t for t in row if t is not None]) else None
+        kind = known(row) if same_order([tensor for tensor in row if tensor is not None]) else None
         groups.setdefault(kind, []).append(row)
     return groups
 
 
 def _reference_rows(rows: list[_Row], **options: Any) -> None:
     if rows:
-        p, g, b, t, s = ([tensor for tensor in list_ if tensor is not None] for list_ in zip(*rows, strict=True))
-        reference(p, g, b, t, s, [i for i, row in enumerate(rows) if row[3] is not None], **options)
+        p, g, b, t, s, c = ([tensor for tensor in list_ if tensor is not None] for list_ in zip(*rows, strict=True))
+        followed, copied = ([i for i, row in enumerate(rows) if row[column] is not None] for column in (3, 5))
+        reference(p, g, b, t, s, c, followed, copied, **options)
 
 
 dispatch.register("sgd_ema", "reference", reference)
