@@ -14,7 +14,7 @@ constexpr std::size_t kBlock = 256;
 constexpr std::size_t kRows = 16;
 
 // Below this a second thread costs more to wake than it saves (elements).
-constexpr std::size_t kGrain = 16384;
+constexpr std::size_t kGrain = 131072;
 
 // A block of `width` columns: its first element, and how far apart rows are.
 struct Block {

@@ -24,7 +24,7 @@ def pair(*shape: int) -> tuple[Tensor, Tensor]:
     return z1, 0.5 * z1 + torch.randn(shape)
 
 
-@pytest.mark.parametrize(("s", "n", "d"), [(1, 2, 1), (2, 5, 255), (1, 3, 256), (3, 40, 1025)])
+@pytest.mark.parametrize(("s", "n", "d"), [(1, 2, 1), (2, 5, 255), (1, 3, 256), (3, 90, 1025)])
 def test_passes_do_not_depend_on_the_number_of_threads_and_write_everything(s: int, n: int, d: int) -> None:
     z1, z2 = pair(s, n, d)
     product = z1 - z1.mean(dim=1, keepdim=True)
