@@ -116,11 +116,13 @@ class Spy:
         trainer.engine.step = self.step
 
     def step(self, lr: float, *, ema: float) -> None:
-        module = self.trainer.module
-        self.gradients = torchvision_names({n: p.grad.clone() for n, p in module.query.named_parameters()})
-        if module.stage_loss is not None:
-            self.projector_gradients = {n: p.grad.clone() for n, p in module.stage_loss.named_parameters()}
+        self.gradients = torchvision_names(self.below("query."))
+        self.projector_gradients = self.below("stage_loss.")
         self.engine_step(lr, ema=ema)
+
+    def below(self, prefix: str) -> dict[str, Tensor]:
+        gradients = self.trainer.engine.gradients
+        return {n.removeprefix(prefix): g.clone() for n, g in gradients.items() if n.startswith(prefix)}
 
 
 def our_step(trainer: Trainer, spy: Spy, views: tuple[Tensor, Tensor]) -> tuple[dict[str, Tensor], dict[str, float]]:

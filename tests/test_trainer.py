@@ -14,6 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fastmoco.data.loader import Batch
 from fastmoco.train.checkpoint import non_finite
+from fastmoco.train.objective import MomentumContrast
 from fastmoco.train.trainer import Trainer
 from runs import NoSync, small_config
 
@@ -230,6 +231,44 @@ def test_a_checkpoint_goes_on_bit_for_bit_and_with_either_update(first: str, sec
             assert torch.equal(value, expected[name]), name
         else:
             assert torch.allclose(value, expected[name], rtol=1e-3, atol=1e-3), name
+
+
+@pytest.mark.parametrize("method", ["moco", "mse", "barlow"])
+def test_training_through_copies_is_autocast_to_the_last_bit(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    through = trainer(method, precision="bf16", log_every=9)
+    names = set(through.module.multiplied)
+    assert names == set(through.engine.copies.by_name)
+    assert {"query.backbone.conv1.weight", "key.backbone.conv1.weight"} <= names
+    assert not any(".head" in name or ".bn" in name for name in names)
+    monkeypatch.setattr(MomentumContrast, "multiplied", property(lambda self: []))
+    plain = trainer(method, precision="bf16", log_every=9)
+    assert not plain.engine.copies.by_name
+    for t in (through, plain):
+        for step in range(3):
+            t.step([batch(step, 8)], lr=0.1)
+    assert through.history.read() == plain.history.read()
+    expected = weights(plain)
+    assert all(torch.equal(value, expected[name]) for name, value in weights(through).items())
+    for name, copy in through.engine.copies.by_name.items():
+        assert torch.equal(copy, expected[name].bfloat16()), name
+
+
+@pytest.mark.parametrize("changes", [{"accumulate": 2}, {"update": "torch"}, {"precision": "fp32"}])
+def test_where_copies_would_round_or_go_stale_there_are_none(changes: dict[str, Any]) -> None:
+    assert not trainer("mse", **{"precision": "bf16"} | changes).engine.copies.by_name
+
+
+def test_a_checkpoint_holds_the_originals_and_the_copies_follow() -> None:
+    t = trainer("barlow", precision="bf16", log_every=9)
+    t.step([batch(0)], lr=0.1)
+    saved = t.checkpoint(1, "images")
+    assert all(value.dtype != torch.bfloat16 for value in saved.tensors.values())
+    other = trainer("barlow", precision="bf16", log_every=9, seed=7)
+    other.restore(saved)
+    for x in (t, other):
+        x.step([batch(1)], lr=0.1)
+    expected = weights(t)
+    assert all(torch.equal(value, expected[name]) for name, value in weights(other).items())
 
 
 def test_a_parameter_without_a_gradient_is_left_alone_and_averaged() -> None:

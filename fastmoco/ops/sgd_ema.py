@@ -171,7 +171,8 @@ def reference(
 ) -> None:
     """Any device, dtype and layout.
 
-    targets[i] is the average of parameters[followed[i]], copies[i] the copy of parameters[copied[i]]. `buffers` may be empty, and so may `shadows`, which otherwise are as many as `targets`.
+    targets[i] is the average of parameters[followed[i]], copies[i] the copy of parameters[copied[i]]. `buffers` may be
+    empty, and so may `shadows`, which otherwise are as many as `targets`.
     """
     steps = [gradient.to(parameter.dtype) for gradient, parameter in zip(gradients, parameters, strict=True)]
     if weight_decay:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fastmoco.train.config import OptimConfig
+from fastmoco.train.copies import Copies
 from fastmoco.train.update import make_update
 
 COMPUTE_DTYPE = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}
@@ -18,6 +20,7 @@ class SingleProcess:
     """Runs `module` on one device; the trainer sees only these methods.
 
     `averages`: the moving averages of some of the module's trained parameters, by the parameters' names.
+    `multiplied`: names of the weights that are rounded to bfloat16 when they are multiplied.
     `blocked` is a 0-d float32 tensor on the device: 0, or 1 from the first non-finite loss on. While it is 1 the
     optimiser leaves weights and momentum as they are. Nothing here reads it back to the host.
     """
@@ -26,6 +29,7 @@ class SingleProcess:
         self,
         module: nn.Module,
         averages: Mapping[str, Tensor],
+        multiplied: list[str],
         optim: OptimConfig,
         *,
         precision: str,
@@ -36,7 +40,10 @@ class SingleProcess:
         self.precision = precision
         self.trainable = {name: p for name, p in module.named_parameters() if p.requires_grad}
         self.blocked = torch.zeros((), device=device)
-        self.update = make_update(self.trainable, averages, optim, self.blocked)
+        # Several micro-batches sum their gradients, which takes float32; torch's SGD writes no copies.
+        through_copies = precision == "bf16" and optim.accumulate == 1 and optim.update == "fused"
+        self.copies = Copies(module, multiplied if through_copies else [])
+        self.update = make_update(self.trainable, averages, self.copies, optim, self.blocked)
 
     @property
     def momentum_buffers(self) -> dict[str, Tensor]:
@@ -53,6 +60,16 @@ class SingleProcess:
             return contextlib.nullcontext()
         return torch.autocast(self.device.type, dtype=torch.bfloat16)
 
+    def forward(self, *inputs: Tensor) -> Any:
+        """What the module returns, in the precision it is run in."""
+        with self.autocast():
+            return self.copies(*inputs)
+
+    @property
+    def gradients(self) -> dict[str, Tensor]:
+        """The gradients that the next step will use, by parameter name."""
+        return self.update.gradients()
+
     def backward(self, losses: Iterable[Tensor], *, divisor: int) -> None:
         """Add the gradient of sum(losses) / divisor; block the coming steps if any loss is not finite."""
         stacked = torch.stack(list(losses))
@@ -66,5 +83,5 @@ class SingleProcess:
         Gradients are cleared either way.
         """
         self.update.step(lr, ema)
-        for p in self.trainable.values():
+        for p in (*self.trainable.values(), *self.copies.by_name.values()):
             p.grad = None

@@ -68,6 +68,16 @@ class MomentumContrast(nn.Module):
         """The key encoder's parameters, each by the name of the query encoder's that it is the average of."""
         return {f"query.{name}": parameter for name, parameter in self.key.named_parameters()}
 
+    @property
+    def multiplied(self) -> list[str]:
+        """Names of the weights that autocast rounds: those of convolutions and linear layers, heads excepted."""
+        heads = {id(p) for encoder in (self.query, self.key) for p in encoder.head.parameters()}
+        return [
+            f"{name}.weight"
+            for name, part in self.named_modules()
+            if isinstance(part, (nn.Conv2d, nn.Linear)) and id(part.weight) not in heads
+        ]
+
     def forward(self, view_q: Tensor, view_k: Tensor, bank: Tensor) -> Output:
         """Two views (N, 3, H, W) of the same images in [0, 1], and the negatives (K, D), as they were before them."""
         query = self.query(view_q)

@@ -44,7 +44,9 @@ class Trainer:
         if run.channels_last:
             module.to(memory_format=torch.channels_last)
         self.module = module
-        self.engine = SingleProcess(module, module.averages, config.optim, precision=precision, device=device)
+        self.engine = SingleProcess(
+            module, module.averages, module.multiplied, config.optim, precision=precision, device=device
+        )
         self.history = History(module.loss_names, run.log_every, device)
         self.pushed = 0
 
@@ -53,9 +55,7 @@ class Trainer:
         accumulate = self.config.optim.accumulate
         for views in batches:
             view_q, view_k = self.engine.to_device(views.q), self.engine.to_device(views.k)
-            with self.engine.autocast():
-                output: tuple[dict[str, Tensor], Tensor, Tensor] = self.engine.module(view_q, view_k, self.queue.bank)
-            losses, query, key = output
+            losses, query, key = self.engine.forward(view_q, view_k, self.queue.bank)
             self.engine.backward(losses.values(), divisor=accumulate)
             self.queue.push(key)
             self.pushed += len(key)
@@ -95,6 +95,7 @@ class Trainer:
             raise UserError(f"the checkpoint's optimiser state does not fit: {sorted(held ^ expected)[:4]}")
         for name, value in momentum.items():
             value.copy_(tensors[f"momentum.{name}"])
+        self.engine.copies.refresh()
         torch.set_rng_state(tensors["rng.cpu"])
         if self.engine.device.type == "cuda" and "rng.cuda" in tensors:
             torch.cuda.set_rng_state(tensors["rng.cuda"], self.engine.device)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from fastmoco.ops.ema import ema_update_
 from fastmoco.ops.sgd_ema import sgd_ema_update_
 from fastmoco.train.config import OptimConfig
+from fastmoco.train.copies import Copies
 
 Parameters = Mapping[str, nn.Parameter]
 
@@ -23,6 +24,9 @@ class Update(Protocol):
     """
 
     buffers: dict[str, Tensor]
+
+    def gradients(self) -> dict[str, Tensor]:
+        """The gradients that `step` will use, by the parameter's name."""
 
     def step(self, lr: float, ema: float) -> None:
         """One step of SGD at `lr`, unless blocked; then average <- ema * average + (1 - ema) * parameter."""
@@ -38,6 +42,7 @@ class TorchUpdate:
     def __init__(
         self, parameters: Parameters, averages: Mapping[str, Tensor], optim: OptimConfig, blocked: Tensor
     ) -> None:
+        self.parameters = parameters
         self.averages = list(averages.values())
         self.sources = [parameters[name] for name in averages]
         self.optimizer = torch.optim.SGD(
@@ -55,6 +60,9 @@ class TorchUpdate:
         # The fused optimiser skips its update where this tensor is 1; gradient scalers use the same door.
         self.optimizer.found_inf = blocked  # type: ignore[attr-defined]
 
+    def gradients(self) -> dict[str, Tensor]:
+        return {name: p.grad for name, p in self.parameters.items() if p.grad is not None}
+
     def step(self, lr: float, ema: float) -> None:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
@@ -63,38 +71,68 @@ class TorchUpdate:
 
 
 class FusedUpdate:
-    """Both in one pass over memory (ops/sgd_ema.py); arguments as TorchUpdate's, and the same to rounding."""
+    """Both in one pass over memory (ops/sgd_ema.py); arguments as TorchUpdate's, and the same to rounding.
+
+    `copies` are those of some parameters, which then have the gradients, and of some averages.
+    """
 
     def __init__(
-        self, parameters: Parameters, averages: Mapping[str, Tensor], optim: OptimConfig, blocked: Tensor
+        self,
+        parameters: Parameters,
+        averages: Mapping[str, Tensor],
+        copies: Copies,
+        optim: OptimConfig,
+        blocked: Tensor,
     ) -> None:
         self.parameters = parameters
         self.averages = averages
+        self.copies = copies.by_name
+        by_original = {id(copies.originals[name]): copy for name, copy in self.copies.items()}
+        self.shadows = {name: by_original.get(id(average)) for name, average in averages.items()}
         self.optim = optim
         self.blocked = blocked
         self.buffers = _zero_buffers(parameters, optim)
 
+    def gradients(self) -> dict[str, Tensor]:
+        made = {name: self.copies.get(name, p).grad for name, p in self.parameters.items()}
+        return {name: gradient for name, gradient in made.items() if gradient is not None}
+
     def step(self, lr: float, ema: float) -> None:
-        gradients = {name: p.grad for name, p in self.parameters.items() if p.grad is not None}
-        sgd_ema_update_(
-            [self.parameters[name] for name in gradients],
-            list(gradients.values()),
-            [self.buffers[name] for name in gradients] if self.buffers else [],
-            [self.averages.get(name) for name in gradients],
-            lr=lr,
-            momentum=self.optim.sgd_momentum,
-            weight_decay=self.optim.weight_decay,
-            ema=ema,
-            found_inf=self.blocked,
-        )
-        still = [name for name in self.averages if name not in gradients]
-        ema_update_([self.averages[name] for name in still], [self.parameters[name] for name in still], ema)
+        gradients = self.gradients()
+        # A pass has shadows for all its averages or for none.
+        for shadowed in (True, False):
+            names = [name for name in gradients if (self.shadows.get(name) is not None) == shadowed]
+            sgd_ema_update_(
+                [self.parameters[name] for name in names],
+                [gradients[name] for name in names],
+                [self.buffers[name] for name in names] if self.buffers else [],
+                [self.averages.get(name) for name in names],
+                lr=lr,
+                momentum=self.optim.sgd_momentum,
+                weight_decay=self.optim.weight_decay,
+                ema=ema,
+                found_inf=self.blocked,
+                shadows=[self.shadows[name] for name in names] if shadowed else None,
+                copies=[self.copies.get(name) for name in names],
+            )
+        self._follow([name for name in self.averages if name not in gradients], ema)
+
+    def _follow(self, names: list[str], ema: float) -> None:
+        """Move the averages of parameters that had no gradient."""
+        ema_update_([self.averages[name] for name in names], [self.parameters[name] for name in names], ema)
+        for name in names:
+            shadow = self.shadows[name]
+            if shadow is not None:
+                shadow.copy_(self.averages[name])
 
 
-def make_update(parameters: Parameters, averages: Mapping[str, Tensor], optim: OptimConfig, blocked: Tensor) -> Update:
+def make_update(
+    parameters: Parameters, averages: Mapping[str, Tensor], copies: Copies, optim: OptimConfig, blocked: Tensor
+) -> Update:
     """The one that `optim.update` names."""
-    kind = FusedUpdate if optim.update == "fused" else TorchUpdate
-    return kind(parameters, averages, optim, blocked)
+    if optim.update == "fused":
+        return FusedUpdate(parameters, averages, copies, optim, blocked)
+    return TorchUpdate(parameters, averages, optim, blocked)
 
 
 def _zero_buffers(parameters: Parameters, optim: OptimConfig) -> dict[str, Tensor]:
