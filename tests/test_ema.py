@@ -352,7 +352,7 @@ class TestDispatch:
         assert dispatch.pick("sum", torch.zeros(1, device="meta"))() == "triton"
 
     @pytest.mark.skipif(dispatch.native is None, reason=dispatch.NATIVE_MISSING or "built")
-    @pytest.mark.parametrize("operation", ["ema"])
+    @pytest.mark.parametrize("operation", ["ema", "sgd_ema"])
     def test_on_a_gpu_the_averages_are_native_where_that_is_built(self, operation: str) -> None:
         importlib.import_module(f"fastmoco.ops.{operation}")
         assert dispatch.native is not None

@@ -270,5 +270,7 @@ def _reference_rows(rows: list[_Row], **options: Any) -> None:
 
 
 dispatch.register("sgd_ema", "reference", reference)
-dispatch.register("sgd_ema", "native", _native, device_types=NATIVE_DEVICES, missing=dispatch.NATIVE_MISSING)
+dispatch.register(
+    "sgd_ema", "native", _native, device_types=NATIVE_DEVICES, missing=dispatch.NATIVE_MISSING, preferred=True
+)
 dispatch.register("sgd_ema", "triton", _triton, device_types=("cuda",), missing=dispatch.TRITON_MISSING)
