@@ -142,6 +142,13 @@ def _infonce(n: int, d: int, dtype: torch.dtype, *, k: int = 65536, simclr: bool
     infonce(torch.empty(n, d), torch.empty(n, d), torch.empty(k, d, dtype=dtype), skip, 0.07, 0.0, False, True, simclr)
 
 
+def _crosscorr(n: int, d: int, form: str, dtype: torch.dtype = torch.float32) -> None:
+    from fastmoco.kernels.crosscorr import crosscorr
+
+    z = torch.ones(4, n, d, dtype=dtype)
+    crosscorr(z, z.clone(), 1.0, 1 / 32, form, True)
+
+
 def _pooled_mse(n: int, channels: int, side: int, grid: int, dtype: torch.dtype, *, pooled: bool = False) -> None:
     from fastmoco.kernels.pooled_mse import pooled_mse, pooled_mse_backward
 
@@ -180,6 +187,7 @@ METHOD: dict[str, Callable[[], None]] = {
     for n in (8, 32, 256)
     for dtype in (torch.float32, torch.bfloat16)
 } | {
+    "crosscorr N=32": partial(_crosscorr, 32, 2048, "gram"),
     "pooled_mse 56 to 16, fp32": partial(_pooled_mse, 32, 256, 56, 16, torch.float32),
     "pooled_mse 56 to 16, bf16": partial(_pooled_mse, 32, 256, 56, 16, torch.bfloat16),
     "ema ResNet-50": partial(_ema, torch.float32),
@@ -192,6 +200,8 @@ OTHERS: dict[str, Callable[[], None]] = {
     "infonce fp16 running maximum": partial(_infonce, 256, 128, torch.float16),
     "infonce fp32 D=512": partial(_infonce, 256, 512, torch.float32),
     "infonce bf16 D=129": partial(_infonce, 33, 129, torch.bfloat16, k=1021),
+    "crosscorr N=256 bf16": partial(_crosscorr, 256, 2048, "gram", torch.bfloat16),
+    "crosscorr direct, odd": partial(_crosscorr, 33, 37, "direct"),
     "ema of bf16": partial(_ema, torch.bfloat16),
     "sgd_ema of fp16": partial(_sgd_ema, torch.float16),
     "pooled_mse 56 to 1": partial(_pooled_mse, 8, 256, 56, 1, torch.bfloat16),

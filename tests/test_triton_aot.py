@@ -14,7 +14,12 @@ ROOT = Path(__file__).resolve().parents[1]
 # Bytes of shared memory that a block may have (CUDA C++ Programming Guide, compute capabilities).
 SHARED = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 REGISTERS = 65536
-KERNELS = {"sweep", "merge", "forward", "backward", "ema", "sgd_ema", "write_rows", "advance"}
+KERNELS = {"sweep", "merge", "forward", "backward", "ema", "sgd_ema", "write_rows", "advance"} | {
+    "standardize",
+    "products",
+    "finish",
+    "gradient",
+}
 LARGE = ("infonce N=256 bf16", "sweep")
 
 

@@ -9,6 +9,7 @@ from torch.nn.functional import adaptive_avg_pool2d
 
 from fastmoco.kernels.pooled_mse import pooled_mse, pooled_mse_backward
 from fastmoco.ops import definitions
+from fastmoco.ops.pooled_mse import pooled_mse as operation
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # Cells that overlap, are disjoint, repeat; sides that differ; a single cell, pixel, channel; more channels than a tile.
@@ -78,3 +79,13 @@ def test_the_same_bits_every_time() -> None:
     a, b = (x.to(DEVICE) for x in maps((2, 40, 9, 9), torch.float32))
     first, second = pooled_mse(a, b, 4), pooled_mse(a, b, 4)
     assert all(torch.equal(x, y) for x, y in zip(first, second, strict=True))
+
+
+def test_the_operation_reaches_both_sides() -> None:
+    torch.manual_seed(13)
+    inputs = [x.to(DEVICE).requires_grad_() for x in maps((2, 6, 7, 5), torch.float32)]
+    gradients = torch.autograd.grad(operation(*inputs, grid=3, implementation="triton"), inputs)
+    exact = [x.detach().cpu().double().requires_grad_() for x in inputs]
+    wanted = torch.autograd.grad(definitions.pooled_mse(*exact, grid=3), exact)
+    for got, want in zip(gradients, wanted, strict=True):
+        torch.testing.assert_close(got.cpu().double(), want, rtol=1e-5, atol=1e-8)

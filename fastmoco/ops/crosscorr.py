@@ -224,3 +224,20 @@ dispatch.register(
     dtypes=(torch.float32, torch.bfloat16, torch.float16),
     missing=dispatch.NATIVE_MISSING,
 )
+
+
+def _triton(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    from fastmoco.kernels.crosscorr import crosscorr as launch
+
+    result: tuple[Tensor, Tensor, Tensor] = launch(*arguments)
+    return result
+
+
+dispatch.register(
+    "crosscorr",
+    "triton",
+    _triton,
+    device_types=("cuda",),
+    dtypes=(torch.float32, torch.bfloat16, torch.float16),
+    missing=dispatch.TRITON_MISSING,
+)

@@ -200,3 +200,35 @@ dispatch.register(
     dtypes=(torch.float32,),
     missing=dispatch.NATIVE_MISSING,
 )
+
+
+def _triton(a: Tensor, b: Tensor, grid: int) -> tuple[Tensor, Tensor]:
+    from fastmoco.kernels.pooled_mse import pooled_mse as launch
+
+    result: tuple[Tensor, Tensor] = launch(a, b, grid)
+    return result
+
+
+def _triton_backward(difference: Tensor, dloss: Tensor, height: int, width: int, dtype: torch.dtype) -> Tensor:
+    from fastmoco.kernels.pooled_mse import pooled_mse_backward as launch
+
+    result: Tensor = launch(difference, dloss, height, width, dtype)
+    return result
+
+
+dispatch.register(
+    "pooled_mse",
+    "triton",
+    _triton,
+    device_types=("cuda",),
+    dtypes=tuple(_NATIVE_DTYPES),
+    missing=dispatch.TRITON_MISSING,
+)
+dispatch.register(
+    "pooled_mse_backward",
+    "triton",
+    _triton_backward,
+    device_types=("cuda",),
+    dtypes=(torch.float32,),
+    missing=dispatch.TRITON_MISSING,
+)
