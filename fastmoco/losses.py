@@ -10,21 +10,25 @@ from torch.nn.functional import adaptive_avg_pool2d
 
 from fastmoco.models.projector import Projector
 from fastmoco.ops.crosscorr import crosscorr
-from fastmoco.ops.infonce import infonce
+from fastmoco.ops.infonce import infonce_ranked
 from fastmoco.ops.pooled_mse import pooled_mse
 
 Stages = Sequence[Tensor]
 
 
 class InfoNCE(nn.Module):
-    """The contrastive loss of normalised queries and keys (N, D) against a bank (K, D): {"infonce": loss}."""
+    """The contrastive loss of normalised queries and keys (N, D) against a bank (K, D).
+
+    Returns {"infonce": loss}, and the rank (N,) of each key: how many negatives are more similar to its query.
+    """
 
     def __init__(self, temperature: float) -> None:
         super().__init__()
         self.temperature = temperature
 
-    def forward(self, query: Tensor, key: Tensor, bank: Tensor) -> dict[str, Tensor]:
-        return {"infonce": infonce(query, key, bank, temperature=self.temperature)}
+    def forward(self, query: Tensor, key: Tensor, bank: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+        loss, rank = infonce_ranked(query, key, bank, temperature=self.temperature)
+        return {"infonce": loss}, rank
 
 
 class StageMSE(nn.Module):

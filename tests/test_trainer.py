@@ -296,12 +296,13 @@ def test_embedding_spread_tells_collapse() -> None:
     losses = {"infonce": torch.tensor(1.0)}
     same = torch.nn.functional.normalize(torch.ones(64, 16), dim=1)
     spread = torch.nn.functional.normalize(torch.randn(4096, 16, generator=torch.Generator().manual_seed(0)), dim=1)
-    t.history.add(losses, same, divisor=1)
+    t.history.add(losses, same, torch.tensor([0, 4, 5, 9]), divisor=1)
     t.history.next_row()
-    t.history.add(losses, spread, divisor=1)
+    t.history.add(losses, spread, torch.tensor([0, 0]), divisor=1)
     t.history.next_row()
     collapsed, healthy = t.history.read()
     assert collapsed["embedding_std"] < 1e-6
+    assert (collapsed["top1"], collapsed["top5"]) == (0.25, 0.5) and healthy["top1"] == 1
     assert healthy["embedding_std"] == pytest.approx(1.0, abs=0.02)
 
 
@@ -309,5 +310,5 @@ def test_stages_can_be_chosen() -> None:
     t = trainer("barlow", stages=(2, 4))
     t.step([batch(0)], lr=0.1)
     (row,) = t.history.read()
-    assert set(row) == {"loss", "infonce", "stage2", "stage4", "embedding_std"}
+    assert set(row) == {"loss", "infonce", "stage2", "stage4", "top1", "top5", "embedding_std"}
     assert row["loss"] == pytest.approx(row["infonce"] + row["stage2"] + row["stage4"], rel=1e-6)

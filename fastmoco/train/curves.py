@@ -9,7 +9,7 @@ from fastmoco.train.metrics import Row
 
 
 def draw_curves(rows: list[Row], path: Path) -> None:
-    """Draw losses, embedding spread, learning rate, kNN scores and speed over the steps of `rows` to the PNG `path`."""
+    """Draw the metrics over the steps of `rows`, a panel for each kind that they have, to the PNG `path`."""
     from matplotlib.figure import Figure
 
     if not rows:
@@ -18,6 +18,7 @@ def draw_curves(rows: list[Row], path: Path) -> None:
     panels: list[tuple[str, list[str]]] = [
         ("InfoNCE", ["infonce"]),
         ("stage losses, weighted", [name for name in parts if name != "infonce"]),
+        ("queries whose key is found", ["top1", "top5"]),
         ("embedding spread (1 even, 0 collapsed)", ["embedding_std"]),
         ("kNN of the training images", ["knn_accuracy", "knn_auc"]),
         ("learning rate", ["lr"]),

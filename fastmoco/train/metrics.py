@@ -20,22 +20,27 @@ Row = dict[str, Any]
 class History:
     """The losses of the steps since the last read, as a (capacity, columns) float64 tensor on the device.
 
-    A row's columns are the mean over its micro-batches of `loss` (the sum), each named part, and `embedding_std`: the
+    A row's columns are the mean over its micro-batches of `loss` (the sum), each named part, `top1` and `top5`: the
+    shares of queries with no and with fewer than five negatives more similar than their key, and `embedding_std`: the
     standard deviation of the normalised query embeddings over the batch, averaged over dimensions and multiplied by
     sqrt(D), so that 1 is a uniform spread over the sphere and 0 is collapse.
     """
 
     def __init__(self, names: Sequence[str], capacity: int, device: torch.device) -> None:
-        self.columns = ["loss", *names, "embedding_std"]
+        self.columns = ["loss", *names, "top1", "top5", "embedding_std"]
         self._values = torch.zeros(capacity, len(self.columns), dtype=torch.float64, device=device)
         self._rows = 0
 
     @torch.no_grad()
-    def add(self, losses: Mapping[str, Tensor], query: Tensor, *, divisor: int) -> None:
-        """Add a micro-batch's losses, divided by `divisor`, to the current row."""
+    def add(self, losses: Mapping[str, Tensor], query: Tensor, rank: Tensor, *, divisor: int) -> None:
+        """Add a micro-batch's losses, divided by `divisor`, to the current row.
+
+        `query` (N, D) normalised, `rank` (N,) negatives more similar than the key.
+        """
         parts = torch.stack([value.detach().double() for value in losses.values()])
         spread = query.std(dim=0, unbiased=False).mean().double() * query.shape[1] ** 0.5
-        self._values[self._rows] += torch.cat([parts.sum()[None], parts, spread[None]]) / divisor
+        found = torch.stack([(rank < places).double().mean() for places in (1, 5)])
+        self._values[self._rows] += torch.cat([parts.sum()[None], parts, found, spread[None]]) / divisor
 
     def next_row(self) -> None:
         """End the current row: the step is done."""

@@ -15,11 +15,15 @@ from fastmoco.train.config import LossConfig, ModelConfig
 
 
 class Output(NamedTuple):
-    """`losses`: 0-d tensors, weighted as they enter the sum. `query` and `key`: (N, D) normalised, without gradient."""
+    """`losses`: 0-d tensors, weighted as they enter the sum. `query` and `key`: (N, D) normalised, without gradient.
+
+    `rank`: (N,) how many negatives are more similar to a query than its key.
+    """
 
     losses: dict[str, Tensor]
     query: Tensor
     key: Tensor
+    rank: Tensor
 
 
 class MomentumContrast(nn.Module):
@@ -85,7 +89,7 @@ class MomentumContrast(nn.Module):
             key = self.key(view_k)
         q = normalize(wide(query.embedding), dim=1)
         k = normalize(wide(key.embedding), dim=1)
-        losses = self.infonce(q, k, bank)
+        losses, rank = self.infonce(q, k, bank)
         if self.stage_loss is not None:
             losses |= self.stage_loss(query.stages, key.stages)
-        return Output(losses, q.detach(), k)
+        return Output(losses, q.detach(), k, rank)

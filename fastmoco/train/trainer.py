@@ -15,7 +15,7 @@ from fastmoco.train.checkpoint import Checkpoint
 from fastmoco.train.config import Config, to_json
 from fastmoco.train.engine import SingleProcess
 from fastmoco.train.metrics import History
-from fastmoco.train.objective import MomentumContrast
+from fastmoco.train.objective import MomentumContrast, Output
 
 
 class Trainer:
@@ -55,11 +55,11 @@ class Trainer:
         accumulate = self.config.optim.accumulate
         for views in batches:
             view_q, view_k = self.engine.to_device(views.q), self.engine.to_device(views.k)
-            losses, query, key = self.engine.forward(view_q, view_k, self.queue.bank)
-            self.engine.backward(losses.values(), divisor=accumulate)
-            self.queue.push(key)
-            self.pushed += len(key)
-            self.history.add(losses, query, divisor=accumulate)
+            output: Output = self.engine.forward(view_q, view_k, self.queue.bank)
+            self.engine.backward(output.losses.values(), divisor=accumulate)
+            self.queue.push(output.key)
+            self.pushed += len(output.key)
+            self.history.add(output.losses, output.query, output.rank, divisor=accumulate)
         self.engine.step(lr, ema=self.config.loss.ema)
         self.history.next_row()
 
