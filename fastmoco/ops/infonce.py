@@ -88,8 +88,9 @@ def infonce_ranked(
             f"infonce: skip must be ({len(query)}, M) int64, not {tuple(skip.shape)} {str(skip.dtype).split('.')[1]}"
         )
     fixed = unit_bank and not normalized and 2 / temperature <= FIXED_MAXIMUM_LIMIT
+    key_gradient = key.requires_grad and torch.is_grad_enabled()
     loss, rank, *_ = _infonce(
-        query, key, bank, skip, temperature, margin, normalized, fixed, key.requires_grad, implementation
+        query, key, bank, skip, temperature, margin, normalized, fixed, key_gradient, implementation
     )
     return Ranked(loss, rank)
 
