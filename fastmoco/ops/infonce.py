@@ -36,6 +36,23 @@ class Ranked(NamedTuple):
     rank: Tensor
 
 
+class Options(NamedTuple):
+    """What an implementation is told beside its tensors; the first three are `infonce_ranked`'s.
+
+    `fixed_maximum`: 1/temperature bounds every logit. `key_gradient`: whether the gradient to the key is wanted.
+    """
+
+    temperature: float
+    margin: float
+    normalized: bool
+    fixed_maximum: bool
+    key_gradient: bool
+
+
+# Loss (), rank (N,) int64, lse (N,), and the loss's gradients to query (N, D) and to key (N, D), or (0, D) unwanted.
+Result = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
+
+
 def infonce(query: Tensor, key: Tensor, bank: Tensor, **options: Any) -> Tensor:
     """Mean over the batch of `-log(exp(p) / (exp(p) + sum_j exp(q.bank_j/t)))`, `p = (q.k - margin)/t`: a 0-d tensor.
 
@@ -108,29 +125,16 @@ def _infonce(
     key_gradient: bool,
     implementation: str | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Loss (), rank (N,) int64, lse (N,), and the loss's gradients to query (N, D) and key (N, D) or (0, D)."""
+    options = Options(temperature, margin, normalized, fixed_maximum, key_gradient)
     with no_autocast(query):
-        run = dispatch.pick("infonce", query, implementation)
-        result: tuple[Tensor, Tensor, Tensor, Tensor, Tensor] = run(
-            query, key, bank, skip, temperature, margin, normalized, fixed_maximum, key_gradient
-        )
+        result: Result = dispatch.pick("infonce", query, implementation)(query, key, bank, skip, options)
         return result
 
 
 @_infonce.register_fake
-def _(
-    query: Tensor,
-    key: Tensor,
-    bank: Tensor,
-    skip: Tensor | None,
-    temperature: float,
-    margin: float,
-    normalized: bool,
-    fixed_maximum: bool,
-    key_gradient: bool,
-    implementation: str | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def _(query: Tensor, key: Tensor, bank: Tensor, skip: Tensor | None, *rest: Any) -> Result:
     n, d = query.shape
+    key_gradient = Options(*rest[:-1]).key_gradient
     dtype = torch.promote_types(query.dtype, torch.float32)
     return (
         query.new_empty((), dtype=dtype),
@@ -194,18 +198,9 @@ def _backward(ctx: Any, dloss: Tensor | None, *_: Any) -> tuple[Tensor | None, .
 _infonce.register_autograd(_backward, setup_context=_setup_context)
 
 
-def reference(
-    query: Tensor,
-    key: Tensor,
-    bank: Tensor,
-    skip: Tensor | None,
-    temperature: float,
-    margin: float,
-    normalized: bool,
-    fixed_maximum: bool,
-    key_gradient: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def reference(query: Tensor, key: Tensor, bank: Tensor, skip: Tensor | None, options: Options) -> Result:
     """Any device and dtype: matrix products on slices of the bank, with the running maximum of an online softmax."""
+    temperature, margin, normalized, fixed_maximum, key_gradient = options
     q, k = wide(query), wide(key).to(wide(query).dtype)
     q_norm, k_norm = _norm(q), _norm(k)
     if not normalized:
@@ -270,17 +265,7 @@ _INSTRUCTION_SET = ""
 _NATIVE_BANKS = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 
 
-def _native(
-    query: Tensor,
-    key: Tensor,
-    bank: Tensor,
-    skip: Tensor | None,
-    temperature: float,
-    margin: float,
-    normalized: bool,
-    fixed_maximum: bool,
-    key_gradient: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def _native(query: Tensor, key: Tensor, bank: Tensor, skip: Tensor | None, options: Options) -> Result:
     """Threaded C++: both products and the exponential on 96 rows of the bank at a time, in registers and L1."""
     assert dispatch.native is not None
     n, d = query.shape
@@ -291,7 +276,7 @@ def _native(
     skip = None if skip is None else skip.contiguous()
     threads = torch.get_num_threads()
     loss, lse, dquery = q.new_empty(()), q.new_empty(n), torch.empty_like(q)
-    dkey = torch.empty_like(q) if key_gradient else q.new_empty((0, d))
+    dkey = q.new_empty((n if options.key_gradient else 0, d))
     rank = q.new_empty(n, dtype=torch.int64)
     scratch = q.new_empty(dispatch.native.infonce_scratch(n, d, threads))
     dispatch.native.infonce(
@@ -303,16 +288,16 @@ def _native(
         rank=rank.data_ptr(),
         lse=lse.data_ptr(),
         dquery=dquery.data_ptr(),
-        dkey=dkey.data_ptr() if key_gradient else 0,
+        dkey=dkey.data_ptr() if options.key_gradient else 0,
         scratch=scratch.data_ptr(),
         n=n,
         d=d,
         k=len(bank),
         skips=0 if skip is None else skip.shape[1],
-        temperature=temperature,
-        margin=margin,
-        normalized=normalized,
-        fixed_maximum=fixed_maximum,
+        temperature=options.temperature,
+        margin=options.margin,
+        normalized=options.normalized,
+        fixed_maximum=options.fixed_maximum,
         bank_dtype=_NATIVE_BANKS[bank.dtype],
         instruction_set=_INSTRUCTION_SET,
         threads=threads,
@@ -320,29 +305,14 @@ def _native(
     return loss, rank, lse, dquery, dkey
 
 
-dispatch.register("infonce", "reference", reference)
-dispatch.register(
-    "infonce",
-    "native",
-    _native,
-    device_types=("cpu",),
-    dtypes=(torch.float32, torch.bfloat16, torch.float16),
-    missing=dispatch.NATIVE_MISSING,
-)
-
-
-def _triton(query: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def _triton(query: Tensor, key: Tensor, bank: Tensor, skip: Tensor | None, options: Options) -> Result:
     from fastmoco.kernels.infonce import infonce as launch
 
-    result: tuple[Tensor, Tensor, Tensor, Tensor, Tensor] = launch(query, *rest)
+    result: Result = launch(query, key, bank, skip, *options)
     return result
 
 
-dispatch.register(
-    "infonce",
-    "triton",
-    _triton,
-    device_types=("cuda",),
-    dtypes=(torch.float32, torch.bfloat16, torch.float16),
-    missing=dispatch.TRITON_MISSING,
-)
+_DTYPES = tuple(_NATIVE_BANKS)
+dispatch.register("infonce", "reference", reference)
+dispatch.register("infonce", "native", _native, device_types=("cpu",), dtypes=_DTYPES, missing=dispatch.NATIVE_MISSING)
+dispatch.register("infonce", "triton", _triton, device_types=("cuda",), dtypes=_DTYPES, missing=dispatch.TRITON_MISSING)
