@@ -76,7 +76,7 @@ def test_forward_and_losses_run_where_nothing_can_be_read(method: str) -> None:
                         store[name] = torch.nn.Parameter(fake, False) if store is part._parameters else fake
         image = torch.empty(4, 3, 32, 32, device="cuda:0")
         bank = torch.empty(19, 16, device="cuda:0")
-        losses, query, _ = module(image, image, bank)
+        losses, query, *_ = module(image, image, bank)
         assert set(losses) == set(module.loss_names)
         assert all(value.shape == () and value.device.type == "cuda" for value in losses.values())
         assert query.shape == (4, 16)
