@@ -1,5 +1,6 @@
 """What all tests share."""
 
+import importlib.util
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -10,6 +11,16 @@ import torch
 # Before anything imports Triton, which reads it once: where there is no GPU its interpreter runs the kernels.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+# Drawn examples are the same in every run, and none fails because the machine is busy. (A machine that only runs
+# tests/gpu may have no hypothesis.)
+if importlib.util.find_spec("hypothesis"):
+    from hypothesis import HealthCheck, settings
+
+    settings.register_profile(
+        "steady", deadline=None, derandomize=True, database=None, suppress_health_check=[HealthCheck.too_slow]
+    )
+    settings.load_profile("steady")
 
 ROOT = Path(__file__).resolve().parents[1]
 
