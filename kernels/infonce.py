@@ -62,7 +62,7 @@ def plan(n: int, k: int, d: int, dtype: torch.dtype, skipping: bool, processors:
         splits=triton.cdiv(k, rows_per_split) if k else 1,
         rows_per_split=rows_per_split,
         prefetch=not narrow and not skipping,
-        num_warps=4 if narrow and d <= chunk else 8,
+        num_warps=4 if narrow and d <= (256 if aligned else 128) else 8,
         num_stages=3 if narrow and d <= chunk else 1,
     )
 
