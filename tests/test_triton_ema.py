@@ -125,6 +125,12 @@ def test_tables_are_made_anew_where_memory_is_another() -> None:
     for _ in range(3):
         ema_update_(targets, sources, 0.5, implementation="triton")
     assert len(tables._tables) == 1
+    # The same addresses, and fewer elements: the one left out stays.
+    last = targets[7].flatten()[-1].item()
+    ema_update_([targets[7].flatten()[:-1]], [sources[7].flatten()[:-1]], 0.5, implementation="triton")
+    ema_update_([targets[7].flatten()[:-2]], [sources[7].flatten()[:-2]], 0.5, implementation="triton")
+    ema_update_([targets[7].flatten()[:-1]], [sources[7].flatten()[:-1]], 0.5, implementation="triton")
+    assert targets[7].flatten()[-1].item() == last and len(tables._tables) == 3
     exact = double(targets)
     for _ in range(tables.KEPT + 3):
         sources = random()

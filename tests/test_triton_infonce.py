@@ -80,6 +80,17 @@ def test_loss_rank_and_gradients(n: int, k: int, d: int, normalized: bool, dtype
     check(query.float(), key.float(), unit(k, d).to(dtype), temperature=0.07, normalized=normalized)
 
 
+@pytest.mark.parametrize("normalized", [True, False])
+def test_more_splits_than_are_merged_at_a_time(monkeypatch: pytest.MonkeyPatch, normalized: bool) -> None:
+    """As on a GPU with its many processors; the largest logits in the first, a middle and the last split."""
+    monkeypatch.setattr("fastmoco.kernels.infonce.processors", lambda device: 37)
+    torch.manual_seed(9)
+    query, key, bank = unit(3, 16).float(), unit(3, 16).float(), unit(37 * 32, 16).float()
+    for i, j in enumerate((0, 18 * 32, 37 * 32 - 1)):
+        bank[j] = query[i]
+    check(query, key, bank, temperature=0.05, normalized=normalized)
+
+
 def test_more_queries_than_a_tile_holds() -> None:
     torch.manual_seed(8)
     check(torch.randn(256, 17), torch.randn(256, 17), unit(67, 17).float(), temperature=0.2, normalized=False)
@@ -129,10 +140,12 @@ def test_identical_vectors_leave_the_logarithm_of_their_number() -> None:
     assert loss.item() == pytest.approx(math.log(100), rel=1e-6)
 
 
-def test_zero_vectors_have_the_definitions_gradients() -> None:
+def test_zero_and_tiny_vectors_have_the_definitions_gradients() -> None:
+    """Below the norm's epsilon a vector is divided by that, a constant, and what is left of its gradient is simpler."""
     torch.manual_seed(4)
     query, key, bank = torch.randn(3, 7), torch.randn(3, 7), torch.cat([unit(20, 7).float(), torch.zeros(2, 7)])
     query[1], key[2] = 0, 0
+    query[0], key[1] = query[0] * 1e-13, key[1] * 1e-13
     check(query, key, bank, temperature=0.5, normalized=False)
 
 
