@@ -26,7 +26,8 @@ BankDtype dtype_of(const std::string& name) {
 void bound(std::uintptr_t query, std::uintptr_t key, std::uintptr_t bank, std::uintptr_t skip, std::uintptr_t loss,
            std::uintptr_t rank, std::uintptr_t lse, std::uintptr_t dquery, std::uintptr_t dkey, std::uintptr_t scratch,
            std::size_t n, std::size_t d, std::size_t k, std::size_t skips, double temperature, double margin,
-           bool normalized, bool fixed_maximum, const std::string& bank_dtype, const std::string& instruction_set, int threads) {
+           bool normalized, bool fixed_maximum, const std::string& bank_dtype, const std::string& instruction_set,
+           int threads) {
   check_threads(kName, threads);
   if (!(temperature > 0)) throw std::invalid_argument("infonce: temperature must be above 0");
   if (n == 0 || d == 0) throw std::invalid_argument("infonce: an empty batch or embedding");
@@ -67,7 +68,8 @@ void bind_infonce(py::module_& module) {
   module.def("infonce", &bound, py::kw_only(), py::arg("query"), py::arg("key"), py::arg("bank"), py::arg("skip"),
              py::arg("loss"), py::arg("rank"), py::arg("lse"), py::arg("dquery"), py::arg("dkey"), py::arg("scratch"),
              py::arg("n"), py::arg("d"), py::arg("k"), py::arg("skips"), py::arg("temperature"), py::arg("margin"),
-             py::arg("normalized"), py::arg("fixed_maximum"), py::arg("bank_dtype"), py::arg("instruction_set"), py::arg("threads"),
+             py::arg("normalized"), py::arg("fixed_maximum"), py::arg("bank_dtype"),
+             py::arg("instruction_set"), py::arg("threads"),
              "InfoNCE with its gradients (fastmoco/ops/infonce.py). Addresses of dense float32 arrays, of the bank's\n"
              "dtype for the bank and of int64 for skip and rank; skip and dkey may be 0; scratch aligned to 64 bytes.\n"
              "instruction_set: avx512bf16, avx512, avx2 or baseline, the best that is used; '' for any.\n"

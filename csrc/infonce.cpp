@@ -12,6 +12,7 @@
 #include <omp.h>
 #endif
 
+#include "pack.h"
 #include "platform.h"
 
 namespace fastmoco {
@@ -169,12 +170,6 @@ class Row {
   double query_norm_ = 1, key_norm_ = 1, similarity_ = 0;
 };
 
-std::uint32_t bfloat16(float x) {
-  std::uint32_t bits;
-  std::memcpy(&bits, &x, 4);
-  return std::isnan(x) ? 0x7fc0 : (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
-}
-
 // Panels (d, width) of float32 become panels (d / 2, width) of bfloat16 pairs, in place.
 void pair_queries(float* queries, std::size_t n, std::size_t d, std::size_t lanes) {
   for (std::size_t start = 0, width = 0; start < n; start += width) {
@@ -182,7 +177,7 @@ void pair_queries(float* queries, std::size_t n, std::size_t d, std::size_t lane
     for (std::size_t c = 0; c < d / 2; ++c) {
       for (std::size_t lane = 0; lane < width; ++lane) {
         const float* const from = queries + start * d + 2 * c * width + lane;
-        const std::uint32_t pair = bfloat16(from[0]) | bfloat16(from[width]) << 16;
+        const std::uint32_t pair = bf16_bits(from[0]) | static_cast<std::uint32_t>(bf16_bits(from[width])) << 16;
         std::memcpy(queries + start * d / 2 + c * width + lane, &pair, 4);
       }
     }

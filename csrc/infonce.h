@@ -72,8 +72,8 @@ std::vector<std::string> infonce_sets();
 std::size_t infonce_scratch(std::size_t n, std::size_t d, int threads);
 void infonce(const InfoNce& arguments);
 
-// Each takes rows begin to end of the bank, by one instruction set. The one for bfloat16 wants the bank in bfloat16, `d`
-// even, and `queries` as (padded n / panel, d / 2, panel) pairs of bfloat16, 32 bits each.
+// Each takes rows begin to end of the bank, by one instruction set. The one for bfloat16 wants the bank in bfloat16,
+// `d` even, and `queries` as (padded n / panel, d / 2, panel) pairs of bfloat16, 32 bits each.
 // The one for AMX wants `d` in multiples of 32 besides, and amx_permitted().
 void sweep_amx(const Sweep& sweep, const Partial& partial, std::size_t begin, std::size_t end);
 bool amx_permitted();

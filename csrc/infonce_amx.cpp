@@ -142,7 +142,8 @@ bool amx_permitted() {
 
 FASTMOCO_TARGET void sweep_amx(const Sweep& sweep, const Partial& partial, std::size_t begin, std::size_t end) {
   const std::size_t whole = begin + (end - begin) / 32 * 32;
-  const TileConfig config;
+  // Static: g++ 12 believes that the instruction reads 8 bytes, and might leave the others unwritten on the stack.
+  static const TileConfig config;
   _tile_loadconfig(&config);
   sweep_with<Tiles>(sweep, partial, begin, whole);
   _tile_release();

@@ -1,5 +1,5 @@
-// Products of bfloat16 pairs with float32 sums, for banks in bfloat16 whose rows are pairs (d even). Included after what
-// infonce_sweep.h wants to be defined, with 16 lanes and AVX512-BF16 in the target.
+// Products of bfloat16 pairs with float32 sums, for banks in bfloat16 whose rows are pairs (d even). Included after
+// what infonce_sweep.h wants to be defined, with 16 lanes and AVX512-BF16 in the target.
 #include <immintrin.h>
 
 #include "infonce_sweep.h"
@@ -19,7 +19,7 @@ struct Pairs {
   FASTMOCO_LOCAL static const float* prepare(const Sweep& sweep, float* rows, std::size_t begin, std::size_t end) {
     const std::size_t d = sweep.d;
     const auto* const bank = static_cast<const std::uint16_t*>(sweep.bank);
-    auto* to = reinterpret_cast<std::uint32_t*>(rows);
+    auto* to = reinterpret_cast<Word*>(rows);
     for (std::size_t j = begin; j < end; j += 2, to += d) {
       const std::uint16_t *const low = bank + j * d, *const high = low + d;
       if (j + 1 < end) {

@@ -22,6 +22,8 @@ constexpr int kLanes = FASTMOCO_LANES;
 constexpr int kRows = FASTMOCO_ROWS;
 
 typedef float Vec __attribute__((vector_size(kLanes * 4), aligned(4), may_alias));
+// Bits of numbers that are read as float elsewhere.
+typedef std::uint32_t Word __attribute__((may_alias));
 typedef std::int32_t IntVec __attribute__((vector_size(kLanes * 4), aligned(4), may_alias));
 
 #define FASTMOCO_LOCAL FASTMOCO_TARGET FASTMOCO_INLINE
@@ -180,7 +182,7 @@ FASTMOCO_TARGET const float* slice_of(const Sweep& sweep, std::size_t begin, std
   const std::size_t size = (end - begin) * sweep.d;
   if (sweep.bank_dtype == BankDtype::kFloat32) return static_cast<const float*>(sweep.bank) + begin * sweep.d;
   const auto* const source = static_cast<const std::uint16_t*>(sweep.bank) + begin * sweep.d;
-  auto* const bits = reinterpret_cast<std::uint32_t*>(rows);
+  auto* const bits = reinterpret_cast<Word*>(rows);
   if (sweep.bank_dtype == BankDtype::kBFloat16) {
     for (std::size_t i = 0; i < size; ++i) bits[i] = static_cast<std::uint32_t>(source[i]) << 16;
   } else {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import random
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -333,7 +334,7 @@ def test_opcheck(bank_gradient: bool, implementation: str) -> None:
 
 
 class Largest(TorchDispatchMode):
-    """The most elements that any tensor made under it has."""
+    """The most elements that any tensor made under it has. It sees into functions, not into operations."""
 
     elements = 0
 
@@ -347,11 +348,100 @@ class Largest(TorchDispatchMode):
 
 def test_nothing_of_size_n_by_k_is_made(implementation: str) -> None:
     n, d, k = 128, 16, 65536
-    query, key, bank = unit(n, d).float().requires_grad_(), unit(n, d).float(), unit(k, d).float()
+    query, key, bank = unit(n, d).float(), unit(n, d).float(), unit(k, d).float()
     torch.use_deterministic_algorithms(False)
-    with Largest() as largest:
-        infonce(query, key, bank, temperature=0.2, implementation=implementation).backward()
-    assert 0 < largest.elements <= 1 << 20 < n * k
+    run = dispatch.pick("infonce", query, implementation)
+    with Largest() as ours:
+        run(query, key, bank, None, module.Options(0.2, 0.0, True, False, True))
+    with Largest() as plain:
+        definitions.infonce(query, key, bank, temperature=0.2)
+    assert 0 < ours.elements <= 1 << 20 < n * k <= plain.elements
+
+
+@pytest.mark.skipif(dispatch.native is None, reason=dispatch.NATIVE_MISSING or "built")
+def test_scratch_memory_of_two_threads_is_small() -> None:
+    """4 MB for the queue and batch of the paper's largest setting, outputs and casts included."""
+    assert dispatch.native is not None
+    outputs = 4 * 256 * (128 * 2 + 3)
+    assert 4 * dispatch.native.infonce_scratch(256, 128, 2) + outputs <= 4e6
+
+
+def test_a_second_derivative_is_refused(implementation: str) -> None:
+    x = unit(5, 6).float().requires_grad_()
+    loss = infonce(normalize(x, dim=1), unit(5, 6).float(), unit(11, 6).float(), temperature=0.2)
+    with pytest.raises(RuntimeError, match=r"no second derivative.*definitions\.infonce"):
+        torch.autograd.grad(loss, x, create_graph=True)
+
+
+@pytest.mark.parametrize("case", range(24))
+@pytest.mark.skipif(dispatch.native is None, reason=dispatch.NATIVE_MISSING or "built")
+def test_bfloat16_banks_with_every_option(case: int, implementation: str) -> None:
+    """Widths that pairs and tiles take, slices that end anywhere, and all options at once."""
+    draw = random.Random(case)
+    n, k = draw.choice([1, 7, 16, 17, 32, 33, 63, 70]), draw.randrange(1, 500)
+    d, normalized = draw.choice([2, 32, 34, 64, 96, 128]), draw.random() < 0.5
+    length = 1.0 if normalized else 5.0
+    temperature = draw.choice([0.05, 0.07, 0.2, 1.0, 10.0])
+    check(
+        length * unit(n, d),
+        length * unit(n, d),
+        unit(k, d),
+        dtype=torch.bfloat16,
+        implementation=implementation,
+        # A rounded query moves each logit by up to 2^-9 of 1/t, which an exponential carries on.
+        tolerance=max(TOLERANCE[torch.bfloat16], 2**-9 / temperature),
+        temperature=temperature,
+        margin=draw.choice([0.0, 0.2]),
+        normalized=normalized,
+        unit_bank=draw.random() < 0.5,
+        skip=torch.randint(-1, k, (n, 2)) if draw.random() < 0.5 else None,
+    )
+
+
+def test_bfloat16_banks_of_zero_huge_and_broken_rows(implementation: str) -> None:
+    query, key, bank = unit(33, 64), unit(33, 64), unit(400, 64)
+    query[3], key[4], bank[5:200] = 0, 0, 0
+    check(query, key, bank, dtype=torch.bfloat16, implementation=implementation, temperature=0.2)
+    bank[150] = 3e4 * query[1]
+    check(query, key, bank, dtype=torch.bfloat16, implementation=implementation, temperature=0.2, tolerance=2e-2)
+    bank[399, 63] = math.nan
+    narrow = [x.bfloat16() for x in (query, key, bank)]
+    assert not infonce(*narrow, temperature=0.2, implementation=implementation).isfinite()
+
+
+def transposed(x: Tensor) -> Tensor:
+    return x.T.contiguous().T
+
+
+def test_opcheck_of_odd_strides(implementation: str) -> None:
+    torch.use_deterministic_algorithms(False)
+    query, key, bank = (transposed(unit(rows, 6).float()).requires_grad_() for rows in (5, 5, 11))
+    arguments = (query, key, bank, None, 0.2, 0.0, True, False, True, implementation)
+    torch.library.opcheck(module._infonce, arguments)
+    torch.library.opcheck(module._bank_gradient, (query.detach(), bank.detach(), None, torch.ones(5), 0.2, True))
+
+
+def test_inductor_compiles_it() -> None:
+    torch.use_deterministic_algorithms(False)
+
+    def loss(query: Tensor, key: Tensor, bank: Tensor) -> Tensor:
+        return 2 * infonce(query, key, bank, temperature=0.3, normalized=False)
+
+    gradients = []
+    for run in (loss, torch.compile(loss, fullgraph=True)):
+        query, key, bank = (
+            transposed(x) for x in (torch.arange(30.0).view(5, 6).sin(), torch.ones(5, 6), torch.eye(6))
+        )
+        query.requires_grad_(), bank.requires_grad_()
+        run(query, key, bank).backward()
+        gradients += [query.grad, bank.grad]
+    torch.testing.assert_close(gradients[:2], gradients[2:])
+
+
+def test_an_empty_bank_has_an_empty_gradient(implementation: str) -> None:
+    bank = torch.empty(0, 4, requires_grad=True)
+    infonce(torch.ones(2, 4), torch.ones(2, 4), bank, temperature=0.3, implementation=implementation).backward()
+    assert bank.grad is not None and bank.grad.shape == (0, 4)
 
 
 def test_mistakes_are_named() -> None:
@@ -361,7 +451,12 @@ def test_mistakes_are_named() -> None:
         ((q, q, bank), {"temperature": math.nan}, "temperature"),
         ((q, q, unit(4, 5)), {"temperature": 0.1}, r"\(K, D\)"),
         ((q, unit(3, 3), bank), {"temperature": 0.1}, r"\(N, D\)"),
-        ((q[:0], q[:0], bank), {"temperature": 0.1}, "empty"),
+        ((q[:0], q[:0], bank), {"temperature": 0.1}, r"\(0, 3\) are empty"),
+        ((q[:, :0], q[:, :0], bank[:, :0]), {"temperature": 0.1}, r"\(2, 0\) are empty"),
+        ((q, q, bank.to("meta")), {"temperature": 0.1}, "bank is on meta, but the query on cpu"),
+        ((q, q.to("meta"), bank), {"temperature": 0.1}, "key is on meta"),
+        ((q.long(), q, bank), {"temperature": 0.1}, "query must have a floating dtype, not torch.int64"),
+        ((q, q.cfloat(), bank), {"temperature": 0.1}, "key must have a floating dtype"),
         ((q, q, bank), {"temperature": 0.1, "skip": torch.zeros(2, dtype=torch.int64)}, r"skip must be \(2, M\)"),
         ((q, q, bank), {"temperature": 0.1, "skip": torch.zeros(2, 1)}, "int64, not"),
     ):

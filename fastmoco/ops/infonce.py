@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from fastmoco.ops import dispatch
+from fastmoco.ops.derivatives import refuse_second_derivative
 from fastmoco.ops.precision import no_autocast, wide
 
 # torch.nn.functional.normalize's.
@@ -89,15 +90,17 @@ def infonce_ranked(
         bank, the query's own row and its key's (SimCLR).
     implementation: "reference", "native" or "triton"; None has it chosen.
 
-    Raises ValueError for shapes that do not fit, a temperature that is not above 0 or a skip that is not int64.
+    Raises ValueError for shapes that do not fit, tensors on two devices, a dtype that is not floating, a temperature
+    that is not above 0 or a skip that is not int64.
     """
     if query.ndim != 2 or query.shape != key.shape or bank.ndim != 2 or bank.shape[1] != query.shape[1]:
         raise ValueError(
             f"infonce: query and key must be (N, D) and bank (K, D), "
             f"not {tuple(query.shape)}, {tuple(key.shape)} and {tuple(bank.shape)}"
         )
-    if query.shape[0] == 0:
-        raise ValueError("infonce: the batch is empty")
+    if query.numel() == 0:
+        raise ValueError(f"infonce: query and key of shape {tuple(query.shape)} are empty")
+    _check_alike({"key": key, "bank": bank} | ({} if skip is None else {"skip": skip}), query)
     if not temperature > 0:
         raise ValueError(f"infonce: temperature must be above 0, not {temperature}")
     if skip is not None and (skip.ndim != 2 or len(skip) != len(query) or skip.dtype != torch.int64):
@@ -110,6 +113,14 @@ def infonce_ranked(
         query, key, bank, skip, temperature, margin, normalized, fixed, key_gradient, implementation
     )
     return Ranked(loss, rank)
+
+
+def _check_alike(others: dict[str, Tensor], query: Tensor) -> None:
+    for name, tensor in {"query": query, **others}.items():
+        if tensor.device != query.device:
+            raise ValueError(f"infonce: {name} is on {tensor.device}, but the query on {query.device}")
+        if name != "skip" and not tensor.is_floating_point():
+            raise ValueError(f"infonce: {name} must have a floating dtype, not {tensor.dtype}")
 
 
 @torch.library.custom_op("fastmoco::infonce", mutates_args=())
@@ -154,18 +165,18 @@ def _bank_gradient(
         q = wide(query)
         if not normalized:
             q = q / _norm(q)
-        parts = []
+        gradient = lse.new_empty(bank.shape)
         for start, rows in _slices(bank, len(q), q.dtype):
             weights = _mask(q @ rows.T, skip, start).div_(temperature).sub_(lse[:, None]).exp_()
-            parts.append(weights.T @ q)
-        return torch.cat(parts) / (temperature * len(q))
+            torch.mm(weights.T, q, out=gradient[start : start + len(rows)])
+        return gradient.div_(temperature * len(q))
 
 
 @_bank_gradient.register_fake
 def _(
     query: Tensor, bank: Tensor, skip: Tensor | None, lse: Tensor, temperature: float, normalized: bool
 ) -> Tensor:
-    return torch.empty_like(bank, dtype=lse.dtype)
+    return lse.new_empty(bank.shape)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -183,6 +194,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 def _backward(ctx: Any, dloss: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
     if dloss is None:
         return (None,) * 10
+    refuse_second_derivative("infonce")
     dquery, dkey, *kept = ctx.saved_tensors
     grads: list[Tensor | None] = [None] * 10
     for i, gradient in enumerate((dquery, dkey)):
@@ -201,7 +213,8 @@ _infonce.register_autograd(_backward, setup_context=_setup_context)
 def reference(query: Tensor, key: Tensor, bank: Tensor, skip: Tensor | None, options: Options) -> Result:
     """Any device and dtype: matrix products on slices of the bank, with the running maximum of an online softmax."""
     temperature, margin, normalized, fixed_maximum, key_gradient = options
-    q, k = wide(query), wide(key).to(wide(query).dtype)
+    q = wide(query).contiguous()
+    k = key.to(q.dtype).contiguous()
     q_norm, k_norm = _norm(q), _norm(k)
     if not normalized:
         q, k = q / q_norm, k / k_norm
