@@ -41,15 +41,12 @@ std::vector<InstructionSet> instruction_sets() {
     if (__builtin_cpu_supports("amx-bf16") && __builtin_cpu_supports("amx-tile") && amx_permitted())
       sets.push_back({"amx", 32, 16, sweep_amx});
 #endif
-    const InstructionSet pairs{"avx512bf16", 2, 16, sweep_avx512bf16}, plain{"avx512", 0, 16, sweep_avx512};
-    if (!__builtin_cpu_supports("avx512bf16")) {
-      sets.push_back(plain);
-    } else if (sets.empty()) {
-      sets.insert(sets.end(), {pairs, plain});
-    } else {
-      // Processors with tiles multiply pairs in vectors at no more than float32's rate.
-      sets.insert(sets.end(), {plain, pairs});
-    }
+    sets.push_back({"avx512", 0, 16, sweep_avx512});
+#if defined(FASTMOCO_HAS_AVX512BF16)
+    // Processors with tiles multiply pairs in vectors at no more than float32's rate; others, at twice that.
+    if (__builtin_cpu_supports("avx512bf16"))
+      sets.insert(sets.size() == 1 ? sets.begin() : sets.end(), {"avx512bf16", 2, 16, sweep_avx512bf16});
+#endif
   }
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) sets.push_back({"avx2", 0, 8, sweep_avx2});
 #endif

@@ -1,6 +1,6 @@
 #include "platform.h"
 
-#if defined(FASTMOCO_HAS_CLONES)
+#if defined(FASTMOCO_HAS_AVX512BF16)
 #define FASTMOCO_TARGET __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,fma")))
 #define FASTMOCO_LANES 16
 #define FASTMOCO_ROWS 12

@@ -24,8 +24,15 @@
 #define FASTMOCO_CLONES
 #endif
 
-// Tile registers (AMX): known to g++ 11 and clang 12, and to the C library's cpu features from the same time on.
-#if defined(FASTMOCO_HAS_CLONES) && defined(__linux__) && (__GNUC__ >= 11 || __clang_major__ >= 12)
+// Products of bfloat16 pairs in vectors (AVX512-BF16): known to g++ 10 and clang 9. The macros FASTMOCO_NO_... leave an
+// instruction set out, as for a compiler that does not know it.
+#if defined(FASTMOCO_HAS_CLONES) && (__GNUC__ >= 10 || __clang_major__ >= 9) && !defined(FASTMOCO_NO_AVX512BF16)
+#define FASTMOCO_HAS_AVX512BF16 1
+#endif
+
+// Tile registers (AMX): known to g++ 11 and clang 12. What tiles leave over is multiplied by AVX512-BF16.
+#if defined(FASTMOCO_HAS_AVX512BF16) && defined(__linux__) && (__GNUC__ >= 11 || __clang_major__ >= 12) && \
+    !defined(FASTMOCO_NO_AMX)
 #define FASTMOCO_HAS_AMX 1
 #endif
 
