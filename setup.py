@@ -12,11 +12,13 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
 from glob import glob
+from itertools import takewhile
 from pathlib import Path
 
+import pybind11
 from pybind11.setup_helpers import Pybind11Extension, build_ext
 from setuptools import Extension, setup
 from setuptools.errors import BaseError, CCompilerError, CompileError
@@ -43,6 +45,11 @@ class OptionalBuildExt(build_ext):
     """Compiles what has changed, on all cores, with OpenMP and CUDA where they are found; without the extension where
     it does not compile."""
 
+    def run(self) -> None:
+        """Builds; a copy beside the sources is made afterwards, where it is asked for: `inplace` is off until then."""
+        self.beside_sources = bool(self.inplace or self.editable_mode)
+        super().run()
+
     def build_extension(self, ext: Extension) -> None:
         """Builds `ext`, or says why it is left out and what runs instead."""
         asked = os.environ.get("FASTMOCO_CUDA", "")
@@ -60,60 +67,49 @@ class OptionalBuildExt(build_ext):
             # What an earlier build left would otherwise be installed in place of what did not compile now.
             built = Path(self.get_ext_fullpath(ext.name))
             built.unlink(missing_ok=True)
-            if self.editable_mode:
+            if self.beside_sources:
                 Path("fastmoco", built.name).unlink(missing_ok=True)
             if asked == "1":
                 sys.exit(f"fastmoco: FASTMOCO_CUDA=1, but {ext.name} was not built: {error}")
             print(LEFT_OUT.format(name=ext.name, error=error), file=sys.stderr)
 
     def _compile(self, ext: Extension, asked: str) -> None:
-        """Turns the sources of `ext` into objects; only those older than their source, a header or this file."""
-        Path(self.build_temp).mkdir(parents=True, exist_ok=True)
+        """Turns the sources of `ext` into objects; only those older than their source, a header or this file, or made
+        by another compiler or with other options, of which each object has a note beside it."""
+        Path(self.build_temp, "csrc").mkdir(parents=True, exist_ok=True)
         newest_header = max(Path(path).stat().st_mtime for path in [*ext.depends, __file__])
+        cpp = Cpp(self, ext)
 
-        def compiled(source: str, command: Callable[[str, str], None]) -> str:
-            made = Path(self.build_temp, source + ".o")
-            made.parent.mkdir(parents=True, exist_ok=True)
-            if not made.exists() or made.stat().st_mtime <= max(newest_header, Path(source).stat().st_mtime):
-                command(source, str(made))
+        def compiled(source: str, compiler: Cpp | Cuda) -> str:
+            made, note = Path(self.build_temp, source + ".o"), Path(self.build_temp, source + ".txt")
+            noted = note.read_text() if note.exists() and made.exists() else ""
+            newest = max(newest_header, Path(source).stat().st_mtime)
+            if noted != compiler.identity or made.stat().st_mtime <= newest:
+                note.unlink(missing_ok=True)
+                compiler.compile(source, str(made))
+                note.write_text(compiler.identity)
             return str(made)
 
         with ThreadPoolExecutor(os.cpu_count()) as pool:
-            objects = [pool.submit(compiled, source, self._cpp(ext)) for source in ext.sources]
+            objects = [pool.submit(compiled, source, cpp) for source in ext.sources]
             try:
                 if asked == "0":
                     raise CudaError("it was left out, with FASTMOCO_CUDA=0")
                 toolkit = Cuda()
-                cuda = [pool.submit(compiled, source, toolkit.compile) for source in sorted(glob("csrc/*.cu"))]
+                cuda = [pool.submit(compiled, source, toolkit) for source in sorted(glob("csrc/*.cu"))]
                 ext.extra_objects = [job.result() for job in cuda]
                 ext.extra_link_args += toolkit.link_args
                 print(f"fastmoco: {ext.name} with CUDA {toolkit.version} for {toolkit.targets}")
             except CudaError as reason:
                 if asked == "1":
-                    sys.exit(f"fastmoco: FASTMOCO_CUDA=1, but there is no CUDA part: {reason}")
+                    raise CompileError(f"there is no CUDA part: {reason}") from reason
                 print(f"fastmoco: {ext.name} WITHOUT CUDA: {reason}", file=sys.stderr)
                 # Always compiled: the reason is part of it.
                 made = str(Path(self.build_temp, CUDA_ABSENT + ".o"))
-                Path(made).parent.mkdir(parents=True, exist_ok=True)
-                self._cpp(ext, ("FASTMOCO_CUDA_ABSENT", quoted(str(reason))))(CUDA_ABSENT, made)
+                cpp.compile(CUDA_ABSENT, made, ("FASTMOCO_CUDA_ABSENT", quoted(str(reason))))
                 ext.extra_objects = [made]
             ext.extra_objects += [job.result() for job in objects]
         ext.sources = []
-
-    def _cpp(self, ext: Extension, *macros: tuple[str, str]) -> Callable[[str, str], None]:
-        def command(source: str, made: str) -> None:
-            with tempfile.TemporaryDirectory(dir=self.build_temp) as folder:
-                # The compiler names its object by the source's path and writes it step by step.
-                (written,) = self.compiler.compile(
-                    [source],
-                    output_dir=folder,
-                    macros=list(macros),
-                    include_dirs=ext.include_dirs,
-                    extra_postargs=ext.extra_compile_args,
-                )
-                os.replace(written, made)
-
-        return command
 
     def _compiles_openmp(self) -> bool:
         with tempfile.TemporaryDirectory() as folder:
@@ -125,6 +121,37 @@ class OptionalBuildExt(build_ext):
             except FAILURES:
                 return False
             return True
+
+
+class Cpp:
+    """The C++ compiler that setuptools has found, with the options of `ext`."""
+
+    def __init__(self, build: build_ext, ext: Extension) -> None:
+        self.compiler, self.folder = build.compiler, build.build_temp
+        self.options = {"include_dirs": ext.include_dirs, "extra_postargs": ext.extra_compile_args}
+
+    @cached_property
+    def identity(self) -> str:
+        """What an object depends on besides its source: the command, and the versions of what it names.
+
+        pybind11 by its version alone: pip keeps it in another folder at each build.
+        """
+        command = getattr(self.compiler, "compiler_so_cxx", None) or self.compiler.compiler_so
+        # With a launcher: "ccache g++".
+        asked = [*takewhile(lambda word: not word.startswith("-"), command), "--version"]
+        try:
+            version = subprocess.run(asked, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True).stdout
+        except OSError as error:
+            version = str(error)
+        options = [*command, *self.compiler.include_dirs, *self.options["extra_postargs"]]
+        return f"{options}\npybind11 {pybind11.__version__}\n{version}"
+
+    def compile(self, source: str, made: str, *macros: tuple[str, str]) -> None:
+        """Compiles `source` to the object file `made`."""
+        with tempfile.TemporaryDirectory(dir=self.folder) as folder:
+            # The compiler names its object by the source's path and writes it step by step.
+            (written,) = self.compiler.compile([source], output_dir=folder, macros=list(macros), **self.options)
+            os.replace(written, made)
 
 
 class Cuda:
@@ -139,12 +166,14 @@ class Cuda:
         # The toolkit's own word for where it is: what stands on PATH may be a link or a script.
         said = self._run("-dryrun", "-c", "-x", "cu", os.devnull, "-o", os.devnull)
         top = re.search(r"^#\$ TOP=(.*)$", said, re.MULTILINE)
-        release = re.search(r"release (\d+\.\d+)", self._run("--version"))
+        self.banner = self._run("--version")
+        release = re.search(r"release (\d+\.\d+)", self.banner)
         if top is None or release is None:
             raise CudaError(f"{found} does not say where its toolkit is, or its version")
         self.version = release[1]
+        self.top = top[1]
         names = ("lib64", "lib", "targets/x86_64-linux/lib", "targets/sbsa-linux/lib")
-        folders = [Path(top[1], name) for name in names]
+        folders = [Path(self.top, name) for name in names]
         self.library = next((path for path in folders if (path / "libcudart_static.a").is_file()), None)
         if self.library is None:
             raise CudaError(f"no libcudart_static.a in the toolkit of {found}")
@@ -163,17 +192,26 @@ class Cuda:
         """The CUDA runtime, linked in whole so that the extension imports where there is no CUDA."""
         return [f"-L{self.library}", "-lcudart_static", "-lrt", "-lpthread", "-ldl"]
 
-    def compile(self, source: str, made: str) -> None:
-        """Compiles `source` to the object file `made`."""
+    @property
+    def options(self) -> list[str]:
+        """What is asked of nvcc for every source."""
         generate = [f"-gencode=arch=compute_{number},code=sm_{number}" for number in self.architectures]
         newest = self.architectures[-1]
+        generate.append(f"-gencode=arch=compute_{newest},code=compute_{newest}")
         # No contraction, as for the CPU: both give the same bits.
         options = ["-std=c++17", "-O3", "-fmad=false", "-Xcompiler=-fPIC,-fvisibility=hidden,-O3"]
-        options.append(f"-DFASTMOCO_CUDA_TARGETS={quoted(self.targets)}")
+        return [*generate, *options, f"-DFASTMOCO_CUDA_TARGETS={quoted(self.targets)}"]
+
+    @property
+    def identity(self) -> str:
+        """What an object depends on besides its source: the command, the toolkit and its version."""
+        return f"{self.nvcc} {self.options}\n{self.top}\n{self.banner}"
+
+    def compile(self, source: str, made: str) -> None:
+        """Compiles `source` to the object file `made`."""
+        print(" ".join([self.nvcc, "-c", source, "-o", made, *self.options]))
         partial = f"{made}.part.o"
-        command = [*generate, f"-gencode=arch=compute_{newest},code=compute_{newest}", *options]
-        print(" ".join([self.nvcc, "-c", source, "-o", made, *command]))
-        self._run("-c", source, "-o", partial, *command)
+        self._run("-c", source, "-o", partial, *self.options)
         os.replace(partial, made)
 
     def _run(self, *arguments: str) -> str:

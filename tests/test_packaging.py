@@ -213,10 +213,10 @@ class TestBuild:
         # An object for the compiler, the file's name for the linker; the extension is not loaded.
         write = 'while [ $# -gt 1 ]; do [ "$1" = -o ] && out=$2; shift; done; echo made > "$out"'
         for name in ("gcc", "g++"):
-            (tools / name).write_text(f"#!/bin/sh\n{write}\n")
+            (tools / name).write_text(f'#!/bin/sh\n[ "$*" = --version ] && echo "$GCC" && exit\n{write}\n')
         if nvcc is not None:
             answers = (
-                f'case "$*" in *-dryrun*) echo "#$ TOP={toolkit}";; *--version*) echo "release 13.0, V13.0.1";;\n'
+                f'case "$*" in *-dryrun*) echo "#$ TOP={toolkit}";; *--version*) echo "release 13.0, V13.0.$NVCC";;\n'
                 f'*--list-gpu-arch*) echo "compute_80 compute_90 compute_100 compute_121";;\n*) {nvcc};; esac'
             )
             (tools / "nvcc").write_text(f"#!/bin/sh\nset -- \"$@\"\n{answers}\n".replace("WRITE", write))
@@ -258,8 +258,10 @@ class TestBuild:
 
     @pytest.mark.parametrize("nvcc", [None, "echo 'error: no'; exit 2"])
     def test_asked_for_cuda_it_fails_without(self, tree: Path, tmp_path: Path, nvcc: str | None) -> None:
+        # What an earlier build left must not pass for what was asked for.
+        assert self.build(tree, tmp_path, None).returncode == 0 and list((tree / "fastmoco").glob("_C.*.so"))
         done = self.build(tree, tmp_path, nvcc, FASTMOCO_CUDA="1")
-        assert done.returncode != 0 and "FASTMOCO_CUDA=1, but there is no CUDA part" in done.stdout
+        assert done.returncode != 0 and "FASTMOCO_CUDA=1, but fastmoco._C was not built: there is no" in done.stdout
         assert not list((tree / "fastmoco").glob("_C.*.so"))
 
     def test_another_word_is_refused(self, tree: Path, tmp_path: Path) -> None:
@@ -278,6 +280,19 @@ class TestBuild:
         assert compiled(self.build(tree, tmp_path, "WRITE").stdout) == {"csrc/ema.cu"}
         os.utime(tree / "csrc" / "ema.h", (later, later))
         assert compiled(self.build(tree, tmp_path, "WRITE").stdout) == first
+        # Another toolkit, compiler or option, the files being what they were.
+        os.utime(tree / "csrc" / "ema.cu", (later - 60, later - 60))
+        os.utime(tree / "csrc" / "ema.h", (later - 60, later - 60))
+        for made in (tree / "build").rglob("*.o"):
+            os.utime(made, (later, later))
+        cuda = {name for name in first if name.endswith(".cu")}
+        versions = {"NVCC": "2"}
+        assert compiled(self.build(tree, tmp_path, "WRITE", **versions).stdout) == cuda
+        versions["GCC"] = "14.2"
+        assert compiled(self.build(tree, tmp_path, "WRITE", **versions).stdout) == first - cuda
+        versions |= {name: f"{tmp_path}/bin/{tool} -DNEW" for name, tool in (("CC", "gcc"), ("CXX", "g++"))}
+        assert compiled(self.build(tree, tmp_path, "WRITE", **versions).stdout) == first - cuda
+        assert compiled(self.build(tree, tmp_path, "WRITE", **versions).stdout) == set()
 
 
 @pytest.mark.system
