@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -215,15 +216,60 @@ def test_operations_keep_torchs_contract(
         )
 
 
+# Dense in another order, with gaps, and every other pixel.
+LAYOUTS = [
+    lambda x: x.mT.contiguous().mT,
+    lambda x: torch.cat([x, x], dim=1)[:, ::2],
+    lambda x: x.repeat_interleave(2, dim=2).repeat_interleave(2, dim=3)[:, :, ::2, ::2],
+]
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_operations_keep_torchs_contract_in_any_layout(
+    implementation: str, layout: Callable[[Tensor], Tensor]
+) -> None:
+    a, b = (x.detach() for x in maps((2, 4, 7, 5)))
+    for other in (b, adaptive_avg_pool2d(b, 3)):
+        for x, y in ((layout(a), other), (a, layout(other)), (layout(a), layout(other))):
+            arguments = (x.requires_grad_(), y.requires_grad_(), 3, implementation)
+            torch.library.opcheck(module._pooled_mse, arguments)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_the_backward_takes_a_difference_in_any_layout(implementation: str) -> None:
+    # Large enough for a copy that was freed to be written over.
+    difference, dloss = torch.randn(3, 8, 8, 64), torch.tensor(2.0)
+    want = module._pooled_mse_backward(difference, dloss, 9, 7, torch.float32, "reference")
+    permuted = difference.permute(0, 3, 1, 2).contiguous().permute(0, 2, 3, 1)
+    for layout in (permuted, difference.transpose(1, 2).contiguous().transpose(1, 2)):
+        assert not layout.is_contiguous()
+        arguments = (layout, dloss, 9, 7, torch.float32, implementation)
+        assert relative_error(module._pooled_mse_backward(*arguments), want) <= OPERATION[torch.float32]
+        torch.library.opcheck(module._pooled_mse_backward, arguments)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("pooled", [False, True])
-def test_compiles_into_one_graph(pooled: bool) -> None:
+def test_a_second_derivative_is_refused(implementation: str, pooled: bool) -> None:
+    a, b = maps((2, 6, 9, 7))
+    b = adaptive_avg_pool2d(b.detach(), 4).requires_grad_() if pooled else b
+    for inputs in ((a, b), (a,), (b,)):
+        loss = pooled_mse(a, b, grid=4, implementation=implementation)
+        with pytest.raises(RuntimeError, match=r"no second derivative.*definitions\.pooled_mse"):
+            torch.autograd.grad(loss**2, inputs, create_graph=True)
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("pooled", [False, True])
+def test_compiles_into_one_graph(pooled: bool, backend: str) -> None:
     def step(a: Tensor, b: Tensor) -> Tensor:
         return pooled_mse(a * 2, b, grid=3) * 3
 
     a, b = maps((2, 3, 7, 5))
     b = adaptive_avg_pool2d(b.detach(), 3).requires_grad_() if pooled else b
     expected = torch.autograd.grad(step(a, b), (a, b))
-    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(step, fullgraph=True, backend=backend)
     torch.testing.assert_close(torch.autograd.grad(compiled(a, b), (a, b)), expected)
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool1d, adaptive_avg_pool2d
 
 from fastmoco.ops import dispatch
+from fastmoco.ops.derivatives import refuse_second_derivative
 from fastmoco.ops.precision import no_autocast, wide
 
 _NATIVE_DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
@@ -26,7 +27,8 @@ def pooled_mse(a: Tensor, b: Tensor, *, grid: int, implementation: str | None = 
     `a` is (N, C, H, W), `b` of the same shape or pooled already, (N, C, grid, grid), each of any floating dtype. Cells
     overlap, or repeat, where the map's side is not a multiple of `grid`, as torch's adaptive pooling defines. Maps are
     read in channels-last memory format; others are copied into it first. The arithmetic and the loss are float32, or
-    float64 for float64 inputs. Gradients reach both, deterministically, whole maps' in channels-last memory format.
+    float64 for float64 inputs. Gradients reach both, deterministically, whole maps' in channels-last memory format;
+    they have none themselves, and a backward with `create_graph=True` raises RuntimeError.
 
     implementation: "reference", "native" or "triton"; None has it chosen.
 
@@ -76,7 +78,7 @@ def _pooled_mse_backward(
     """The gradient to a (N, C, height, width), channels-last; that to a whole b is its negative."""
     with no_autocast(difference):
         run = dispatch.pick("pooled_mse_backward", difference, implementation)
-        result: Tensor = run(difference, dloss, height, width, dtype)
+        result: Tensor = run(difference.contiguous(), dloss, height, width, dtype)
         return result
 
 
@@ -101,6 +103,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 def _backward(ctx: Any, dloss: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
     if dloss is None:
         return None, None, None, None
+    refuse_second_derivative("pooled_mse")
     (difference,) = ctx.saved_tensors
     *_, height, width = ctx.shape
     da = db = None
@@ -164,12 +167,13 @@ def _native(a: Tensor, b: Tensor, grid: int) -> tuple[Tensor, Tensor]:
 
 
 def _native_backward(difference: Tensor, dloss: Tensor, height: int, width: int, dtype: torch.dtype) -> Tensor:
-    assert dispatch.native is not None
+    assert dispatch.native is not None and difference.is_contiguous()
     n, grid, _, c = difference.shape
     da = difference.new_empty((n, height, width, c), dtype=dtype)
     dispatch.native.pooled_mse_backward(
-        difference.contiguous().data_ptr(),
+        difference.data_ptr(),
         da.data_ptr(),
+        # On the CPU, the only device this runs on, there is nothing to wait for.
         scale=2 / difference.numel() * dloss.item(),
         batch=n,
         height=height,
