@@ -1,7 +1,7 @@
 """Everything that only a GPU shows, in one command and at most nine minutes: build, tests, benchmarks, one summary.
 
-Run by `make gpu`, in a checkout with nothing installed of it: needs torch, Triton, numpy, pytest, pybind11, setuptools
-and nvcc. Imports nothing but the standard library until it knows that they are there.
+Run by `make gpu`, in a checkout with nothing installed of it: needs torch, Triton, numpy, pytest, pybind11, setuptools,
+Python's headers and nvcc. Imports nothing but the standard library until it knows that they are there.
 """
 
 from __future__ import annotations
@@ -10,15 +10,20 @@ import argparse
 import importlib.util
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import sysconfig
 import time
 from dataclasses import asdict, dataclass, field
+from importlib import metadata
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 NEEDED = ("torch", "triton", "numpy", "pytest", "pybind11", "setuptools")
+# Older ones refuse the licence as pyproject.toml gives it.
+SETUPTOOLS = 77
 BENCHMARKS = ("infonce", "crosscorr", "pooled_mse", "ema")
 # Of all steps together, in seconds; each has its own limit too, within what is left.
 DEADLINE = 520.0
@@ -44,17 +49,33 @@ class Outcome:
     log: str
 
 
-def missing() -> str:
-    """Why this cannot run here, in one line; "" where it can."""
+def missing() -> list[str]:
+    """Why this cannot run here, one line a reason; none where it can."""
+    reasons = []
     absent = [name for name in NEEDED if importlib.util.find_spec(name) is None]
     if absent:
-        return f"{sys.executable} lacks {', '.join(absent)}; name another: make gpu PYTHON=/path/to/python3"
+        reasons.append(f"{sys.executable} lacks {', '.join(absent)}; name another: make gpu PYTHON=/path/to/python3")
+    if "setuptools" not in absent and int(metadata.version("setuptools").split(".")[0]) < SETUPTOOLS:
+        reasons.append(f"setuptools {metadata.version('setuptools')} is too old, pyproject.toml needs {SETUPTOOLS}")
+    header = Path(sysconfig.get_path("include"), "Python.h")
+    if not header.is_file():
+        reasons.append(f"{header} is missing: install the Python headers (Debian: apt install python3-dev)")
+    # As setup.py looks for it.
+    homes = [Path(os.environ[name], "bin") for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)]
+    if not (shutil.which("nvcc") or any((home / "nvcc").is_file() for home in homes)):
+        reasons.append("no nvcc on PATH or under CUDA_HOME: install the CUDA toolkit, or say where it is")
+    if "torch" not in absent:
+        reasons += _no_gpu()
+    return reasons
+
+
+def _no_gpu() -> list[str]:
     import torch
 
     if not torch.cuda.is_available():
         built = f"for CUDA {torch.version.cuda}" if torch.version.cuda else "without CUDA"
-        return f"torch {torch.__version__}, built {built}, sees no GPU here"
-    return ""
+        return [f"torch {torch.__version__}, built {built}, sees no GPU here"]
+    return []
 
 
 def steps(out: Path) -> list[Step]:
@@ -78,7 +99,7 @@ def steps(out: Path) -> list[Step]:
 
 
 def run(step: Step, out: Path, limit: float) -> Outcome:
-    """Runs `step`, its output in a file; past `limit` seconds it and all that it started are ended."""
+    """Runs `step`, its output in a file; it and all that it started are ended past `limit` seconds, or with this."""
     log = out / f"{step.name}.log"
     began = time.monotonic()
     with log.open("w") as stream:
@@ -95,9 +116,12 @@ def run(step: Step, out: Path, limit: float) -> Outcome:
             code = process.wait(timeout=limit)
             status = "passed" if code == 0 else f"failed ({code})"
         except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
             status = f"timed out after {limit:.0f} s"
+        finally:
+            # In a session of its own the step sees no Ctrl-C: whatever ends the wait has to end it.
+            if process.returncode is None:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
     return Outcome(step.name, status, round(time.monotonic() - began, 1), log.name)
 
 
@@ -121,9 +145,10 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.gpu", description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("build/gpu"), help="folder for the results")
     args = parser.parse_args(argv)
-    reason = missing()
-    if reason:
+    reasons = missing()
+    for reason in reasons:
         print(f"make gpu: {reason}", file=sys.stderr)
+    if reasons:
         return 2
     out = args.out.resolve()
     out.mkdir(parents=True, exist_ok=True)

@@ -1,6 +1,8 @@
 """`make gpu`'s runner, with other commands than those that need a GPU."""
 
 import json
+import os
+import signal
 import subprocess
 import sys
 import time
@@ -18,7 +20,7 @@ def step(name: str, code: str, limit: float = 30.0, **environment: str) -> gpu.S
 
 
 def run(monkeypatch: pytest.MonkeyPatch, out: Path, *steps: gpu.Step) -> tuple[int, list[dict], str]:
-    monkeypatch.setattr(gpu, "missing", lambda: "")
+    monkeypatch.setattr(gpu, "missing", lambda: [])
     monkeypatch.setattr(gpu, "steps", lambda out: list(steps))
     status = gpu.main(["--out", str(out)])
     return status, json.loads((out / "summary.json").read_text()), (out / "summary.md").read_text()
@@ -66,18 +68,51 @@ def test_the_limits_leave_nine_minutes_enough(tmp_path: Path) -> None:
     assert any(word.endswith("test_triton_infonce.py") for word in last.command)
 
 
-def test_where_it_cannot_run_it_says_so_in_one_line(
+def test_an_interrupt_ends_the_step_too(tmp_path: Path) -> None:
+    """Ctrl-C reaches this process alone: the step has a session of its own."""
+    began, late = tmp_path / "began", tmp_path / "late"
+    code = f"import time; open({str(began)!r}, 'w'); time.sleep(3); open({str(late)!r}, 'w')"
+    command = [sys.executable, "-c", code]
+    program = f"from bench import gpu; from pathlib import Path; gpu.run(gpu.Step('s', {command}, 9.0), Path('.'), 9.0)"
+    options = {"cwd": tmp_path, "env": os.environ | {"PYTHONPATH": str(ROOT)}, "stderr": subprocess.PIPE}
+    with subprocess.Popen([sys.executable, "-c", program], **options) as runner:
+        while not began.exists():
+            assert runner.poll() is None
+            time.sleep(0.02)
+        runner.send_signal(signal.SIGINT)
+        assert b"KeyboardInterrupt" in runner.communicate(timeout=20)[1]
+    time.sleep(3.5)
+    assert not late.exists(), "the step went on"
+
+
+def test_where_it_cannot_run_it_says_why_a_line_each(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(gpu, "NEEDED", ("torch", "a_package_that_is_absent"))
-    assert gpu.main(["--out", str(tmp_path / "out")]) == 2
-    (line,) = capsys.readouterr().err.splitlines()
-    assert "lacks a_package_that_is_absent" in line and "PYTHON=" in line and not (tmp_path / "out").exists()
-    monkeypatch.setattr(gpu, "NEEDED", ("torch",))
+    def said() -> list[str]:
+        assert gpu.main(["--out", str(tmp_path / "out")]) == 2 and not (tmp_path / "out").exists()
+        return capsys.readouterr().err.splitlines()
+
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    assert gpu.main(["--out", str(tmp_path / "out")]) == 2
-    (line,) = capsys.readouterr().err.splitlines()
+    nvcc = tmp_path / "bin" / "nvcc"
+    nvcc.parent.mkdir()
+    nvcc.write_text("")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CUDA_PATH", raising=False)
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    monkeypatch.setattr("sysconfig.get_path", lambda name: str(tmp_path))
+    (tmp_path / "Python.h").write_text("")
+    monkeypatch.setattr(gpu, "NEEDED", ("torch", "setuptools"))
+    monkeypatch.setattr("importlib.metadata.version", lambda name: "77.0.3")
+    (line,) = said()
     assert "sees no GPU here" in line
+
+    monkeypatch.setattr(gpu, "NEEDED", ("torch", "setuptools", "a_package_that_is_absent"))
+    monkeypatch.setattr("importlib.metadata.version", lambda name: "68.1.2")
+    (tmp_path / "Python.h").unlink()
+    nvcc.unlink()
+    absent, setuptools, header, toolkit, _ = said()
+    assert "lacks a_package_that_is_absent" in absent and "PYTHON=" in absent
+    assert "setuptools 68.1.2 is too old" in setuptools and "Python.h is missing" in header and "no nvcc" in toolkit
 
 
 def test_it_starts_where_nothing_is_installed() -> None:
