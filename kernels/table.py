@@ -22,15 +22,19 @@ BLOCK, NUM_WARPS = 4096, 8
 KEPT = 16
 
 _tables: OrderedDict[tuple[object, ...], Table] = OrderedDict()
-# A captured graph reads its table, and the upload it repeats reads the host's copy, for as long as it is replayed.
-_captured: list[tuple[Table, Tensor]] = []
+# A captured graph reads its table, and the upload it may repeat reads the host's copy, for as long as it is replayed.
+_captured: set[Table] = set()
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Table:
-    """`memory`: `tensors` rows of addresses and size, then `blocks` pairs; `aligned` all to 16 bytes."""
+    """`memory`: `tensors` rows of addresses and size, then `blocks` pairs; `aligned` all to 16 bytes.
+
+    `host` is what `memory` was uploaded from.
+    """
 
     memory: Tensor
+    host: Tensor
     tensors: int
     blocks: int
     aligned: bool
@@ -47,8 +51,11 @@ def table(lists: Sequence[Sequence[Tensor | None]]) -> Table:
     # Another stream might read before this one has uploaded.
     stream = torch.cuda.current_stream(device).cuda_stream if cuda else 0
     key = (device, stream, *map(tuple, addresses), tuple(sizes))
+    capturing = _capturing(device)
     if key in _tables:
         _tables.move_to_end(key)
+        if capturing:
+            _captured.add(_tables[key])
         return _tables[key]
 
     counts = (torch.tensor(sizes) + BLOCK - 1) // BLOCK
@@ -59,15 +66,19 @@ def table(lists: Sequence[Sequence[Tensor | None]]) -> Table:
     if cuda:
         host = host.pin_memory()
     aligned = all(address % 16 == 0 for column in addresses for address in column)
-    made = Table(host.to(device, non_blocking=True), len(sizes), len(tensor), aligned)
-    if cuda and torch.cuda.is_current_stream_capturing():
+    made = Table(host.to(device, non_blocking=True), host, len(sizes), len(tensor), aligned)
+    if capturing:
         # Uploaded only when the graph is replayed, hence of no use to others.
-        _captured.append((made, host))
+        _captured.add(made)
         return made
     _tables[key] = made
     if len(_tables) > KEPT:
         _tables.popitem(last=False)
     return made
+
+
+def _capturing(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 @triton.jit

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import weakref
 from collections.abc import Iterator
 from typing import Any
 
@@ -137,6 +138,21 @@ def test_tables_are_made_anew_where_memory_is_another() -> None:
         ema_update_(targets, sources, 0.5, implementation="triton")
         ema_update_(exact, double(sources), 0.5, implementation="reference")
     close(targets, exact)
+
+
+def test_a_table_outlives_its_turn_once_a_graph_has_captured_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Made in the warm-up and found again by the capture; the graph reads its memory at every replay."""
+    captured: set[tables.Table] = set()
+    monkeypatch.setattr(tables, "_captured", captured)
+    lists, forgotten = (random(), random()), (random(), random())
+    kept, evicted = (weakref.ref(tables.table(each).memory) for each in (lists, forgotten))
+    with monkeypatch.context() as capture:
+        capture.setattr(tables, "_capturing", lambda device: True)
+        assert all(tables.table(lists).memory is kept() for _ in range(2))
+    others = [(random(), random()) for _ in range(tables.KEPT)]
+    for other in others:
+        tables.table(other)
+    assert evicted() is None and kept() is not None and len(captured) == 1
 
 
 if DEVICE == "cuda":

@@ -71,15 +71,28 @@ def assert_peak_below(limit: int, run: Callable[[], object]) -> None:
     assert peak < limit, f"{peak / 2**20:.1f} MiB at the peak, over {limit / 2**20:.1f}"
 
 
-def replay(step: Callable[[], object], times: int) -> None:
-    """`step` captured in a CUDA graph and replayed; on a CPU, called. Capturing does not run it."""
+def replay(step: Callable[[], object], times: int, *, between: Callable[[], object] | None = None) -> None:
+    """`step` captured in a CUDA graph and replayed; on a CPU, called. Capturing does not run it.
+
+    With `between`, `step` runs once before, on the stream that captures it, and `between` there, before the replays.
+    """
     if not on_cuda():
+        if between is not None:
+            step(), between()
         for _ in range(times):
             step()
         return
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+    if between is not None:
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            step()
+    with torch.cuda.graph(graph, stream=stream):
         step()
+    if between is not None:
+        with torch.cuda.stream(stream):
+            between()
+    torch.cuda.synchronize()
     for _ in range(times):
         graph.replay()
     torch.cuda.synchronize()

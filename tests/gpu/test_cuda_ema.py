@@ -81,6 +81,25 @@ def test_a_graph_replays_it(implementation: str) -> None:
     assert_near(numbers(targets), want, 1e-6, "targets after three replays")
 
 
+def test_a_graph_outlives_what_runs_after_it(implementation: str) -> None:
+    """What the warm-up left for the capture must stay where it is, however many other calls want its place."""
+    targets, sources = tensors(), tensors()
+    want = numbers(targets)
+    others = [(tensors(), tensors()) for _ in range(20)]
+
+    def step() -> None:
+        ema_update_(targets, sources, 0.9, implementation=implementation)
+
+    def crowd() -> None:
+        for other in others:
+            ema_update_(*other, 0.9, implementation=implementation)
+
+    replay(step, times=3, between=crowd)
+    for _ in range(4):
+        want = 0.9 * want + 0.1 * numbers(sources)
+    assert_near(numbers(targets), want, 1e-6, "targets after one step and three replays")
+
+
 def test_the_host_does_not_wait_and_nothing_large_is_made(implementation: str) -> None:
     targets, sources = tensors(), tensors()
     ema_update_(targets, sources, 0.999, implementation=implementation)
