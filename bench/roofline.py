@@ -70,9 +70,12 @@ H100 = Machine(
 
 
 def infonce(n: int, k: int, d: int, dtype: str) -> Work:
-    """The bank read once, two products; queries, keys and their gradients beside it. Partial sums, then a merge."""
+    """The bank read once, two products; queries, keys and their gradients beside it.
+
+    Launches: partial sums, their merge, the losses' mean, the gradient times that of the loss.
+    """
     return Work(
-        bytes=k * d * BYTES[dtype] + 4 * n * d * 4, flops=4 * n * k * d, dtype=dtype, exponentials=n * k, launches=2
+        bytes=k * d * BYTES[dtype] + 4 * n * d * 4, flops=4 * n * k * d, dtype=dtype, exponentials=n * k, launches=4
     )
 
 
@@ -88,9 +91,15 @@ def infonce_eager(n: int, k: int, d: int, dtype: str) -> Work:
 
 
 def crosscorr(stages: int, n: int, d: int, dtype: str) -> Work:
-    """Two inputs read, two gradients written; products by the Gram matrices where N < 0.75 D, else by C."""
-    flops = 8 * n * n * d if n < 0.75 * d else 6 * n * d * d
-    return Work(bytes=4 * stages * n * d * BYTES[dtype], flops=stages * flops, launches=4)
+    """Two inputs read, two gradients written; products by the Gram matrices where N < 0.75 D, else by C.
+
+    Launches: standardisation, three products (of C also its division and diagonal), two for the loss, the gradients
+    through the standardisation, each times that of the loss and, where it is not float32, rounded to the input's dtype.
+    """
+    gram = n < 0.75 * d
+    launches = 7 + (0 if gram else 2) + (2 if dtype == "float32" else 4)
+    flops = 8 * n * n * d if gram else 6 * n * d * d
+    return Work(bytes=4 * stages * n * d * BYTES[dtype], flops=stages * flops, launches=launches)
 
 
 def crosscorr_eager(stages: int, n: int, d: int, dtype: str) -> Work:
@@ -100,9 +109,12 @@ def crosscorr_eager(stages: int, n: int, d: int, dtype: str) -> Work:
 
 
 def pooled_mse(n: int, channels: int, side: int, grid: int, dtype: str) -> Work:
-    """Both maps read and one gradient written; the pooled difference in float32 is written and read."""
+    """Both maps read and one gradient written; the pooled difference in float32 is written and read.
+
+    Launches: the difference, the sum of its squares, that over their number, the gradient.
+    """
     pooled = n * channels * grid * grid * 4
-    return Work(bytes=3 * n * channels * side * side * BYTES[dtype] + 2 * pooled, launches=3)
+    return Work(bytes=3 * n * channels * side * side * BYTES[dtype] + 2 * pooled, launches=4)
 
 
 def pooled_mse_eager(n: int, channels: int, side: int, grid: int, dtype: str) -> Work:
@@ -132,8 +144,8 @@ def sgd_ema_library(numbers: int, tensors: int) -> Work:
 
 
 def queue_push(n: int, d: int) -> Work:
-    """Keys read, rows written; the pointer moves in the same launch."""
-    return Work(bytes=2 * n * d * 4)
+    """Keys read, rows written; the pointer moves in a launch of its own, when all have read it."""
+    return Work(bytes=2 * n * d * 4, launches=2)
 
 
 def measure(device: str) -> Machine:
