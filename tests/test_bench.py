@@ -7,6 +7,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from bench.harness import Benchmark, Outputs, Run, relative_error
 from bench.memory import peak_memory
 from bench.shapes import resnet50_shapes
 from bench.timing import interleaved, quantiles
+from fastmoco.losses import InfoNCE
 from fastmoco.ops import dispatch
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -136,6 +138,25 @@ def test_what_is_not_installed_is_left_out_with_a_line(
     assert status == 0 and not any("lightly" in row["implementation"] for row in rows)
     assert "lightly NTXentLoss: left out, lightly is not installed" in shown
     assert "no plot: matplotlib is not installed" in shown and not (tmp_path / "rows.png").exists()
+
+
+def test_the_form_timed_is_the_one_that_training_calls(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the options of the loss module, given what it is given: unit vectors."""
+    asked = []
+
+    def note(query: Tensor, key: Tensor, bank: Tensor, skip: Tensor | None, options: Any) -> Any:
+        asked.append((options, query.norm(dim=1), key.norm(dim=1)))
+        return reference(query, key, bank, skip, options)
+
+    reference = dispatch.pick("infonce", torch.empty(()), "reference")
+    monkeypatch.setattr(dispatch, "pick", lambda *_: note)
+    x = infonce.BENCH.prepare(infonce.case(5, 96, 16, "float32"), "cpu")
+    infonce.ours(x, "native")()
+    query, key = (torch.nn.functional.normalize(side, dim=1) for side in (x.query, x.key))
+    InfoNCE(infonce.TEMPERATURE)(query, key, x.bank)
+    (ours, *norms), (training, *_) = asked
+    assert ours == training
+    torch.testing.assert_close(torch.cat(norms), torch.ones(10))
 
 
 def test_a_device_that_is_absent_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
