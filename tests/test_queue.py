@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections import deque
+from typing import Any
 
 import pytest
 import torch
 
 from fastmoco.errors import UserError
+from fastmoco.ops import dispatch
 from fastmoco.ops.queue_push import queue_push_
 from fastmoco.queue import Queue
 from runs import NoSync
@@ -107,8 +109,26 @@ def test_nothing_is_read_back_to_the_host() -> None:
     with NoSync():
         for count in (2, 4, 11):
             queue.push(numbered(0, count))
-    with pytest.raises(AssertionError, match="synchronises"), NoSync():
-        queue.pointer.item()
+
+
+def test_what_is_read_inside_an_operation_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The watch of the test above, on implementations that it must fail."""
+    for read in (
+        lambda pointer: pointer.item(),
+        lambda pointer: bool(pointer),
+        lambda pointer: pointer.tolist(),
+        lambda pointer: pointer.numpy(),
+        lambda pointer: torch.ones(1)[pointer[None] > 0],
+        lambda pointer: torch.arange(5)[: pointer + 1],
+    ):
+
+        def reading(bank: torch.Tensor, pointer: torch.Tensor, keys: torch.Tensor, read: Any = read) -> None:
+            read(pointer)
+
+        monkeypatch.setitem(dispatch._registry, "queue_push", {"reference": dispatch.Implementation(reading, None, "")})
+        queue = Queue(5, 3)
+        with pytest.raises(AssertionError, match="synchronises"), NoSync():
+            queue.push(numbered(0, 2))
 
 
 def test_it_starts_with_unit_vectors_of_its_seed() -> None:

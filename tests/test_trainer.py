@@ -13,10 +13,11 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fastmoco.data.loader import Batch
+from fastmoco.ops import dispatch
 from fastmoco.train.checkpoint import non_finite
 from fastmoco.train.objective import MomentumContrast
 from fastmoco.train.trainer import Trainer
-from runs import NoSync, small_config
+from runs import NoSync, references_only, small_config
 
 CPU = torch.device("cpu")
 UPDATES = pytest.mark.parametrize("update", ["fused", "torch"])
@@ -50,21 +51,41 @@ def before_step(t: Trainer, look: Callable[[], object]) -> None:
     t.engine.step = stepped  # type: ignore[method-assign]
 
 
-@UPDATES
+@pytest.mark.parametrize(("update", "accumulate"), [("fused", 1), ("torch", 2)])
 @pytest.mark.parametrize("method", ["moco", "mse", "barlow"])
-def test_a_step_does_not_wait_for_the_device(method: str, update: str) -> None:
-    t = trainer(method, accumulate=2, precision="bf16", update=update)
+def test_a_step_does_not_wait_for_the_device(
+    method: str, update: str, accumulate: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The whole step with the implementations that know no device; those of Triton are watched in tests/gpu."""
+    references_only(monkeypatch)
+    t = trainer(method, accumulate=accumulate, precision="bf16", update=update)
     with NoSync():
-        for step in range(2):
-            t.step([batch(2 * step), batch(2 * step + 1)], lr=0.1)
+        t.step([batch(i) for i in range(accumulate)], lr=0.1)
+    assert len(t.history.read()) == 1
+
+
+@pytest.mark.parametrize("operation", ["infonce", "pooled_mse", "pooled_mse_backward", "queue_push", "sgd_ema"])
+def test_a_step_that_waits_inside_an_operation_is_noticed(operation: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The watch of the test above, on steps that it must fail."""
+    references_only(monkeypatch)
+    reference = dispatch._registry[operation]["reference"].function
+
+    def waiting(*args: Any, **options: Any) -> Any:
+        torch.ones(()).item()
+        return reference(*args, **options)
+
+    monkeypatch.setitem(dispatch._registry, operation, {"reference": dispatch.Implementation(waiting, None, "")})
+    t = trainer("mse", update="fused")
     with pytest.raises(AssertionError, match="synchronises"), NoSync():
-        t.queue.pointer.item()
-    assert len(t.history.read()) == 2
+        t.step([batch(0)], lr=0.1)
 
 
 @pytest.mark.parametrize("method", ["moco", "mse", "barlow"])
 def test_forward_and_losses_run_where_nothing_can_be_read(method: str) -> None:
-    """On fake CUDA tensors any .item() raises, so forward holds no hidden synchronisation on a GPU either."""
+    """On fake CUDA tensors any read raises, so the modules around the operations hold none on a GPU either.
+
+    Of the operations only the fakes run here; their implementations are watched by the tests above.
+    """
     t = trainer(method)
     with FakeTensorMode(allow_non_fake_inputs=False) as mode, torch.no_grad():
         module = t.module
