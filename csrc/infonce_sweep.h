@@ -1,6 +1,5 @@
-// The sweep over a part of the bank. Included once per instruction set, by a file that first defines
-//   FASTMOCO_TARGET   the attribute that selects the instruction set
-//   FASTMOCO_LANES    floats in a vector register
+// The sweep over a part of the bank. Included once per instruction set, by a file that first defines what lanes.h asks
+// for and
 //   FASTMOCO_ROWS     rows of a register tile two vectors wide
 // and then calls sweep_with<Products>, where Products says how a slice of the bank is multiplied.
 //
@@ -9,41 +8,15 @@
 // B holds the queries, then the other way round and B holds the weights.
 
 #include <algorithm>
-#include <cstring>
 #include <limits>
 
 #include "infonce.h"
-#include "platform.h"
+#include "lanes.h"
 
 namespace fastmoco {
 namespace {
 
-constexpr int kLanes = FASTMOCO_LANES;
 constexpr int kRows = FASTMOCO_ROWS;
-
-typedef float Vec __attribute__((vector_size(kLanes * 4), aligned(4), may_alias));
-// Bits of numbers that are read as float elsewhere.
-typedef std::uint32_t Word __attribute__((may_alias));
-typedef std::int32_t IntVec __attribute__((vector_size(kLanes * 4), aligned(4), may_alias));
-
-#define FASTMOCO_LOCAL FASTMOCO_TARGET FASTMOCO_INLINE
-
-FASTMOCO_LOCAL Vec load(const float* p) { return *reinterpret_cast<const Vec*>(p); }
-FASTMOCO_LOCAL void store(float* p, Vec v) { *reinterpret_cast<Vec*>(p) = v; }
-
-// Subtracting zero changes no number, which the compiler knows; adding it would change -0.
-FASTMOCO_LOCAL Vec splat(float x) { return x - Vec{}; }
-
-// The compiler may not contract products and sums by itself (see setup.py).
-FASTMOCO_LOCAL Vec fma(Vec a, Vec b, Vec c) {
-#if FASTMOCO_LANES == 16
-  return _mm512_fmadd_ps(a, b, c);
-#elif FASTMOCO_LANES == 8
-  return _mm256_fmadd_ps(a, b, c);
-#else
-  return a * b + c;
-#endif
-}
 
 FASTMOCO_LOCAL Vec max(Vec a, Vec b) { return a > b ? a : b; }
 
@@ -182,22 +155,10 @@ FASTMOCO_TARGET const float* slice_of(const Sweep& sweep, std::size_t begin, std
   const std::size_t size = (end - begin) * sweep.d;
   if (sweep.bank_dtype == BankDtype::kFloat32) return static_cast<const float*>(sweep.bank) + begin * sweep.d;
   const auto* const source = static_cast<const std::uint16_t*>(sweep.bank) + begin * sweep.d;
-  auto* const bits = reinterpret_cast<Word*>(rows);
   if (sweep.bank_dtype == BankDtype::kBFloat16) {
-    for (std::size_t i = 0; i < size; ++i) bits[i] = static_cast<std::uint32_t>(source[i]) << 16;
+    widen_bfloat16(source, rows, size);
   } else {
-    for (std::size_t i = 0; i < size; ++i) {
-      // Exponent and mantissa in float32's places are the number times 2^-112, subnormal or not.
-      const std::uint32_t magnitude = static_cast<std::uint32_t>(source[i] & 0x7fff) << 13;
-      const std::uint32_t sign = static_cast<std::uint32_t>(source[i] & 0x8000) << 16;
-      float value;
-      std::memcpy(&value, &magnitude, 4);
-      value *= 0x1p112f;
-      std::uint32_t scaled;
-      std::memcpy(&scaled, &value, 4);
-      if ((source[i] & 0x7c00) == 0x7c00) scaled = magnitude | 0x7f800000;
-      bits[i] = scaled | sign;
-    }
+    widen_float16(source, rows, size);
   }
   return rows;
 }
