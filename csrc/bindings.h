@@ -42,6 +42,7 @@ inline bool is_float32(const char* operation, const std::string& dtype) {
   return dtype == "float32";
 }
 
+void bind_batch_norm(pybind11::module_& module);
 void bind_crosscorr(pybind11::module_& module);
 void bind_ema(pybind11::module_& module);
 void bind_infonce(pybind11::module_& module);

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from fastmoco.errors import UserError
 from fastmoco.models.convolution import use_products
+from fastmoco.models.norm import normalize_relu, use_fused_norms
 from fastmoco.ops.precision import no_autocast, wide
 
 ARCHS = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")
@@ -60,6 +61,7 @@ class Encoder(nn.Module):
             self.width = cast(nn.Linear, self.backbone.fc).in_features
             self.backbone.fc = nn.Identity()
             use_products(self.backbone)
+            use_fused_norms(self.backbone)
             self.head = _head(head, self.width, dim)
 
     @property
@@ -71,7 +73,7 @@ class Encoder(nn.Module):
     def forward(self, images: Tensor) -> Features:
         """`images` (N, 3, H, W) with values in [0, 1] -> Features."""
         net = self.backbone
-        x = net.maxpool(net.relu(net.bn1(net.conv1(images))))
+        x = net.maxpool(normalize_relu(net.bn1, net.relu, net.conv1(images)))
         stages = []
         for stage in (net.layer1, net.layer2, net.layer3, net.layer4):
             x = stage(x)

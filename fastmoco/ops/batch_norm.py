@@ -1,0 +1,277 @@
+"""Batch normalisation in training, with the addition and the ReLU that follow it in a residual network.
+
+    y = act(x_hat * weight + bias + residual)      x_hat = (x - mean) / sqrt(variance + epsilon)
+
+mean and variance are of each channel over batch and places, and act is ReLU or nothing. The map is read twice, for the
+statistics and for y, which is rounded once. With g the gradient behind act (dy where y is not at 0) and averages over
+batch and places again, the backward is (Ioffe and Szegedy 2015, section 3)
+
+    dbias = sum g      dweight = sum g x_hat
+    dx = weight / sqrt(variance + epsilon) * (g - mean g - x_hat mean(g x_hat))
+
+and g is the gradient to the residual.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastmoco.ops import dispatch
+from fastmoco.ops.precision import no_autocast, wide
+
+_library = torch.library.Library("fastmoco", "FRAGMENT")
+
+
+def batch_norm(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    *,
+    residual: Tensor | None = None,
+    relu: bool = False,
+    epsilon: float = 1e-5,
+    implementation: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`act(batch normalisation of x + residual)`, act being ReLU where `relu`, and the statistics it used.
+
+    `x` is (N, C, H, W), `residual` of its shape and dtype, `weight` and `bias` (C,), of any floating dtypes. Returns
+    the map in x's dtype and channels-last memory format, and (3, C): mean, 1 / sqrt(biased variance + epsilon) and
+    unbiased variance of each channel, float32, or float64 for float64 maps, as the arithmetic is. Gradients reach `x`,
+    `weight`, `bias` and `residual`, not through the statistics; they have none themselves, and a backward with
+    `create_graph=True` raises RuntimeError. Deterministic, for any number of threads.
+
+    implementation: "reference" or "native" (bfloat16 maps on the CPU); None has it chosen.
+
+    Raises ValueError for shapes, dtypes or devices that do not fit, and for a single value a channel, which has no
+    variance.
+    """
+    if x.ndim != 4 or weight.shape != x.shape[1:2] or bias.shape != weight.shape:
+        raise ValueError(
+            f"batch_norm: x must be (N, C, H, W), weight and bias (C,), "
+            f"not {tuple(x.shape)}, {tuple(weight.shape)} and {tuple(bias.shape)}"
+        )
+    if x.numel() < 2 * x.shape[1] or x.numel() == 0:
+        raise ValueError(f"batch_norm: a variance needs at least 2 values a channel, not a map of {tuple(x.shape)}")
+    if residual is not None and (residual.shape != x.shape or residual.dtype != x.dtype):
+        raise ValueError(
+            f"batch_norm: residual must be {tuple(x.shape)} {x.dtype} as x is, "
+            f"not {tuple(residual.shape)} {residual.dtype}"
+        )
+    if not (x.is_floating_point() and weight.is_floating_point() and bias.is_floating_point()):
+        raise ValueError(f"batch_norm: dtypes must be floating, not {x.dtype}, {weight.dtype} and {bias.dtype}")
+    if any(tensor is not None and tensor.device != x.device for tensor in (weight, bias, residual)):
+        raise ValueError(f"batch_norm: weight, bias and residual must be on x's device, {x.device}")
+    y, statistics = _forward_op(x, weight, bias, residual, relu, epsilon, implementation)
+    return y, statistics
+
+
+def _empty_map(like: Tensor) -> Tensor:
+    return torch.empty_like(like, memory_format=torch.channels_last)
+
+
+def _forward(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    residual: Tensor | None,
+    relu: bool,
+    epsilon: float,
+    implementation: str | None,
+) -> tuple[Tensor, Tensor]:
+    run = dispatch.pick("batch_norm", x, implementation)
+    result: tuple[Tensor, Tensor] = run(x, weight, bias, residual, relu, epsilon)
+    return result
+
+
+def _fake_forward(x: Tensor, weight: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    return _empty_map(x), x.new_empty((3, x.shape[1]), dtype=torch.promote_types(x.dtype, torch.float32))
+
+
+def _backward(
+    dy: Tensor,
+    x: Tensor,
+    y: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    statistics: Tensor,
+    relu: bool,
+    implementation: str | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    run = dispatch.pick("batch_norm_backward", x, implementation)
+    result: tuple[Tensor, Tensor, Tensor, Tensor] = run(dy, x, y, weight, bias, statistics, relu)
+    return result
+
+
+def _fake_backward(
+    dy: Tensor, x: Tensor, y: Tensor | None, weight: Tensor, bias: Tensor, *_: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    dresidual = x.new_empty(0) if y is None else _empty_map(x)
+    return _empty_map(x), dresidual, torch.empty_like(weight), torch.empty_like(bias)
+
+
+def _define(schema: str, function: Any, fake: Any) -> Any:
+    # Not torch.library.custom_op, which is the slower at each call, of which a ResNet-50's step makes 180.
+    name = schema.partition("(")[0]
+    _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    _library.impl(name, function, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"fastmoco::{name}", fake, lib=_library)
+    return getattr(torch.ops.fastmoco, name).default
+
+
+_forward_op = _define(
+    "batch_norm(Tensor x, Tensor weight, Tensor bias, Tensor? residual, bool relu, float epsilon, "
+    "str? implementation) -> (Tensor, Tensor)",
+    _forward,
+    _fake_forward,
+)
+# y only where there was a residual and ReLU follows. Only then is the second result, the residual's gradient, whole.
+_backward_op = _define(
+    "batch_norm_backward(Tensor dy, Tensor x, Tensor? y, Tensor weight, Tensor bias, Tensor statistics, bool relu, "
+    "str? implementation) -> (Tensor, Tensor, Tensor, Tensor)",
+    _backward,
+    _fake_backward,
+)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    x, weight, bias, residual, ctx.relu, _, ctx.implementation = inputs
+    y, statistics = output
+    ctx.mark_non_differentiable(statistics)
+    ctx.set_materialize_grads(False)
+    # Without a residual y's sign is cheaper found again from x, which is read anyway.
+    ctx.save_for_backward(x, y if ctx.relu and residual is not None else None, weight, bias, statistics)
+
+
+def _gradients(ctx: Any, dy: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+    if dy is None:
+        return (None,) * 7
+    # Grad mode is on in a backward with create_graph=True, and while a compiler traces it.
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        raise RuntimeError("batch_norm has no second derivative; torch.nn.functional.batch_norm has one")
+    x, y, weight, bias, statistics = ctx.saved_tensors
+    dx, dresidual, dweight, dbias = _backward_op(dy, x, y, weight, bias, statistics, ctx.relu, ctx.implementation)
+    beside = (dy if y is None else dresidual) if ctx.needs_input_grad[3] else None
+    return dx, dweight, dbias, beside, None, None, None
+
+
+torch.library.register_autograd("fastmoco::batch_norm", _gradients, setup_context=_setup_context, lib=_library)
+
+
+def reference(
+    x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, relu: bool, epsilon: float
+) -> tuple[Tensor, Tensor]:
+    """Any device and dtype: the definition."""
+    with no_autocast(x):
+        z = wide(x)
+        variance, mean = torch.var_mean(z, dim=(0, 2, 3), correction=0)
+        invstd = (variance + epsilon).rsqrt()
+        y = _affine(z, weight, bias, mean, invstd)
+        if residual is not None:
+            y = y + residual
+        if relu:
+            y = y.relu()
+        n = x.numel() // x.shape[1]
+        return _map(y, x), torch.stack([mean, invstd, variance * (n / (n - 1))])
+
+
+def reference_backward(
+    dy: Tensor, x: Tensor, y: Tensor | None, weight: Tensor, bias: Tensor, statistics: Tensor, relu: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Any device and dtype: the definition."""
+    with no_autocast(x):
+        z, g = wide(x), wide(dy)
+        mean, invstd, _ = statistics
+        if relu:
+            after = _affine(z, weight, bias, mean, invstd) if y is None else y
+            g = torch.where(after <= 0, 0, g)
+        hat = (z - _channels(mean)) * _channels(invstd)
+        dbias, dweight = g.sum(dim=(0, 2, 3)), (g * hat).sum(dim=(0, 2, 3))
+        n = x.numel() // x.shape[1]
+        dx = _channels(weight * invstd) * (g - _channels(dbias / n) - hat * _channels(dweight / n))
+        dresidual = x.new_empty(0) if y is None else _map(g, x)
+        return _map(dx, x), dresidual, dweight.to(weight.dtype), dbias.to(bias.dtype)
+
+
+def _channels(row: Tensor) -> Tensor:
+    return row[:, None, None]
+
+
+def _affine(z: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, invstd: Tensor) -> Tensor:
+    return (z - _channels(mean)) * _channels(weight * invstd) + _channels(bias)
+
+
+def _map(values: Tensor, like: Tensor) -> Tensor:
+    return _empty_map(like).copy_(values)
+
+
+def _native(
+    x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, relu: bool, epsilon: float
+) -> tuple[Tensor, Tensor]:
+    assert dispatch.native is not None
+    channels = x.shape[1]
+    x = x.contiguous(memory_format=torch.channels_last)
+    weight, bias = weight.float().contiguous(), bias.float().contiguous()
+    if residual is not None:
+        residual = residual.contiguous(memory_format=torch.channels_last)
+    y, statistics = _empty_map(x), x.new_empty((3, channels), dtype=torch.float32)
+    dispatch.native.batch_norm_forward(
+        x.data_ptr(),
+        0 if residual is None else residual.data_ptr(),
+        weight.data_ptr(),
+        bias.data_ptr(),
+        y.data_ptr(),
+        statistics.data_ptr(),
+        epsilon=epsilon,
+        relu=relu,
+        rows=x.numel() // channels,
+        channels=channels,
+        threads=torch.get_num_threads(),
+    )
+    return y, statistics
+
+
+def _native_backward(
+    dy: Tensor, x: Tensor, y: Tensor | None, weight: Tensor, bias: Tensor, statistics: Tensor, relu: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    assert dispatch.native is not None
+    channels = x.shape[1]
+    dy, x = (tensor.contiguous(memory_format=torch.channels_last) for tensor in (dy, x))
+    y = None if y is None else y.contiguous(memory_format=torch.channels_last)
+    dx, dresidual = _empty_map(x), x.new_empty(0) if y is None else _empty_map(x)
+    wide_weight, wide_bias = weight.float().contiguous(), bias.float().contiguous()
+    dweight, dbias = torch.empty_like(wide_weight), torch.empty_like(wide_bias)
+    dispatch.native.batch_norm_backward(
+        dy.data_ptr(),
+        x.data_ptr(),
+        0 if y is None else y.data_ptr(),
+        wide_weight.data_ptr(),
+        wide_bias.data_ptr(),
+        statistics.data_ptr(),
+        dx.data_ptr(),
+        0 if y is None else dresidual.data_ptr(),
+        dweight.data_ptr(),
+        dbias.data_ptr(),
+        relu=relu,
+        rows=x.numel() // channels,
+        channels=channels,
+        threads=torch.get_num_threads(),
+    )
+    return dx, dresidual, dweight.to(weight.dtype), dbias.to(bias.dtype)
+
+
+for _name, _definition, _fast in (
+    ("batch_norm", reference, _native),
+    ("batch_norm_backward", reference_backward, _native_backward),
+):
+    dispatch.register(_name, "reference", _definition)
+    dispatch.register(
+        _name,
+        "native",
+        _fast,
+        device_types=("cpu",),
+        dtypes=(torch.bfloat16,),
+        missing=dispatch.NATIVE_MISSING,
+    )

@@ -1,0 +1,282 @@
+"""Batch normalisation with an addition and ReLU in one operation, against torch's own in float64."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from unittest.mock import Mock
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torchvision.models.resnet import BasicBlock, Bottleneck
+
+from fastmoco.models import norm as blocks
+from fastmoco.models.encoder import Encoder
+from fastmoco.ops import dispatch
+from fastmoco.ops.batch_norm import batch_norm
+
+NATIVE = pytest.param(
+    "native", marks=pytest.mark.skipif(dispatch.native is None, reason=dispatch.NATIVE_MISSING or "built")
+)
+SHAPES = [(2, 3, 1, 1), (3, 1, 5, 7), (2, 257, 3, 1), (5, 33, 8, 13), (2, 300, 17, 16), (1, 8, 1, 2)]
+NAMES = ("x", "weight", "bias", "residual")
+
+
+def inputs(shape: tuple[int, ...], *, residual: bool, dtype: torch.dtype = torch.bfloat16) -> dict[str, Tensor | None]:
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(size: tuple[int, ...]) -> Tensor:
+        return torch.randn(size, generator=generator, dtype=torch.float64)
+
+    def image(values: Tensor) -> Tensor:
+        return values.to(dtype).contiguous(memory_format=torch.channels_last)
+
+    wide = torch.promote_types(dtype, torch.float32)
+    x = image(2 * draw(shape) + 3 * draw((1, shape[1], 1, 1)))
+    weight, bias = draw((shape[1],)).to(wide), draw((shape[1],)).to(wide)
+    return {"x": x, "weight": weight, "bias": bias, "residual": image(draw(shape)) if residual else None}
+
+
+def differentiate(
+    function: Callable[..., tuple[Tensor, Tensor | None]], given: dict[str, Tensor | None], upstream: Tensor
+) -> dict[str, Tensor]:
+    """y, the statistics where there are any, and the gradient to everything given."""
+    leaves = {name: value.clone().requires_grad_() for name, value in given.items() if value is not None}
+    y, statistics = function(**(given | leaves))
+    gradients = torch.autograd.grad(y, list(leaves.values()), upstream.to(y.dtype))
+    results = {"y": y.detach()} | dict(zip(leaves, gradients, strict=True))
+    return results if statistics is None else results | {"statistics": statistics}
+
+
+def exact(given: dict[str, Tensor | None], upstream: Tensor, relu: bool) -> dict[str, Tensor]:
+    """torch's own three operations in float64."""
+    wide = {name: None if value is None else value.double() for name, value in given.items()}
+
+    def function(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        y = functional.batch_norm(x, None, None, weight, bias, training=True)
+        y = y if residual is None else y + residual
+        return y.relu() if relu else y, None
+
+    results = differentiate(function, wide, upstream)
+    x = wide["x"]
+    assert x is not None
+    variance, mean = torch.var_mean(x, dim=(0, 2, 3), correction=0)
+    unbiased = torch.var(x, dim=(0, 2, 3))
+    return results | {"statistics": torch.stack([mean, (variance + 1e-5).rsqrt(), unbiased])}
+
+
+def fused(implementation: str | None, relu: bool) -> Callable[..., tuple[Tensor, Tensor | None]]:
+    return lambda x, weight, bias, residual: batch_norm(
+        x, weight, bias, residual=residual, relu=relu, implementation=implementation
+    )
+
+
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("implementation", ["reference", NATIVE])
+@pytest.mark.parametrize("relu", [False, True])
+@pytest.mark.parametrize("residual", [False, True])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_value_and_every_gradient(shape: tuple[int, ...], residual: bool, relu: bool, implementation: str) -> None:
+    given = inputs(shape, residual=residual)
+    upstream = torch.randn(shape, generator=torch.Generator().manual_seed(1)).bfloat16()
+    mine, wanted = differentiate(fused(implementation, relu), given, upstream), exact(given, upstream, relu)
+    assert mine.keys() == wanted.keys()
+    for name in ("y", "x", "residual"):
+        if name not in mine:
+            continue
+        assert mine[name].dtype == torch.bfloat16
+        # A residual that ReLU does not follow gets dy, as it is.
+        assert mine[name].is_contiguous(memory_format=torch.channels_last) or (name == "residual" and not relu)
+        # Half a unit in the last place of bfloat16, and what float32 leaves of a difference of terms.
+        scale = wanted[name].abs() + 1e-4 * wanted[name].abs().amax(dim=(0, 2, 3), keepdim=True) + 1e-4
+        assert ((mine[name].double() - wanted[name]).abs() <= 2**-8 * scale).all(), name
+    for name in ("weight", "bias"):
+        assert mine[name].dtype == torch.float32
+        torch.testing.assert_close(mine[name].double(), wanted[name], rtol=1e-5, atol=2e-5 * upstream.numel() ** 0.5)
+    torch.testing.assert_close(mine["statistics"].double(), wanted["statistics"], rtol=2e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("relu", [False, True])
+@pytest.mark.parametrize("residual", [False, True])
+def test_reference_in_float64_is_the_definition(residual: bool, relu: bool) -> None:
+    given = inputs((3, 5, 4, 3), residual=residual, dtype=torch.float64)
+    upstream = torch.randn(3, 5, 4, 3, dtype=torch.float64)
+    mine, wanted = differentiate(fused(None, relu), given, upstream), exact(given, upstream, relu)
+    for name, value in wanted.items():
+        torch.testing.assert_close(mine[name], value, rtol=1e-11, atol=1e-12)
+
+
+@pytest.mark.parametrize("implementation", ["reference", NATIVE])
+def test_large_means_and_constant_channels_lose_nothing(implementation: str) -> None:
+    """Variances come from deviations: of numbers near 1000 that differ in their last bits, and of equal ones."""
+    torch.manual_seed(0)
+    x = (1000 + 4 * torch.randint(0, 3, (4, 3, 33, 9))).bfloat16()
+    x[:, 1] = 1000
+    x[:, 2] = 0.1
+    x = x.contiguous(memory_format=torch.channels_last)
+    y, statistics = batch_norm(x, torch.ones(3), torch.zeros(3), implementation=implementation)
+    wanted = functional.batch_norm(x.double(), None, None, training=True)
+    assert ((y.double() - wanted).abs() <= 2**-8 * wanted.abs() + 1e-3)[:, :1].all()
+    torch.testing.assert_close(statistics[2, 0].double(), x[:, 0].double().var(), rtol=5e-6, atol=0)
+    if implementation == "native":
+        assert statistics[2, 1:].eq(0).all() and y[:, 1:].eq(0).all()
+        assert statistics[0, 1:].equal(x[0, 1:, 0, 0].float())
+
+
+@pytest.mark.parametrize("implementation", ["reference", NATIVE])
+@pytest.mark.parametrize("residual", [False, True])
+def test_nan_reaches_its_channel_and_no_other(residual: bool, implementation: str) -> None:
+    given = inputs((2, 3, 4, 5), residual=residual)
+    assert given["x"] is not None
+    given["x"][1, 1, 2, 2] = torch.nan
+    mine = differentiate(fused(implementation, True), given, torch.ones(2, 3, 4, 5))
+    for name in ("y", "x", "weight"):
+        nan = mine[name].isnan()
+        rows = nan if nan.ndim == 1 else nan.transpose(0, 1).flatten(1)
+        assert rows[1].all() and not rows[0].any() and not rows[2].any(), name
+
+
+@pytest.mark.skipif(dispatch.native is None, reason=dispatch.NATIVE_MISSING or "built")
+@pytest.mark.parametrize("residual", [False, True])
+def test_result_does_not_depend_on_the_number_of_threads(residual: bool) -> None:
+    given, upstream = inputs((5, 520, 16, 13), residual=residual), torch.randn(5, 520, 16, 13)
+    results = []
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 2, 3, 8):
+            torch.set_num_threads(threads)
+            results.append(differentiate(fused("native", True), given, upstream))
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(result[name], value) for result in results for name, value in results[0].items())
+
+
+@pytest.mark.parametrize("implementation", ["reference", NATIVE])
+@pytest.mark.parametrize("shape", [(2, 3, 4, 5), (2, 1, 4, 5), (3, 2, 1, 1)])
+@pytest.mark.parametrize(("residual", "relu"), [(False, False), (False, True), (True, True)])
+def test_registration(residual: bool, relu: bool, shape: tuple[int, ...], implementation: str) -> None:
+    given = inputs(shape, residual=residual)
+    arguments = tuple(None if given[n] is None else given[n].clone().requires_grad_() for n in NAMES)  # type: ignore[union-attr]
+    torch.library.opcheck(torch.ops.fastmoco.batch_norm.default, (*arguments, relu, 1e-5, implementation))
+    y, statistics = batch_norm(*arguments[:3], residual=arguments[3], relu=relu)  # type: ignore[arg-type]
+    x, weight, bias, _ = (None if a is None else a.detach() for a in arguments)
+    saved = y.detach() if residual and relu else None
+    back = (torch.ones_like(x), x, saved, weight, bias, statistics, relu, implementation)  # type: ignore[arg-type]
+    torch.library.opcheck(torch.ops.fastmoco.batch_norm_backward.default, back)
+
+
+def test_compiles_whole() -> None:
+    given, upstream = inputs((2, 6, 4, 5), residual=True), torch.randn(2, 6, 4, 5)
+    plain = differentiate(fused(None, True), given, upstream)
+    compiled = torch.compile(fused(None, True), fullgraph=True, backend="aot_eager")
+    for name, value in differentiate(compiled, given, upstream).items():
+        assert torch.equal(value, plain[name]), name
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"x": torch.zeros(1, 3, 1, 1)}, "at least 2 values a channel"),
+        ({"x": torch.zeros(0, 3, 2, 2)}, "at least 2 values a channel"),
+        ({"x": torch.zeros(2, 3)}, r"x must be \(N, C, H, W\)"),
+        ({"weight": torch.zeros(4)}, r"weight and bias \(C,\)"),
+        ({"residual": torch.zeros(2, 3, 2, 1)}, "residual must be"),
+        ({"residual": torch.zeros(2, 3, 2, 2).bfloat16()}, "residual must be"),
+        ({"x": torch.zeros(2, 3, 2, 2, dtype=torch.long)}, "floating"),
+        ({"bias": torch.zeros(3, device="meta")}, "must be on x's device"),
+    ],
+)
+def test_refuses(changes: dict[str, Tensor], message: str) -> None:
+    given = {"x": torch.zeros(2, 3, 2, 2), "weight": torch.ones(3), "bias": torch.zeros(3)} | changes
+    with pytest.raises(ValueError, match=message):
+        batch_norm(**given)  # type: ignore[arg-type]
+
+
+def test_second_derivatives_are_refused() -> None:
+    x = torch.randn(2, 3, 4, 5, requires_grad=True)
+    y, _ = batch_norm(x, torch.ones(3), torch.zeros(3), relu=True)
+    with pytest.raises(RuntimeError, match="second derivative"):
+        torch.autograd.grad(y.square().sum(), x, create_graph=True)
+
+
+def _with_torchs_blocks(encoder: Encoder) -> Encoder:
+    for part in encoder.modules():
+        if isinstance(part, (BasicBlock, Bottleneck)):
+            part.__class__ = BasicBlock if isinstance(part, BasicBlock) else Bottleneck
+    return encoder
+
+
+def _stages(encoder: Encoder, images: Tensor) -> list[Tensor]:
+    images = images.contiguous(memory_format=torch.channels_last)
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=images.dtype == torch.bfloat16):
+        return list(encoder(images).stages)
+
+
+@pytest.mark.parametrize("arch", ["resnet18", "resnet50"])
+@pytest.mark.parametrize("training", [True, False])
+def test_an_encoder_gives_the_same_stages_and_statistics(
+    arch: str, training: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images = torch.rand(4, 3, 64, 64, generator=torch.Generator().manual_seed(0)).bfloat16()
+    encoders = [Encoder(arch, seed=3, zero_init_residual=False).to(memory_format=torch.channels_last) for _ in range(3)]
+    counted = Mock(wraps=batch_norm)
+    monkeypatch.setattr(blocks, "batch_norm", counted)
+    fused_stages = _stages(encoders[0].train(training), images)
+    norms = [part for part in encoders[0].modules() if isinstance(part, nn.BatchNorm2d)]
+    with monkeypatch.context() as patch:
+        patch.setattr(blocks, "_fuses", lambda *_: False)
+        plain_stages = _stages(_with_torchs_blocks(encoders[1].train(training)), images)
+    projections = sum(name.endswith("downsample.1") for name, _ in encoders[0].named_modules())
+    assert counted.call_count == (len(norms) - projections if training and dispatch.native is not None else 0)
+    exact_stages = _stages(encoders[2].train(training), images.float())
+    for mine, torchs, wanted in zip(fused_stages, plain_stages, exact_stages, strict=True):
+        if training:
+            # As near to float32's as torch's modules come in bfloat16: there is one rounding in place of three.
+            assert (mine.float() - wanted).norm() <= 1.1 * (torchs.float() - wanted).norm()
+        else:
+            assert torch.equal(mine, torchs)
+    counts = [buffer for name, buffer in encoders[0].named_buffers() if name.endswith("num_batches_tracked")]
+    assert counts and all(count == int(training) for count in counts)
+    mine, torchs, wanted = (
+        torch.cat([value for name, value in encoder.named_buffers() if ".running_" in name]) for encoder in encoders
+    )
+    assert (mine - wanted).norm() <= 1.1 * (torchs - wanted).norm()
+
+
+@pytest.mark.skipif(dispatch.native is None, reason=dispatch.NATIVE_MISSING or "built")
+def test_running_statistics_move_as_torchs() -> None:
+    given = inputs((3, 5, 4, 3), residual=True)
+    x, residual = given["x"], given["residual"]
+    assert x is not None and residual is not None
+    mine, torchs = nn.BatchNorm2d(5, momentum=0.3), nn.BatchNorm2d(5, momentum=0.3).double()
+    for _ in range(3):
+        blocks.normalize_relu(mine, nn.ReLU(), x, residual)
+        torchs(x.double())
+    for name, value in torchs.named_buffers():
+        torch.testing.assert_close(mine.get_buffer(name).to(value.dtype), value, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_wider_maps_are_left_to_torch(dtype: torch.dtype) -> None:
+    """To the last bit, running statistics and gradients included."""
+    images = torch.rand(2, 3, 64, 64, dtype=dtype)
+    encoders = [Encoder("resnet18", seed=3).to(dtype, memory_format=torch.channels_last) for _ in range(2)]
+    _with_torchs_blocks(encoders[1])
+    for encoder in encoders:
+        sum(stage.square().mean() for stage in _stages(encoder, images)).backward()  # type: ignore[union-attr]
+    mine, torchs = ([*(p.grad for p in e.parameters()), *e.buffers(), *_stages(e.eval(), images)] for e in encoders)
+    assert all(torch.equal(a, b) for a, b in zip(mine, torchs, strict=True))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("options", [{"affine": False}, {"track_running_stats": False}, {"momentum": None}])
+def test_other_norms_are_left_to_torch(options: dict[str, object]) -> None:
+    x = inputs((3, 5, 4, 3), residual=False)["x"]
+    mine, torchs = (nn.BatchNorm2d(5, **options) for _ in range(2))  # type: ignore[arg-type]
+    assert torch.equal(blocks.normalize_relu(mine, nn.ReLU(), x), torchs(x).relu())  # type: ignore[arg-type]
+
+
+def test_one_value_a_channel_raises_as_torch_does() -> None:
+    x = torch.zeros(1, 5, 1, 1, dtype=torch.bfloat16)
+    with pytest.raises(ValueError, match="Expected more than 1 value per channel"):
+        blocks.normalize_relu(nn.BatchNorm2d(5), nn.ReLU(), x)
