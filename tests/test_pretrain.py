@@ -17,7 +17,7 @@ import fastmoco
 from fastmoco.data.dali import dali_installed
 from fastmoco.errors import UserError
 from fastmoco.train import pretrain as module
-from fastmoco.train.config import Config
+from fastmoco.train.config import Config, to_json
 from fastmoco.train.metrics import read_rows
 from fastmoco.train.pretrain import NonFiniteLoss, Stopped, pretrain
 from fastmoco.train.trainer import Trainer
@@ -162,6 +162,28 @@ def test_another_configuration_is_not_resumed(
     pretrain(small_config(images, tmp_path / "run", steps=2))
     with pytest.raises(UserError, match=message):
         pretrain(resumed(small_config(images, tmp_path / "run", steps=2, **changes)))
+
+
+def test_a_run_of_before_there_was_a_choice_of_update_goes_on(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = small_config(images, tmp_path / "run", update="torch")
+    with monkeypatch.context() as patch:
+
+        def without_new_fields(config: Config) -> dict[str, Any]:
+            plain = to_json(config)
+            del plain["optim"]["update"], plain["loss"]["queue_dtype"]
+            return plain
+
+        patch.setattr("fastmoco.train.trainer.to_json", without_new_fields)
+        stop_after(4, patch)
+        with pytest.raises(Stopped):
+            pretrain(config)
+    pretrain(resumed(small_config(images, tmp_path / "run")))
+    pretrain(small_config(images, tmp_path / "whole", update="torch"))
+    expected = final_tensors(tmp_path / "whole")
+    for name, value in final_tensors(tmp_path / "run").items():
+        torch.testing.assert_close(value, expected[name], rtol=1e-3, atol=1e-4, msg=name)
 
 
 def test_other_images_are_not_resumed(tmp_path: Path) -> None:

@@ -123,8 +123,8 @@ class OptimConfig:
     """Weight decay, on every parameter."""
     update: Literal["fused", "torch"] = "fused"
     """What steps the weights: SGD and the key encoder's average in one pass over memory, or torch.optim.SGD and then
-    the average, which agree to rounding. Fused is the default as the faster: measured on two CPU cores, it takes half
-    the time for a ResNet-50's."""
+    the average, which agree to rounding, so that a run may go on with the other. Fused is the default as the faster:
+    measured on two CPU cores, it takes half the time for a ResNet-50's."""
     schedule: Literal["constant", "cosine"] = "constant"
     """Learning rate after the warm-up: constant, or half a cosine falling towards 0 at the end."""
     warmup_epochs: float = 0.0
@@ -223,23 +223,30 @@ def _plain(value: Any) -> Any:
     return str(value) if isinstance(value, Path) else value
 
 
-# A resumed run may differ in these: they do not change what is computed.
+# A resumed run may differ in these: they do not change what is computed, `update` to rounding.
 FREE_ON_RESUME = {
     "data": {"data", "labels", "workers"},
+    "optim": {"update"},
     "run": {"out", "resume", "log_every", "checkpoint_every", "keep_checkpoints", "knn_every"},
 }
 
 
-def changed_fields(stored: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """What a resumed run was given that differs from the stored configuration, as "--field was A, is B"."""
+def changed_fields(stored: dict[str, Any], config: Config) -> list[str]:
+    """What a resumed run was given that differs from the stored configuration, as "--field was A, is B".
+
+    A field that the stored one lacks came after the version that wrote it, and counts as its default: a new field's
+    default has to be what was done before there was the field, or the field be free on resume.
+    """
     changes = []
-    for group, values in now.items():
+    for group, values in to_json(config).items():
         if not isinstance(values, dict):
             if stored.get(group) != values:
                 changes.append(f"{group} was {stored.get(group)}, is {values}")
             continue
+        known = dataclasses.fields(getattr(config, group))
+        defaults = {f.name: _plain(f.default) for f in known if f.default is not dataclasses.MISSING}
+        before = defaults | stored.get(group, {})
         for name, value in values.items():
-            before = stored.get(group, {}).get(name)
-            if before != value and name not in FREE_ON_RESUME.get(group, set()):
-                changes.append(f"--{name.replace('_', '-')} was {before}, is {value}")
+            if before.get(name) != value and name not in FREE_ON_RESUME.get(group, set()):
+                changes.append(f"--{name.replace('_', '-')} was {before.get(name)}, is {value}")
     return changes

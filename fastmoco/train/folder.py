@@ -29,7 +29,7 @@ def find_checkpoint(config: Config, store: Store) -> Checkpoint | None:
         raise UserError(f"--out {run.out} holds a run already: pass --resume to go on with it, or another folder")
     saved = store.latest() if run.resume else None
     if saved is not None:
-        changes = changed_fields(saved.meta["config"], to_json(config))
+        changes = changed_fields(saved.meta["config"], config)
         if changes:
             raise UserError(f"--resume: the run in {run.out} began with other settings: {'; '.join(changes)}")
     return saved
