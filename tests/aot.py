@@ -1,23 +1,25 @@
 """Compiles the Triton kernels for GPUs that are not here, and reads in the machine code what became of them.
 
-The launchers themselves are run, on CPU tensors of the method's sizes, with the launch replaced by a note of it: what
-is compiled is what they would launch. Run as a program, in a process where TRITON_INTERPRET is not set, it prints a
-JSON list of `Report`s; names of cases as arguments select some.
+The launchers themselves are run, on CPU tensors of the method's sizes and as if on the device in question, with the
+launch replaced by a note of it: what is compiled is what they would launch there. Run as a program, in a process where
+TRITON_INTERPRET is not set, it prints a JSON list of `Report`s; names of cases as arguments select some.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import re
 import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import triton
@@ -27,8 +29,11 @@ from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
 from bench.shapes import resnet50_shapes
+from fastmoco.kernels import crosscorr, ema, infonce, pooled_mse, queue_push, sgd_ema
 
-ARCHITECTURES = (80, 90, 100)
+# Multiprocessors of the A100, the H100 and the B200 (SXM), after which launchers cut up their work.
+ARCHITECTURES = {80: 108, 90: 132, 100: 148}
+LAUNCHERS = (crosscorr, ema, infonce, pooled_mse, queue_push, sgd_ema)
 DTYPES = {
     torch.float32: "fp32",
     torch.bfloat16: "bf16",
@@ -43,21 +48,23 @@ CUOBJDUMP = Path(triton.backends.nvidia.__file__).parent / "bin" / "cuobjdump"
 
 @dataclass(frozen=True, slots=True)
 class Launch:
-    """A kernel, its arguments by name in order, and the launch options."""
+    """A kernel, its arguments by name in order, the launch options, and how many programs there are of it."""
 
     kernel: JITFunction
     arguments: dict[str, Any]
     options: dict[str, int]
+    programs: int
 
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """One kernel of one case on one architecture, `shared` in bytes, `local` the count of local-memory accesses,
-    `vectors` that of accesses to global memory of 16 bytes."""
+    """One kernel of one case on one architecture, launched as `programs`; `shared` in bytes, `local` the count of
+    local-memory accesses, `vectors` that of accesses to global memory of 16 bytes."""
 
     case: str
     kernel: str
     architecture: int
+    programs: int
     registers: int
     threads: int
     shared: int
@@ -68,22 +75,25 @@ class Report:
 
 
 @contextmanager
-def recording() -> Iterator[list[Launch]]:
-    """Notes launches in place of making them."""
+def recording(architecture: int) -> Iterator[list[Launch]]:
+    """Notes launches in place of making them, as on a device of that architecture."""
     launches: list[Launch] = []
 
     def run(self: JITFunction, *positional: Any, grid: Any, warmup: bool, **named: Any) -> None:
         arguments = dict(zip(self.arg_names, positional, strict=False))
         options = {name: value for name, value in named.items() if name not in self.arg_names}
         arguments |= {name: value for name, value in named.items() if name in self.arg_names}
-        launches.append(Launch(self, {name: arguments[name] for name in self.arg_names}, options))
+        launches.append(Launch(self, {name: arguments[name] for name in self.arg_names}, options, math.prod(grid)))
 
-    original = JITFunction.run
-    JITFunction.run = run
-    try:
+    def processors(device: torch.device) -> int:
+        return ARCHITECTURES[architecture]
+
+    with ExitStack() as patches:
+        patches.enter_context(mock.patch.object(JITFunction, "run", run))
+        for module in LAUNCHERS:
+            if hasattr(module, "processors"):
+                patches.enter_context(mock.patch.object(module, "processors", processors))
         yield launches
-    finally:
-        JITFunction.run = original
 
 
 def source(launch: Launch) -> ASTSource:
@@ -120,6 +130,7 @@ def build(case: str, launch: Launch, architecture: int) -> Report:
         case=case,
         kernel=launch.kernel.__name__,
         architecture=architecture,
+        programs=launch.programs,
         registers=int(registers[1]),
         threads=compiled.metadata.num_warps * 32,
         shared=compiled.metadata.shared,
@@ -135,26 +146,22 @@ def _cuobjdump(option: str, path: str) -> str:
 
 
 def _infonce(n: int, d: int, dtype: torch.dtype, *, k: int = 65536, simclr: bool = False) -> None:
-    from fastmoco.kernels.infonce import infonce
-
     skip = torch.zeros(n, 2, dtype=torch.int64) if simclr else None
     # float16, and not the others, with the running maximum.
-    infonce(torch.empty(n, d), torch.empty(n, d), torch.empty(k, d, dtype=dtype), skip, 0.07, 0.0, False, True, simclr)
+    infonce.infonce(
+        torch.empty(n, d), torch.empty(n, d), torch.empty(k, d, dtype=dtype), skip, 0.07, 0.0, False, True, simclr
+    )
 
 
 def _crosscorr(n: int, d: int, form: str, dtype: torch.dtype = torch.float32) -> None:
-    from fastmoco.kernels.crosscorr import crosscorr
-
     z = torch.ones(4, n, d, dtype=dtype)
-    crosscorr(z, z.clone(), 1.0, 1 / 32, form, True)
+    crosscorr.crosscorr(z, z.clone(), 1.0, 1 / 32, form, True)
 
 
 def _pooled_mse(n: int, channels: int, side: int, grid: int, dtype: torch.dtype, *, pooled: bool = False) -> None:
-    from fastmoco.kernels.pooled_mse import pooled_mse, pooled_mse_backward
-
     a = torch.empty(n, channels, side, side, dtype=dtype)
-    _, difference = pooled_mse(a, a[:, :, :grid, :grid] if pooled else a, grid)
-    pooled_mse_backward(difference, torch.ones(()), side, side, dtype)
+    _, difference = pooled_mse.pooled_mse(a, a[:, :, :grid, :grid] if pooled else a, grid)
+    pooled_mse.pooled_mse_backward(difference, torch.ones(()), side, side, dtype)
 
 
 def _resnet50(dtype: torch.dtype = torch.float32) -> list[torch.Tensor]:
@@ -162,23 +169,17 @@ def _resnet50(dtype: torch.dtype = torch.float32) -> list[torch.Tensor]:
 
 
 def _ema(source: torch.dtype) -> None:
-    from fastmoco.kernels.ema import ema_update
-
-    ema_update(_resnet50(), _resnet50(source), _resnet50(torch.bfloat16), 0.999)
+    ema.ema_update(_resnet50(), _resnet50(source), _resnet50(torch.bfloat16), 0.999)
 
 
 def _sgd_ema(gradient: torch.dtype) -> None:
-    from fastmoco.kernels.sgd_ema import sgd_ema_update
-
     lists = [_resnet50(dtype) for dtype in (torch.float32, gradient, torch.float32, torch.float32, torch.bfloat16)]
     options = {"lr": 0.03, "momentum": 0.9, "weight_decay": 1e-4, "ema": 0.999, "found_inf": torch.zeros(())}
-    sgd_ema_update(*lists, **options)
+    sgd_ema.sgd_ema_update(*lists, **options)
 
 
 def _queue_push(n: int, d: int, dtype: torch.dtype) -> None:
-    from fastmoco.kernels.queue_push import queue_push
-
-    queue_push(torch.empty(65536, d, dtype=dtype), torch.zeros((), dtype=torch.int64), torch.empty(n, d))
+    queue_push.queue_push(torch.empty(65536, d, dtype=dtype), torch.zeros((), dtype=torch.int64), torch.empty(n, d))
 
 
 # The method's sizes, for every architecture.
@@ -190,6 +191,8 @@ METHOD: dict[str, Callable[[], None]] = {
     "crosscorr N=32": partial(_crosscorr, 32, 2048, "gram"),
     "pooled_mse 56 to 16, fp32": partial(_pooled_mse, 32, 256, 56, 16, torch.float32),
     "pooled_mse 56 to 16, bf16": partial(_pooled_mse, 32, 256, 56, 16, torch.bfloat16),
+    "pooled_mse 64 to 1, 256 channels": partial(_pooled_mse, 32, 256, 64, 1, torch.bfloat16),
+    "pooled_mse 8 to 1, 2048 channels": partial(_pooled_mse, 32, 2048, 8, 1, torch.bfloat16),
     "ema ResNet-50": partial(_ema, torch.float32),
     "sgd_ema ResNet-50": partial(_sgd_ema, torch.float32),
     "queue_push 256": partial(_queue_push, 256, 128, torch.bfloat16),
@@ -211,16 +214,20 @@ OTHERS: dict[str, Callable[[], None]] = {
 
 
 def reports(names: list[str]) -> Iterator[Report]:
-    """Every launch of the cases named, or of all."""
+    """Every launch of the cases named, or of all; what several cases launch alike is compiled once."""
+    built: dict[tuple[str, str, int], Report] = {}
     for name, run in (METHOD | OTHERS).items():
         if names and name not in names:
             continue
-        with recording() as launches:
-            run()
-        assert launches, name
-        for launch in launches:
-            for architecture in ARCHITECTURES if name in METHOD else (90,):
-                yield build(name, launch, architecture)
+        for architecture in ARCHITECTURES if name in METHOD else (90,):
+            with recording(architecture) as launches:
+                run()
+            assert launches, name
+            for launch in launches:
+                key = source(launch).hash(), repr(launch.options), architecture
+                if key not in built:
+                    built[key] = build(name, launch, architecture)
+                yield replace(built[key], case=name, programs=launch.programs)
 
 
 if __name__ == "__main__":

@@ -58,6 +58,15 @@ def test_everything_was_compiled(reports: list[dict]) -> None:
     assert {report["kernel"] for report in reports if report["dots"]} == {"sweep"}
 
 
+def test_each_architecture_has_its_own_division_of_work(reports: list[dict]) -> None:
+    """65,536 rows for two programs a multiprocessor, in whole steps of 64; 32 cells of 2,048 channels, for four."""
+    launched = {(r["case"], r["kernel"], r["architecture"]): r["programs"] for r in reports}
+    sweeps = {a: launched["infonce N=32 bf16", "sweep", a] for a in SHARED}
+    assert sweeps == {80: 205, 90: 256, 100: 256}
+    cells = {a: launched["pooled_mse 8 to 1, 2048 channels", "forward", a] for a in SHARED}
+    assert cells == {80: 32 * 2048 // 128, 90: 32 * 2048 // 64, 100: 32 * 2048 // 64}
+
+
 def test_memory_is_accessed_16_bytes_at_a_time(reports: list[dict]) -> None:
     """In every kernel but the one that moves a single number."""
     narrow = {r["kernel"] for r in reports if r["architecture"] != 90 and not r["vectors"]}
