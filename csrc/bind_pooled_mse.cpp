@@ -70,10 +70,9 @@ void bind_pooled_mse(py::module_& module) {
   module.def(kForward, &forward, py::arg("a"), py::arg("b"), py::arg("pooled"), py::arg("difference"), py::kw_only(),
              py::arg("batch"), py::arg("height"), py::arg("width"), py::arg("channels"), py::arg("grid"),
              py::arg("dtype"), py::arg("threads"),
-             "difference <- pool(a) - pool(b), (batch, grid, grid, channels) float32; returns the mean of its squares.\n"
-             "\n"
-             "a, b: addresses of (batch, height, width, channels) maps of `dtype`, 'float32', 'bfloat16' or 'float16';\n"
-             "pooled: in place of b (0 then) the address of pool(b), laid out as `difference`; 0 with a whole b.\n"
+             "difference <- pool(a) - pool(b), (batch, grid, grid, channels) float32; returns its squares' mean.\n\n"
+             "a, b: addresses of (batch, height, width, channels) maps of `dtype`: 'float32', 'bfloat16' or\n"
+             "'float16'. pooled: in place of b (0 then) the address of pool(b), laid out as `difference`; else 0.\n"
              "Raises ValueError for a null or unaligned address, both or neither of b and pooled, a size of 0,\n"
              "another dtype, or fewer than one thread.");
   module.def(kBackward, &backward, py::arg("difference"), py::arg("da"), py::kw_only(), py::arg("scale"),

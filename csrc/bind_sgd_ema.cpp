@@ -31,7 +31,8 @@ void run(const Arguments& a, Place place) {
   tensors.reserve(a.sizes.size());
   for (std::size_t i = 0; i < a.sizes.size(); ++i) {
     const auto size = a.sizes[i];
-    if (a.shadows[i] != 0 && a.targets[i] == 0) throw std::invalid_argument("sgd_ema_update: a shadow without a target");
+    if (a.shadows[i] != 0 && a.targets[i] == 0)
+      throw std::invalid_argument("sgd_ema_update: a shadow without a target");
     // The dtype that it is read in, for the look at its alignment.
     const void* const gradient = a.copies[i] != 0
                                      ? static_cast<void*>(pointer<std::uint16_t>(kName, a.gradients[i], size))
@@ -64,7 +65,8 @@ void checked(const Arguments& a, Place place) {
 
 void on_cpu(const Addresses& parameters, const Addresses& gradients, const Addresses& buffers,
             const Addresses& targets, const Addresses& shadows, const Addresses& copies, const Sizes& sizes,
-            double lr, double momentum, double weight_decay, double ema, std::uintptr_t found_inf, const std::string& dtype, int threads) {
+            double lr, double momentum, double weight_decay, double ema, std::uintptr_t found_inf,
+            const std::string& dtype, int threads) {
   check_threads(kName, threads);
   checked({parameters, gradients, buffers, targets, shadows, copies, sizes, lr, momentum, weight_decay, ema, found_inf,
            dtype},
@@ -73,8 +75,8 @@ void on_cpu(const Addresses& parameters, const Addresses& gradients, const Addre
 
 void on_cuda(const Addresses& parameters, const Addresses& gradients, const Addresses& buffers,
              const Addresses& targets, const Addresses& shadows, const Addresses& copies, const Sizes& sizes,
-             double lr, double momentum, double weight_decay, double ema, std::uintptr_t found_inf, const std::string& dtype, int device,
-             std::uintptr_t stream) {
+             double lr, double momentum, double weight_decay, double ema, std::uintptr_t found_inf,
+             const std::string& dtype, int device, std::uintptr_t stream) {
   checked({parameters, gradients, buffers, targets, shadows, copies, sizes, lr, momentum, weight_decay, ema, found_inf,
            dtype},
           CudaPlace{device, stream});
@@ -91,8 +93,8 @@ void bind_sgd_ema(py::module_& module) {
              "bfloat16 to its shadow; in place.\n\n"
              "Lists of addresses of dense memory, all as long as sizes (elements); 0 in buffers, targets, shadows or\n"
              "copies for what a parameter lacks. A copy takes the parameter as bfloat16, the dtype of its gradient.\n"
-             " found_inf: address of a float32 that, where it is 1, has parameters and\n"
-             "buffers left as they are; 0 for none. dtype: 'float32' or 'float64'.\n"
+             "found_inf: address of a float32 that, where it is 1, has parameters and buffers left as they are; 0 for\n"
+             "none. dtype: 'float32' or 'float64'.\n"
              "Raises ValueError for lists of different lengths, a null or unaligned address, a shadow without a\n"
              "target, an ema outside [0, 1], another dtype, or fewer than one thread.");
   module.def("sgd_ema_update_cuda", &on_cuda, py::arg("parameters"), py::arg("gradients"), py::arg("buffers"),

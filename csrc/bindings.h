@@ -32,7 +32,8 @@ inline void check_threads(const char* operation, int threads) {
 }
 
 inline void check_length(const char* operation, const char* list, std::size_t length, std::size_t sizes) {
-  if (length != sizes) throw std::invalid_argument(std::string(operation) + ": " + list + " and sizes differ in length");
+  if (length != sizes)
+    throw std::invalid_argument(std::string(operation) + ": " + list + " and sizes differ in length");
 }
 
 // Whether `dtype` is "float32"; false for "float64", and std::invalid_argument thrown for any other.

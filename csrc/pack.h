@@ -41,17 +41,19 @@ FASTMOCO_HOST_DEVICE FASTMOCO_INLINE std::uint16_t bf16_bits(float x) {
   return static_cast<std::uint16_t>(x != x ? 0x7FC0u : rounded);
 }
 
+FASTMOCO_HOST_DEVICE FASTMOCO_INLINE float bf16_value(std::uint16_t bits) {
+  const std::uint32_t wide = static_cast<std::uint32_t>(bits) << 16;
+  float x;
+  std::memcpy(&x, &wide, sizeof x);
+  return x;
+}
+
 // Elements of T from the bits of as many bfloat16.
 template <typename T, int kWidth>
 FASTMOCO_HOST_DEVICE FASTMOCO_INLINE Pack<T, kWidth> load_bf16(const std::uint16_t* address) {
   const auto narrow = load<kWidth>(address);
   Pack<T, kWidth> pack;
-  for (int j = 0; j < kWidth; ++j) {
-    const std::uint32_t bits = static_cast<std::uint32_t>(narrow.lane[j]) << 16;
-    float x;
-    std::memcpy(&x, &bits, sizeof x);
-    pack.lane[j] = static_cast<T>(x);
-  }
+  for (int j = 0; j < kWidth; ++j) pack.lane[j] = static_cast<T>(bf16_value(narrow.lane[j]));
   return pack;
 }
 

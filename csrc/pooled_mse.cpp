@@ -8,6 +8,8 @@
 #include <omp.h>
 #endif
 
+#include "pack.h"
+
 namespace fastmoco {
 namespace {
 
@@ -21,7 +23,7 @@ FASTMOCO_INLINE To bits_as(From from) {
 
 FASTMOCO_INLINE float load(float x) { return x; }
 
-FASTMOCO_INLINE float load(BFloat16 x) { return bits_as<float>(static_cast<std::uint32_t>(x.bits) << 16); }
+FASTMOCO_INLINE float load(BFloat16 x) { return bf16_value(x.bits); }
 
 FASTMOCO_INLINE float load(Half x) {
   const std::uint32_t bits = x.bits;
@@ -33,11 +35,7 @@ FASTMOCO_INLINE float load(Half x) {
 
 FASTMOCO_INLINE void store(float x, float* to) { *to = x; }
 
-FASTMOCO_INLINE void store(float x, BFloat16* to) {
-  const auto bits = bits_as<std::uint32_t>(x);
-  const std::uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-  to->bits = static_cast<std::uint16_t>((bits & 0x7fffffffu) > 0x7f800000u ? 0x7fc0u : rounded);
-}
+FASTMOCO_INLINE void store(float x, BFloat16* to) { to->bits = bf16_bits(x); }
 
 FASTMOCO_INLINE void store(float x, Half* to) {
   const auto bits = bits_as<std::uint32_t>(x);
