@@ -261,6 +261,11 @@ def test_mistakes_are_named() -> None:
         crosscorr(z, z[:, :3])
     with pytest.raises(ValueError, match=r"\(S, N, D\)"):
         crosscorr(z[0], z[0])
+    with pytest.raises(ValueError, match="one device, not cpu and meta"):
+        crosscorr(z, z.to("meta"))
+    for empty in (z[:, :0], z[None][:0]):
+        with pytest.raises(ValueError, match="are empty"):
+            crosscorr(empty, empty)
     with pytest.raises(ValueError, match="floating"):
         crosscorr(z.long(), z)
     with pytest.raises(ValueError, match='form must be "gram", "direct" or None, not \'dual\''):
@@ -270,6 +275,12 @@ def test_mistakes_are_named() -> None:
     for name in NATIVE:
         with pytest.raises(UserError, match="too narrow for float64"):
             crosscorr(z.double(), z, implementation=name)
+
+
+def test_a_second_derivative_is_refused() -> None:
+    z = torch.randn(5, 6, requires_grad=True)
+    with pytest.raises(RuntimeError, match=r"no second derivative.*definitions\.crosscorr"):
+        torch.autograd.grad(crosscorr(z * z, z), z, create_graph=True)
 
 
 class TestStageBarlow:

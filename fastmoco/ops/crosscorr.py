@@ -30,6 +30,7 @@ import torch
 from torch import Tensor
 
 from fastmoco.ops import dispatch
+from fastmoco.ops.derivatives import refuse_second_derivative
 from fastmoco.ops.precision import no_autocast, wide
 
 # BatchNorm's, which is what the standardisation replaces.
@@ -61,8 +62,8 @@ def crosscorr(
         where N < 0.75 D. The two differ by rounding only.
     implementation: "reference", "native" or "triton"; None has it chosen.
 
-    Raises ValueError for shapes that do not fit, a dtype that is not floating, a batch of one, which has no
-    correlation, or another form.
+    Raises ValueError for shapes that do not fit, tensors on two devices, a dtype that is not floating, a batch of one,
+    which has no correlation, no columns or stages, or another form.
     """
     if z1.ndim not in (2, 3) or z1.shape != z2.shape:
         raise ValueError(
@@ -71,7 +72,11 @@ def crosscorr(
         )
     if not (z1.is_floating_point() and z2.is_floating_point()):
         raise ValueError(f"crosscorr: projections must have a floating dtype, not {z1.dtype} and {z2.dtype}")
+    if z1.device != z2.device:
+        raise ValueError(f"crosscorr: z1 and z2 must be on one device, not {z1.device} and {z2.device}")
     n, d = z1.shape[-2:]
+    if n and not z1.numel():
+        raise ValueError(f"crosscorr: z1 and z2 of shape {tuple(z1.shape)} are empty")
     if n < 2:
         raise ValueError(f"crosscorr: a batch of {n} has no cross-correlation; give at least 2 images a batch")
     if form not in (None, "gram", "direct"):
@@ -119,6 +124,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 def _backward(ctx: Any, dloss: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
     grads: list[Tensor | None] = [None] * 7
     if dloss is not None:
+        refuse_second_derivative("crosscorr")
         factor = dloss[:, None, None] if dloss.ndim else dloss
         for i, gradient in enumerate(ctx.saved_tensors):
             if ctx.needs_input_grad[i]:

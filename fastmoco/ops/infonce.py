@@ -54,12 +54,12 @@ class Options(NamedTuple):
 Result = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
-def infonce(query: Tensor, key: Tensor, bank: Tensor, **options: Any) -> Tensor:
+def infonce(query: Tensor, key: Tensor, bank: Tensor, *, temperature: float, **options: Any) -> Tensor:
     """Mean over the batch of `-log(exp(p) / (exp(p) + sum_j exp(q.bank_j/t)))`, `p = (q.k - margin)/t`: a 0-d tensor.
 
     The loss of `infonce_ranked`, which has the same arguments.
     """
-    return infonce_ranked(query, key, bank, **options).loss
+    return infonce_ranked(query, key, bank, temperature=temperature, **options).loss
 
 
 def infonce_ranked(
@@ -80,7 +80,7 @@ def infonce_ranked(
     or float64 where the query is float64 (a bfloat16 bank is multiplied as it is, with float32 sums). Gradients reach
     `query`, `key` and, where it requires one, `bank`; they are computed with the loss and have no gradient themselves.
 
-    temperature: divides the similarities; above 0.
+    temperature: divides the similarities; a number above 0, which has no gradient.
     margin: subtracted from the similarity of query and key; the rank is without it.
     normalized: whether query and key have unit length. If not they are normalised here, and the gradients are those
         of the inputs.
