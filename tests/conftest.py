@@ -22,6 +22,16 @@ if importlib.util.find_spec("hypothesis"):
     )
     settings.load_profile("steady")
 
+# What imports the Triton kernels cannot even be collected without Triton, which not every platform has.
+collect_ignore_glob = [] if importlib.util.find_spec("triton") else ["test_triton_*.py", "test_roofline.py"]
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Says so at the end: the header is not printed by `make test`, which is quiet."""
+    if collect_ignore_glob:
+        terminalreporter.write_line(f"Triton is not installed, so left out: {', '.join(collect_ignore_glob)}")
+
+
 ROOT = Path(__file__).resolve().parents[1]
 
 
