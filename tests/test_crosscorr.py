@@ -113,8 +113,10 @@ def test_stages_are_independent(
     assert losses.shape == (s,)
     # Where nothing off the diagonal counts and all is correlated, the loss is a difference from C_ii = 1.
     assert relative_error(losses / d, expected / d) <= OPERATION[losses.dtype] * max(1, d / expected.max().item())
+    # A column of a few numbers may happen to be nearly constant: standardised, its rounding is magnified.
+    bound = OPERATION[dtype] * max(1, 16 / n)
     for z, gradient in zip((z1, z2), gradients, strict=True):
-        assert z.grad is not None and relative_error(z.grad, gradient) <= OPERATION[dtype]
+        assert z.grad is not None and relative_error(z.grad, gradient) <= bound
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)

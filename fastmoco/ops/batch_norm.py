@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from fastmoco.ops import dispatch
+from fastmoco.ops.derivatives import refuse_second_derivative
 from fastmoco.ops.precision import no_autocast, wide
 
 _library = torch.library.Library("fastmoco", "FRAGMENT")
@@ -148,9 +149,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 def _gradients(ctx: Any, dy: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
     if dy is None:
         return (None,) * 7
-    # Grad mode is on in a backward with create_graph=True, and while a compiler traces it.
-    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-        raise RuntimeError("batch_norm has no second derivative; torch.nn.functional.batch_norm has one")
+    refuse_second_derivative("batch_norm", instead="torch.nn.functional.batch_norm")
     x, y, weight, bias, statistics = ctx.saved_tensors
     dx, dresidual, dweight, dbias = _backward_op(dy, x, y, weight, bias, statistics, ctx.relu, ctx.implementation)
     beside = (dy if y is None else dresidual) if ctx.needs_input_grad[3] else None
