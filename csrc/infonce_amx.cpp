@@ -46,7 +46,7 @@ struct Tiles {
 
   template <int V>
   FASTMOCO_LOCAL static void accumulate(const Sweep& sweep, const Partial& partial, const float*, std::size_t panel,
-                                        std::size_t size) {
+                                        std::size_t size, Ahead) {
     Pairs::pair_weights<V>(partial.logits, size);
     multiply<V, true>(partial.rows, size / 2, sweep.d, partial.logits, partial.weighted + panel * sweep.d, size / 2,
                       nullptr);

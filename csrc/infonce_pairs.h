@@ -41,10 +41,10 @@ struct Pairs {
 
   template <int V>
   FASTMOCO_LOCAL static void accumulate(const Sweep& sweep, const Partial& partial, const float*, std::size_t panel,
-                                        std::size_t size) {
+                                        std::size_t size, Ahead ahead) {
     pair_weights<V>(partial.logits, size);
     multiply<Pairs, V, true>(partial.rows, 1, sweep.d, sweep.d, partial.logits, partial.weighted + panel * sweep.d,
-                             (size + 1) / 2, Ahead{});
+                             (size + 1) / 2, Ahead{ahead.at, 0});
   }
 
   // Weights of two rows of the slice, side by side: in place, since a row is written after it has been read.

@@ -57,7 +57,7 @@ FASTMOCO_LOCAL void tile(const float* a, std::size_t row, std::size_t step, cons
     for (int v = 0; v < V; ++v) sum[m][v] = kAdd ? load(c + (m * V + v) * kLanes) : Vec{};
   }
   for (std::size_t i = 0; i < steps; ++i) {
-    if (!kAdd) __builtin_prefetch(ahead.at + i * ahead.bytes, 0, 2);
+    __builtin_prefetch(ahead.at + i * ahead.bytes, 0, 2);
     Vec right[V];
 #pragma GCC unroll 2
     for (int v = 0; v < V; ++v) right[v] = load(b + (i * V + v) * kLanes);
@@ -176,14 +176,18 @@ struct Float32 {
   template <int V>
   FASTMOCO_LOCAL static void similarities(const Sweep& sweep, const Partial& partial, const float* rows,
                                           std::size_t panel, std::size_t size, Ahead ahead) {
+    ahead.bytes /= 2;
     multiply<Float32, V, false>(rows, sweep.d, 1, size, sweep.queries + panel * sweep.d, partial.logits, sweep.d, ahead);
   }
 
   template <int V>
   FASTMOCO_LOCAL static void accumulate(const Sweep& sweep, const Partial& partial, const float* rows,
-                                        std::size_t panel, std::size_t size) {
+                                        std::size_t panel, std::size_t size, Ahead ahead) {
+    // The second half of what is wanted soon: fetched in one product alone, it would come in bursts.
+    ahead.at += size * sweep.d * ahead.bytes / 2;
+    ahead.bytes /= 2;
     multiply<Float32, V, true>(rows, 1, sweep.d, sweep.d, partial.logits, partial.weighted + panel * sweep.d, size,
-                               Ahead{});
+                               ahead);
   }
 };
 
@@ -198,7 +202,7 @@ FASTMOCO_TARGET void take(const Sweep& sweep, const Partial& partial, const floa
   if (sweep.skips) leave_out(sweep, partial.logits, kWidth, panel, begin, end);
   weigh<V>(sweep, partial.logits, size, sweep.similarity + panel, partial.maximum + panel, partial.total + panel,
            partial.rank + panel, partial.weighted + panel * d);
-  Products::template accumulate<V>(sweep, partial, rows, panel, size);
+  Products::template accumulate<V>(sweep, partial, rows, panel, size, ahead);
 }
 
 template <class Products>
