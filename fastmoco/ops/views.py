@@ -1,0 +1,164 @@
+"""Views cut from decoded images: crop, resize, colour, blur, rotation and flip, as one operation over a batch.
+
+The definition is torchvision's `transforms.v2` on float32 images in [0, 1], written out in `_view`, which is also the
+reference implementation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+import torchvision.transforms.v2.functional as F
+from torch import Tensor
+
+from fastmoco.ops import dispatch
+
+BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)
+NEUTRAL = (1.0, 1.0, 1.0, 0.0)
+
+VIEW = np.dtype(
+    [
+        ("image", np.int32),
+        ("resized", np.int32, 2),
+        ("window", np.int32, 4),
+        ("order", np.int32, 4),
+        ("factor", np.float32, 4),
+        ("sigma", np.float32),
+        ("angle", np.float32),
+        ("gray", np.int32),
+        ("flip", np.int32),
+    ]
+)
+"""What one view is: a record of 19 words of 4 bytes, the same in numpy, C++ and CUDA.
+
+image: which of the images it is cut from.
+resized: height and width to which the whole image is resized first; 0, 0 where it is not.
+window: top, left, height and width, in the image after that, of the region that is resized to the view.
+order: the colour operations (0 brightness, 1 contrast, 2 saturation, 3 hue) in the order in which they are applied.
+factor: brightness, contrast and saturation factors (1: off) and the hue shift in turns (0: off).
+sigma: standard deviation of the Gaussian blur in pixels (0: off). angle: degrees counter-clockwise.
+gray, flip: 0 or 1.
+"""
+
+Image = np.ndarray | Tensor
+
+
+def make_views(
+    images: Sequence[Image],
+    views: np.ndarray,
+    *,
+    size: int,
+    blur_kernel: int,
+    threads: int = 1,
+    implementation: str | None = None,
+) -> Tensor:
+    """Cut the M views that `views` (M,) of dtype `VIEW` describes: (M, size, size, 3) float16 in [0, 1].
+
+    images: (H, W, 3) uint8 or uint16 (whose 65535 is white), dense, numpy arrays or tensors, all on one device.
+    blur_kernel: side of the Gaussian's kernel in pixels, odd. threads: of the CPU, which do not change the result.
+
+    In this order: the whole image is resized to `resized`, bilinearly with antialiasing; `window` is cut out and
+    resized likewise to (size, size), pixels outside it unseen; the colour operations that are not neutral, in `order`,
+    each clamped to [0, 1], contrast about the image's own mean gray; gray; blur with a reflected border; rotation
+    about the centre, bilinear, with zeros outside; horizontal flip. Raises ValueError for images or records that do
+    not fit together.
+    """
+    check(images, views, size=size, blur_kernel=blur_kernel)
+    device = images[0].device if images and isinstance(images[0], Tensor) else torch.device("cpu")
+    run = dispatch.pick("views", torch.empty(0, device=device), implementation)
+    made: Tensor = run(images, views, size=size, blur_kernel=blur_kernel, threads=threads, device=device)
+    return made
+
+
+def check(images: Sequence[Image], views: np.ndarray, *, size: int, blur_kernel: int) -> None:
+    """Raise ValueError, naming the first that is wrong, where `make_views` could not be done with these."""
+    if views.dtype != VIEW or views.ndim != 1:
+        raise ValueError(f"views: needs a (M,) array of fastmoco.ops.views.VIEW, not {views.dtype} {views.shape}")
+    if size < 1 or blur_kernel < 1 or blur_kernel % 2 == 0:
+        raise ValueError(f"needs size >= 1 and an odd blur_kernel >= 1, not {size} and {blur_kernel}")
+    for i, image in enumerate(images):
+        if len(image.shape) != 3 or image.shape[2] != 3 or 0 in image.shape:
+            raise ValueError(f"images[{i}]: needs (H, W, 3), not {tuple(image.shape)}")
+        if image.dtype not in (np.uint8, np.uint16, torch.uint8, torch.uint16):
+            raise ValueError(f"images[{i}]: needs uint8 or uint16, not {image.dtype}")
+    if not len(views):
+        return
+    if views["image"].min() < 0 or views["image"].max() >= len(images):
+        raise ValueError(f"views: field image must be from 0 to {len(images) - 1}")
+    sizes = np.array([image.shape[:2] for image in images])[views["image"]]
+    first = np.where(views["resized"] > 0, views["resized"], sizes)
+    window = views["window"]
+    inside = (window[:, :2] >= 0) & (window[:, 2:] > 0) & (window[:, :2].astype(np.int64) + window[:, 2:] <= first)
+    whole = (views["resized"] > 0).all(axis=1) | (views["resized"] == 0).all(axis=1)
+    wrong = {
+        "window, which must lie inside the image": ~inside.all(axis=1),
+        "resized, which must be 0, 0 or positive": ~whole,
+        "order, which must be a permutation of 0 to 3": (np.sort(views["order"], axis=1) != np.arange(4)).any(axis=1),
+        "factor, which must be finite, and not negative but for the hue": ~np.isfinite(views["factor"]).all(axis=1)
+        | (views["factor"][:, :HUE] < 0).any(axis=1),
+        "factor, whose hue shift must be within half a turn": ~(np.abs(views["factor"][:, HUE]) <= 0.5),
+        "sigma, which must be finite and not negative": ~((views["sigma"] >= 0) & (views["sigma"] < np.inf)),
+        "angle, which must be finite": ~np.isfinite(views["angle"]),
+    }
+    for what, rows in wrong.items():
+        if rows.any():
+            raise ValueError(f"views[{int(rows.argmax())}]: field {what}: {views[rows.argmax()]}")
+
+
+def _reference(
+    images: Sequence[Image],
+    views: np.ndarray,
+    *,
+    size: int,
+    blur_kernel: int,
+    threads: int,
+    device: torch.device,
+) -> Tensor:
+    made = torch.empty((len(views), size, size, 3), dtype=torch.float16, device=device)
+    for view, out in zip(views, made, strict=True):
+        x = _view(_unit(images[int(view["image"])]), view, size, blur_kernel)
+        out.copy_(x.permute(1, 2, 0))
+    return made
+
+
+def _unit(image: Image) -> Tensor:
+    """(H, W, 3) integers as (3, H, W) float32 in [0, 1]."""
+    x = torch.as_tensor(image) if isinstance(image, Tensor) or image.flags.writeable else torch.tensor(image)
+    white = 65535.0 if x.dtype == torch.uint16 else 255.0
+    return x.permute(2, 0, 1).float().div(white)
+
+
+def _view(x: Tensor, view: np.ndarray, size: int, blur_kernel: int) -> Tensor:
+    """The view that the record `view` makes of `x` (3, H, W) float32: (3, size, size) float32."""
+    if view["resized"].any():
+        x = F.resize(x, view["resized"].tolist(), antialias=True)
+    top, left, height, width = view["window"].tolist()
+    x = x[:, top : top + height, left : left + width]
+    x = F.resize(x, [size, size], antialias=True)
+    for operation in view["order"]:
+        x = _jitter(x, int(operation), float(view["factor"][operation]))
+    if view["gray"]:
+        x = F.rgb_to_grayscale(x, num_output_channels=3)
+    if view["sigma"] > 0 and blur_kernel > 1:
+        x = F.gaussian_blur(x, [blur_kernel] * 2, [float(view["sigma"])] * 2)
+    if view["angle"] != 0:
+        x = F.rotate(x, float(view["angle"]), interpolation=F.InterpolationMode.BILINEAR)
+    return F.horizontal_flip(x) if view["flip"] else x
+
+
+_COLOURS: dict[int, Callable[[Tensor, float], Tensor]] = {
+    BRIGHTNESS: F.adjust_brightness,
+    CONTRAST: F.adjust_contrast,
+    SATURATION: F.adjust_saturation,
+    HUE: F.adjust_hue,
+}
+
+
+def _jitter(x: Tensor, operation: int, factor: float) -> Tensor:
+    """One colour operation; a neutral factor leaves the image untouched, as it would up to rounding."""
+    return x if factor == NEUTRAL[operation] else _COLOURS[operation](x, factor)
+
+
+dispatch.register("views", "reference", _reference)
