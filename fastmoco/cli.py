@@ -114,6 +114,13 @@ def doctor(args: list[str]) -> int:
     return report(args)
 
 
+def data(args: list[str]) -> int:
+    """Check images before training on them: fastmoco data scan."""
+    from fastmoco.data.commands import dispatch as run
+
+    return run(args)
+
+
 def demo(args: list[str]) -> int:
     """Draw tissue patches, pretrain on them, and show what was gained."""
     from fastmoco.demo import DemoArgs, run_demo
@@ -126,6 +133,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "recipes": list_recipes,
     "evaluate": evaluate,
     "export": export,
+    "data": data,
     "doctor": doctor,
     "demo": demo,
 }

@@ -394,3 +394,9 @@ def test_results_in_an_impossible_place_are_a_user_error(
     with pytest.raises(UserError, match="--out"):
         write_results([result], tmp_path / "file")
     print_result(result)
+
+
+def test_sixteen_bit_images_are_what_eight_bit_ones_are() -> None:
+    image = np.random.default_rng(0).integers(0, 256, (20, 30, 3), dtype=np.uint8)
+    wide = image.astype(np.uint16) * 257
+    torch.testing.assert_close(evaluation_image(wide, size=16), evaluation_image(image, size=16), atol=1e-6, rtol=0)

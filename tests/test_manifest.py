@@ -12,8 +12,9 @@ from PIL import Image
 
 from fastmoco.data import verify
 from fastmoco.data.dali import dali_installed
-from fastmoco.data.decode import decode_rgb
-from fastmoco.data.manifest import load_manifest
+from fastmoco.data.decode import decode
+from fastmoco.data.manifest import Manifest, load_manifest
+from fastmoco.data.store import BadFile
 from fastmoco.errors import UserError
 
 NEEDS_DALI = pytest.mark.skipif(not dali_installed(), reason="no DALI here")
@@ -82,11 +83,11 @@ def test_the_check_is_cached_by_size_and_time(tmp_path: Path, monkeypatch: pytes
         picture(tmp_path / "set" / name)
     decoded: list[str] = []
 
-    def spy(path: Path) -> np.ndarray:
-        decoded.append(path.name)
-        return decode_rgb(path)
+    def spy(data: bytes, name: str) -> np.ndarray:
+        decoded.append(name)
+        return decode(data, name)
 
-    monkeypatch.setattr(verify, "decode_rgb", spy)
+    monkeypatch.setattr(verify, "decode", spy)
     load_manifest(tmp_path / "set", progress=False)
     assert sorted(decoded) == ["a.png", "b.png"]
     decoded.clear()
@@ -99,6 +100,35 @@ def test_the_check_is_cached_by_size_and_time(tmp_path: Path, monkeypatch: pytes
     found = load_manifest(tmp_path / "set", progress=False)
     assert decoded == ["b.png"]
     assert [item.file for item in found.skipped] == ["b.png"]
+
+
+def test_a_manifest_made_by_hand_checks_no_stamps(tmp_path: Path) -> None:
+    picture(tmp_path / "a.png")
+    made = Manifest(root=tmp_path, files=["a.png"], sizes=np.array([[9, 12]], dtype=np.int32))
+    assert made.dali.tolist() == [True]
+    os.utime(tmp_path / "a.png", ns=(1, 1))
+    assert made.decode(0)[0, 0].tolist() == [100, 50, 7]
+
+
+def test_a_file_changed_since_it_was_checked_is_named(tmp_path: Path) -> None:
+    for name in ("a.png", "b.png", "c.png", "d.png"):
+        picture(tmp_path / name)
+    found = load_manifest(tmp_path, progress=False)
+    assert found.stamps is not None
+    size = (tmp_path / "a.png").stat().st_size
+    assert found.stamps[0].tolist() == [size, (tmp_path / "a.png").stat().st_mtime_ns]
+    picture(tmp_path / "a.png", width=300, height=200)
+    os.utime(tmp_path / "b.png", ns=(1, 1))
+    (tmp_path / "c.png").unlink()
+    for index, reason in enumerate([f"bytes, was {size:,}", "same number of bytes", "no such file"]):
+        with pytest.raises(BadFile, match=reason) as caught:
+            found.decode(index)
+        assert caught.value.file == str(tmp_path / found.files[index])
+    with pytest.raises(BadFile, match=r"d\.png: cannot be decoded \(not an image"):
+        found.decode_bytes(3, b"no image")
+    with pytest.raises(BadFile, match=r"d\.png: its size is not what it was"):
+        found.decode_bytes(3, picture(tmp_path / "other.png", width=5).read_bytes())
+    assert found.select(np.array([3])).decode(0).shape == (9, 12, 3)
 
 
 def test_a_damaged_cache_is_ignored(tmp_path: Path) -> None:
@@ -135,21 +165,6 @@ def test_a_label_with_one_value_is_refused(tmp_path: Path) -> None:
         load_manifest(tmp_path, rows, label=["y"], progress=False)
 
 
-def test_sixteen_bits_do_not_turn_white(tmp_path: Path) -> None:
-    values = np.array([[0, 257 * 10, 257 * 200, 65535]], dtype=np.uint16)
-    Image.fromarray(values).save(tmp_path / "x.png")
-    assert decode_rgb(tmp_path / "x.png")[0, :, 1].tolist() == [0, 10, 200, 255]
-
-
-def test_exif_rotation_is_applied(tmp_path: Path) -> None:
-    image = Image.new("RGB", (12, 9))
-    exif = image.getexif()
-    exif[0x0112] = 6
-    image.save(tmp_path / "x.jpg", exif=exif)
-    assert decode_rgb(tmp_path / "x.jpg").shape == (12, 9, 3)
-    assert load_manifest(tmp_path, progress=False).sizes.tolist() == [[12, 9]]
-
-
 def test_a_file_listed_twice_is_refused(tmp_path: Path) -> None:
     picture(tmp_path / "a.png")
     rows = table(tmp_path / "l.csv", [{"file": "a.png"}, {"file": "./a.png"}])
@@ -170,13 +185,13 @@ def test_what_may_pass_is_not_remembered(tmp_path: Path, monkeypatch: pytest.Mon
     picture(tmp_path / "set" / "a.png")
     picture(tmp_path / "set" / "b.png")
 
-    def flaky(path: Path) -> np.ndarray:
-        if path.name == "b.png":
-            raise OSError(5, "Input/output error")
-        return decode_rgb(path)
+    def flaky(data: bytes, name: str) -> np.ndarray:
+        if name == "b.png":
+            raise MemoryError
+        return decode(data, name)
 
     with monkeypatch.context() as patch:
-        patch.setattr(verify, "decode_rgb", flaky)
+        patch.setattr(verify, "decode", flaky)
         assert load_manifest(tmp_path / "set", progress=False).files == ["a.png"]
     assert load_manifest(tmp_path / "set", progress=False).files == ["a.png", "b.png"]
 

@@ -12,7 +12,8 @@ from pathlib import Path
 
 import numpy as np
 
-from fastmoco.data.decode import IMAGE_SUFFIXES, decode_rgb
+from fastmoco.data.decode import IMAGE_SUFFIXES, Undecodable, decode
+from fastmoco.data.store import BadFile, Store, open_store
 from fastmoco.data.verify import Skipped, verify_files
 from fastmoco.errors import UserError
 
@@ -21,51 +22,87 @@ FOLDER_LABEL = "folder"
 
 @dataclass(kw_only=True)
 class Manifest:
-    """`n` decodable images under `root`.
+    """`n` decodable images under `root`: a folder of files or of tar shards, or an .npz file.
 
-    `sizes` is (n, 2) int32, height and width in pixels after EXIF rotation. `labels` maps a column's name to (n,)
-    int64 class numbers, and `class_names` says what each number was called. `patients` and `splits` are (n,)
-    arrays of strings, or None where the data do not say. `skipped` lists the files that were left out, and why.
+    `sizes` is (n, 2) int32, height and width in pixels after EXIF rotation. `stamps` is (n, 2) int64, the bytes and
+    the modification time (ns; 0: not known) of each file when it was checked, or None: then reading checks neither.
+    `dali` is (n,) bool: whether DALI decodes the file to what `decode` returns; all True where it is not given.
+    `offsets` is (n,) int64, where each member of a tar shard begins in it, and None where the files lie by
+    themselves. `labels` maps a column's name to (n,) int64 class numbers, and `class_names` says what each number
+    was called. `patients` and `splits` are (n,) arrays of strings, or None where the data do not say. `skipped`
+    lists the files that were left out, and why.
     """
 
     root: Path
     files: list[str]
     sizes: np.ndarray
+    stamps: np.ndarray | None = None
+    dali: np.ndarray = None  # type: ignore[assignment]  # never None once made
+    offsets: np.ndarray | None = None
     labels: dict[str, np.ndarray] = field(default_factory=dict)
     class_names: dict[str, list[str]] = field(default_factory=dict)
     patients: np.ndarray | None = None
     splits: np.ndarray | None = None
     skipped: list[Skipped] = field(default_factory=list)
+    _store: Store = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        if self.dali is None:
+            self.dali = np.ones(len(self.files), dtype=bool)
+        self._store = open_store(self.root, self.offsets)
 
     def __len__(self) -> int:
         return len(self.files)
 
     def path(self, index: int) -> Path:
-        """Where image `index` lies."""
+        """Where image `index` lies; of a shard's member, the shard's path and the member's name in it."""
         return self.root / self.files[index]
 
-    def decode(self, index: int) -> np.ndarray:
-        """Image `index` as (H, W, 3) uint8. Raises UserError naming the file where it is not what it was."""
-        path = self.path(index)
+    def read(self, index: int) -> bytes | np.ndarray:
+        """The encoded bytes of image `index`, or its pixels (H, W, 3) uint8 or uint16 where they are not encoded.
+
+        Raises BadFile where it is missing, unreadable, or neither as long nor as old as when it was checked. Safe
+        to call from several threads, as `decode_bytes` and `decode` are.
+        """
+        stamp = None if self.stamps is None else (int(self.stamps[index, 0]), int(self.stamps[index, 1]))
+        offset = None if self.offsets is None else int(self.offsets[index])
+        return self._store.read(self.files[index], stamp, offset)
+
+    def decode_bytes(self, index: int, data: bytes | np.ndarray) -> np.ndarray:
+        """What `read` returned for image `index` as (H, W, 3), uint8 or uint16.
+
+        Raises BadFile where it does not decode, or to another size than when it was checked.
+        """
+        path = str(self.path(index))
         try:
-            image = decode_rgb(path)
-        except Exception as error:  # Pillow's decoders raise nearly anything on damaged files
-            raise UserError(f"{path}: cannot be decoded ({error}); was it changed since it was checked?") from error
+            image = decode(data, path) if isinstance(data, bytes) else data
+        except Undecodable as error:
+            raise BadFile(path, f"cannot be decoded ({error}); was it changed since it was checked?") from error
         if image.shape[:2] != tuple(self.sizes[index]):
-            raise UserError(f"{path}: its size is not what it was when it was checked; start again")
+            raise BadFile(path, "its size is not what it was when it was checked; start again")
         return image
+
+    def decode(self, index: int) -> np.ndarray:
+        """Image `index` as (H, W, 3), uint8 or uint16. Raises BadFile as `read` and `decode_bytes` do."""
+        return self.decode_bytes(index, self.read(index))
 
     def select(self, chosen: np.ndarray) -> Manifest:
         """The manifest of some of the images, given as a mask or as indices."""
         indices = np.flatnonzero(chosen) if chosen.dtype == bool else chosen
-        return replace(
+        some = replace(
             self,
             files=[self.files[i] for i in indices],
             sizes=self.sizes[indices],
+            stamps=None if self.stamps is None else self.stamps[indices],
+            dali=self.dali[indices],
+            offsets=None if self.offsets is None else self.offsets[indices],
             labels={name: values[indices] for name, values in self.labels.items()},
             patients=None if self.patients is None else self.patients[indices],
             splits=None if self.splits is None else self.splits[indices],
         )
+        # What was opened or loaded serves the selection too.
+        some._store = self._store
+        return some
 
     def only_split(self, split: str) -> Manifest:
         """The images whose split column says `split`. Raises UserError where there are none."""
@@ -130,12 +167,14 @@ def load_manifest(
                 f"{labels}: {len(absent)} of its {len(files)} files are not under {data}, the first is {absent[0]!r}; "
                 f"column {file_column!r} must hold paths relative to --data"
             )
-    sizes, skipped = verify_files(data, files, decoder=decoder, workers=workers, progress=progress)
+    checked, skipped = verify_files(data, files, decoder=decoder, workers=workers, progress=progress)
     encoded = {name: _encode(name, values) for name, values in columns.items()}
     everything = Manifest(
         root=data,
         files=files,
-        sizes=sizes,
+        sizes=checked.sizes,
+        stamps=checked.stamps,
+        dali=checked.dali,
         labels={name: numbers for name, (numbers, _) in encoded.items() if len(encoded[name][1]) > 1},
         class_names={name: names for name, (_, names) in encoded.items() if len(names) > 1},
         patients=None if patients is None else np.array(patients),
@@ -145,7 +184,7 @@ def load_manifest(
     constant = [name for name in label if name not in everything.labels]
     if constant:
         raise UserError(f"--label {constant[0]}: every image has the same value, so there is nothing to tell apart")
-    decodable = sizes[:, 0] > 0
+    decodable = checked.sizes[:, 0] > 0
     if not decodable.any():
         raise UserError(f"--data {data}: none of the {len(files)} files can be decoded; first: {skipped[0]}")
     return everything.select(decodable)

@@ -14,7 +14,8 @@ import numpy as np
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from fastmoco.atomic import write_text
-from fastmoco.data.decode import decode_rgb
+from fastmoco.data.decode import Undecodable, decode
+from fastmoco.data.store import BadFile, Files
 
 # Files checked between two writes of the cache, so that an interrupted check is not lost.
 _SAVE_EVERY = 10_000
@@ -33,13 +34,26 @@ class Skipped:
         return f"{self.file}: {self.reason}"
 
 
+@dataclass(frozen=True)
+class Checked:
+    """What a check found of n files, in their order.
+
+    `sizes` (n, 2) int32: heights and widths after EXIF rotation, (0, 0) where a file does not decode. `stamps` (n, 2)
+    int64: bytes and modification time in ns. `dali` (n,) bool: whether DALI may decode the file.
+    """
+
+    sizes: np.ndarray
+    stamps: np.ndarray
+    dali: np.ndarray
+
+
 def verify_files(
     root: Path, files: Sequence[str], *, decoder: str, workers: int = 0, progress: bool = True
-) -> tuple[np.ndarray, list[Skipped]]:
+) -> tuple[Checked, list[Skipped]]:
     """Decode each of `files` (paths relative to `root`) with `decoder`: "pillow" or "dali".
 
-    Returns (n, 2) int32 heights and widths after EXIF rotation, (0, 0) where a file does not decode, and the list
-    of those. Answers are cached for each (path, size, modification time, decoder) in the user's cache folder.
+    Returns what was found, and the list of those that do not decode. Answers are cached for each (path, size,
+    modification time, decoder) in the user's cache folder.
     """
     cache = _Cache(root, decoder)
     stamps = {name: _stamp(root / name) for name in files}
@@ -67,7 +81,8 @@ def verify_files(
             skipped.append(Skipped(name, outcome))
         else:
             sizes[i] = outcome
-    return sizes, skipped
+    times = np.array([stamps[name] for name in files], dtype=np.int64).reshape(-1, 2)
+    return Checked(sizes, times, np.full(len(files), decoder == "dali")), skipped
 
 
 def _check(
@@ -99,10 +114,11 @@ def _check(
 
 def _pillow_size(path: Path) -> tuple[int, int] | str:
     try:
-        height, width = decode_rgb(path).shape[:2]
-    except Exception as error:  # Pillow's decoders raise nearly anything on damaged files
-        passing = isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno is not None)
-        return f"{_PASSING if passing else ''}{type(error).__name__}: {error}".splitlines()[0]
+        height, width = decode(Files(path.parent).read(path.name, None), path.name).shape[:2]
+    except Undecodable as error:
+        return str(error)
+    except (BadFile, MemoryError) as error:
+        return _PASSING + (error.reason if isinstance(error, BadFile) else "not enough memory")
     return height, width
 
 

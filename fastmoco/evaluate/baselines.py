@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 from PIL import Image
 
+from fastmoco.data.decode import eight_bits
 from fastmoco.data.manifest import Manifest
 
 
@@ -20,7 +21,7 @@ def colour_statistics(manifest: Manifest, *, workers: int = 0) -> np.ndarray:
     """
 
     def statistics(image: np.ndarray) -> np.ndarray:
-        pixels = image.reshape(-1, 3) / 255.0
+        pixels = image.reshape(-1, 3) / np.iinfo(image.dtype).max
         rows = [pixels.mean(axis=0), pixels.std(axis=0), *np.percentile(pixels, (10, 25, 50, 75, 90), axis=0)]
         return np.stack(rows, axis=1).ravel()
 
@@ -31,7 +32,7 @@ def gray_pixels(manifest: Manifest, *, side: int = 16, workers: int = 0) -> np.n
     """(n, side * side) float32: the whole image in gray (ITU-R 601), shrunk to `side` x `side`, in [0, 1]."""
 
     def pixels(image: np.ndarray) -> np.ndarray:
-        small = Image.fromarray(image).convert("L").resize((side, side), Image.Resampling.BILINEAR)
+        small = Image.fromarray(eight_bits(image)).convert("L").resize((side, side), Image.Resampling.BILINEAR)
         return np.asarray(small, dtype=np.float32).ravel() / 255.0
 
     return _each(manifest, pixels, workers)

@@ -19,7 +19,7 @@ from fastmoco.models.encoder import Encoder
 
 
 def evaluation_image(image: np.ndarray, *, size: int, resize: float = 1.0) -> Tensor:
-    """(H, W, 3) uint8 -> (3, size, size) float32 in [0, 1]: shorter side to round(resize * size), then the
+    """(H, W, 3) uint8 or uint16 -> (3, size, size) float32 in [0, 1]: shorter side to round(resize * size), then the
     centre.
 
     Bilinear with antialias. Raises UserError where `resize` leaves less than `size`.

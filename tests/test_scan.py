@@ -1,0 +1,43 @@
+"""`fastmoco data scan`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from fastmoco import cli
+from fastmoco.errors import UserError
+
+
+@pytest.fixture
+def images(tmp_path: Path) -> Path:
+    folder = tmp_path / "set"
+    folder.mkdir()
+    for name in ("a.png", "b.png", "c.jpg"):
+        Image.fromarray(np.random.default_rng(0).integers(0, 256, (9, 12, 3), dtype=np.uint8)).save(folder / name)
+    return folder
+
+
+def test_a_clean_folder(images: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.dispatch(["data", "scan", str(images), "--strict", "--decoder", "pillow"]) == 0
+    shown = capsys.readouterr().out
+    assert "3 images (2 png, 1 jpg)" in shown and "left out: 0" in shown and "by Pillow: 3" in shown
+
+
+def test_strict_fails_where_something_is_left_out(images: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (images / "d.png").write_bytes(b"")
+    assert cli.dispatch(["data", "scan", str(images)]) == 0
+    assert cli.dispatch(["data", "scan", str(images), "--strict"]) == 1
+    assert "left out: d.png: empty" in capsys.readouterr().out
+
+
+def test_mistakes_are_named(images: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(UserError, match="did you mean scan"):
+        cli.dispatch(["data", "scna"])
+    with pytest.raises(UserError, match="no such folder"):
+        cli.dispatch(["data", "scan", str(images / "none")])
+    assert cli.dispatch(["data"]) == 2
+    assert "scan" in capsys.readouterr().out
