@@ -1,24 +1,23 @@
-"""Views made with NVIDIA DALI from the draws that `reference` takes: one decode for both views, fp16 NHWC out."""
+"""Decoding with NVIDIA DALI: one pipeline definition for the CPU and the GPU. Nothing here imports DALI before it runs.
+
+DALI decodes, and no more: what it would get wrong against torchvision (resizing at borders, hue, contrast) is done by
+`fastmoco.ops.views`, which reads its output where it lies.
+"""
 
 from __future__ import annotations
 
 import importlib.util
-import math
 from collections import deque
-from collections.abc import Generator, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
-from fastmoco.data.draws import CONTRAST, HUE, SATURATION, Draws, draw
-from fastmoco.data.manifest import Manifest
-from fastmoco.data.order import Order
-from fastmoco.data.views import ViewConfig, centre_windows
 from fastmoco.errors import UserError
 
-_CHECKED_AT_ONCE = 64
+_INPUT = "encoded"
 
 
 def dali_installed() -> bool:
@@ -31,184 +30,110 @@ def require_dali() -> None:
     if not dali_installed():
         raise UserError(
             "loader dali: NVIDIA DALI is not installed; pip install 'fastmoco[dali-cuda13]' (or "
-            "'fastmoco[dali-cuda12]' for CUDA 12), or choose the torchvision loader"
+            "'fastmoco[dali-cuda12]' for CUDA 12), or choose the pillow loader"
         )
 
 
-def dali_batches(
-    manifest: Manifest, views: ViewConfig, order: Order, *, start: int, stop: int, threads: int
-) -> Generator[tuple[torch.Tensor, torch.Tensor, np.ndarray], None, None]:
-    """Yield micro-batches `start` to `stop` - 1 as (q, k, indices), made by `threads` CPU threads.
+def decode_pipeline(*, batch_size: int, threads: int, device: torch.device, largest: int = 0) -> Any:
+    """A DALI pipeline from the encoded bytes fed to "encoded" to (H, W, 3) uint8 RGB, upright by EXIF.
 
-    q and k are (N, size, size, 3) float16 in [0, 1]; indices (N,) int64. Raises UserError naming a file
-    that cannot be decoded or whose size is not the manifest's.
+    `device` is the CPU, or the GPU that decodes ("mixed": the entropy decoding of some formats stays on the CPU). The
+    placement differs in nothing else. `largest` is the number of pixels of the largest image, from the manifest, by
+    which the GPU's buffers are sized (0: they grow as images come).
     """
-    from fastmoco.data.dali_graph import view_pipeline
+    from nvidia.dali import fn, pipeline_def, types
 
-    ahead: deque[np.ndarray] = deque()
+    on_gpu = device.type == "cuda"
 
-    def inputs(t: int) -> dict[str, Any]:
-        epoch, indices = order.batch(t)
-        ahead.append(indices)
-        return graph_inputs(manifest, views, seed=order.seed, epoch=epoch, indices=indices)
+    @pipeline_def(
+        batch_size=batch_size,
+        num_threads=threads,
+        device_id=(device.index or 0) if on_gpu else None,
+        # An output lives as long as a tensor refers to it, and a batch is scheduled when it is fed, so that one can be
+        # decoded while views are cut from another. The depth of the queue is `DaliDecoder`'s.
+        exec_dynamic=True,
+        prefetch_queue_depth=1,
+    )
+    def graph() -> Any:
+        return fn.decoders.image(
+            fn.external_source(name=_INPUT, no_copy=True),
+            device="mixed" if on_gpu else "cpu",
+            output_type=types.RGB,
+            # A progressive JPEG needs a copy of its coefficients besides.
+            device_memory_padding=3 * largest,
+            host_memory_padding=3 * largest,
+        )
 
-    def source(step: int) -> list[Any]:
-        if start + step >= stop:
-            raise StopIteration
-        return list(inputs(start + step).values())
+    return graph()
 
-    names = list(inputs(start))
-    ahead.clear()
-    pipeline = view_pipeline(views, source, names, batch_size=order.batch_size, threads=threads)
-    for _ in range(start, stop):
+
+class Undecodable(Exception):
+    """DALI's reason why it does not decode an image."""
+
+
+class DaliDecoder:
+    """Decodes batches in the order in which they are submitted, each in the background once it is.
+
+    One image that it cannot decode ends a DALI pipeline: its batch is then decoded in halves until the image stands
+    alone, and the pipeline is made anew.
+    """
+
+    def __init__(self, *, batch_size: int, threads: int, device: torch.device, largest: int = 0) -> None:
+        require_dali()
+        self._settings: dict[str, Any] = {"threads": max(threads, 1), "device": device, "largest": largest}
+        self._batch_size = batch_size
+        self._waiting: deque[list[np.ndarray]] = deque()
+        self._pipeline = self._start(batch_size)
+
+    def submit(self, encoded: Sequence[bytes]) -> None:
+        """Begin to decode a batch of at least one file."""
+        arrays = [np.frombuffer(data, dtype=np.uint8) for data in encoded]
+        self._waiting.append(arrays)
+        if len(self._waiting) == 1:
+            self._feed(self._pipeline, arrays)
+
+    def result(self) -> list[Tensor | Undecodable]:
+        """The images of the batch submitted first of those not yet given: (H, W, 3) uint8, or why there is none."""
+        arrays = self._waiting.popleft()
+        images: list[Tensor | Undecodable]
         try:
-            *made, shapes = pipeline.run()
-        except RuntimeError as error:
-            raise _explained(error, manifest, np.concatenate(ahead)) from error
-        indices = ahead.popleft()
-        if not np.array_equal(shapes.as_array()[:, :2], manifest.sizes[indices]):
-            raise _explained(None, manifest, indices)
-        q, k = (torch.from_dlpack(view.as_tensor()) for view in made)
-        yield q, k, indices
+            images = [*self._take(self._pipeline)]
+        except RuntimeError:
+            images = self._in_halves(arrays)
+            self._pipeline = self._start(self._batch_size)
+        if self._waiting:
+            self._feed(self._pipeline, self._waiting[0])
+        return images
 
+    def _start(self, batch_size: int) -> Any:
+        pipeline = decode_pipeline(batch_size=batch_size, **self._settings)
+        pipeline.build()
+        return pipeline
 
-def graph_inputs(
-    manifest: Manifest, views: ViewConfig, *, seed: int, epoch: int, indices: np.ndarray
-) -> dict[str, Any]:
-    """What the operator graph is fed for one batch: paths, regions and draws, by name, each with N rows.
+    def _feed(self, pipeline: Any, arrays: list[np.ndarray]) -> None:
+        # An empty array cannot be fed; a byte that begins no image is refused like it.
+        pipeline.feed_input(_INPUT, [data if data.size else np.zeros(1, dtype=np.uint8) for data in arrays])
+        pipeline.schedule_run()
 
-    Names that begin with "q_" and "k_" belong to one view. What the recipe leaves out is not among them.
-    """
-    from fastmoco.data.dali_graph import path_bytes
+    def _take(self, pipeline: Any) -> list[Tensor]:
+        (images,) = pipeline.share_outputs()
+        tensors = [torch.from_dlpack(images[i]) for i in range(len(images))]
+        pipeline.release_outputs()
+        return tensors
 
-    sizes = manifest.sizes[indices]
-    given: dict[str, Any] = {"path": path_bytes([manifest.path(int(i)) for i in indices])}
-    for view, which in enumerate("qk"):
-        draws = draw(views, seed=seed, epoch=epoch, indices=indices, view=view, sizes=sizes)
-        corner = np.zeros((len(indices), 2), dtype=np.int64)
-        if draws.resized is not None:
-            region = centre_windows(views, draws.resized)
-            corner = region[:, :2]
-            scale = sizes / draws.resized
-            given["region_start"] = (corner * scale).astype(np.float32)
-            given["region_end"] = ((corner + views.size) * scale).astype(np.float32)
-        given |= {f"{which}_{name}": value for name, value in _view_inputs(views, draws, corner).items()}
-    return given
-
-
-def _view_inputs(views: ViewConfig, draws: Draws, corner: np.ndarray) -> dict[str, np.ndarray]:
-    """One view's inputs; `corner` (N, 2) is where the image that the graph crops begins in resized coordinates."""
-    given: dict[str, np.ndarray] = {}
-    if views.crop_scale is not None:
-        given["start"] = (draws.window[:, :2] - corner).astype(np.int32)
-        given["shape"] = draws.window[:, 2:].astype(np.int32)
-    if views.jitters:
-        given |= _linear_inputs(draws)
-        if views.jitter[HUE] > 0:
-            given |= _hue_inputs(views, draws)
-    if views.gray_p > 0:
-        given["gray"] = draws.gray
-    if views.blurs:
-        kernel = _blur_kernels(views, draws.sigma)
-        given["blurred"] = draws.sigma > 0
-        given["kernel_y"] = kernel[:, :, None]
-        given["kernel_x"] = kernel[:, None, :]
-    if views.rotation > 0:
-        given["rotation"] = _rotations(views.size, draws.angle)
-    if views.flip_p > 0:
-        given["flip"] = draws.flip.astype(np.int32)
-    return given
-
-
-def _linear_inputs(draws: Draws) -> dict[str, np.ndarray]:
-    """The linear colour operations in their order, in slots "before" and "after" the hue; some slots stay unused."""
-    factors = np.stack([draws.brightness, draws.contrast, draws.saturation, np.ones_like(draws.hue)], axis=1)
-    factor = np.take_along_axis(factors, draws.order, axis=1)
-    rest = 1.0 - factor
-    to_gray = np.where(draws.order == SATURATION, rest, 0.0)
-    to_mean = np.where(draws.order == CONTRAST, rest, 0.0)
-    used = factor != 1.0
-    place = np.argmax(draws.order == HUE, axis=1)[:, None]
-    given: dict[str, np.ndarray] = {}
-    for slot in range(3):
-        # Operation `slot` lies before the hue if the hue comes later, and `slot` + 1 is after it if it came sooner.
-        for side, column, here in (("before", slot, slot < place), ("after", slot + 1, slot + 1 > place)):
-            given[f"{side}{slot}_used"] = used[:, column] & here[:, 0]
-            given[f"{side}{slot}_factor"] = factor[:, column].astype(np.float32)
-            given[f"{side}{slot}_to_gray"] = to_gray[:, column].astype(np.float32)
-            given[f"{side}{slot}_to_mean"] = to_mean[:, column].astype(np.float32)
-    return given
-
-
-def _hue_inputs(views: ViewConfig, draws: Draws) -> dict[str, np.ndarray]:
-    """The weights of `dali_graph._shift_hue` for each of its steps."""
-    from fastmoco.data.dali_graph import hue_steps
-
-    sixths = 6.0 * draws.hue / hue_steps(views)
-    weight = 2.0 * np.abs(sixths) - 1.0
-    ahead = sixths >= 0
-    neighbours = np.stack([np.ones_like(weight), np.where(ahead, -1.0, weight), np.where(ahead, weight, -1.0)], axis=1)
-    return {
-        "hue_used": draws.hue != 0,
-        "hue_neighbours": neighbours[:, :, None].astype(np.float32),
-        "hue_offset": (1.0 - np.abs(sixths)).astype(np.float32),
-    }
-
-
-def _blur_kernels(views: ViewConfig, sigma: np.ndarray) -> np.ndarray:
-    """(N, width) float32 Gaussian kernels, torchvision's but for the tail beyond five greatest sigmas."""
-    radius = min(views.blur_kernel // 2, math.ceil(5 * views.blur_sigma[1]))
-    x = np.arange(-radius, radius + 1) / np.where(sigma > 0, sigma, 1.0)[:, None]
-    kernel = np.exp(-0.5 * x * x)
-    return (kernel / kernel.sum(axis=1, keepdims=True)).astype(np.float32)
-
-
-def _rotations(size: int, degrees: np.ndarray) -> np.ndarray:
-    """(N, 2, 3) float32 maps from a pixel of the rotated image to its place in the source, about the centre."""
-    cos, sin = np.cos(np.deg2rad(degrees)), np.sin(np.deg2rad(degrees))
-    matrix = np.empty((len(degrees), 2, 3), dtype=np.float32)
-    matrix[:, 0, 0], matrix[:, 0, 1], matrix[:, 0, 2] = cos, -sin, (1.0 - cos + sin) * size / 2
-    matrix[:, 1, 0], matrix[:, 1, 1], matrix[:, 1, 2] = sin, cos, (1.0 - cos - sin) * size / 2
-    return matrix
-
-
-def _explained(error: RuntimeError | None, manifest: Manifest, indices: np.ndarray) -> UserError:
-    """Name those files among `indices` that stopped the pipeline or changed their size, by decoding them again."""
-    sizes = {manifest.path(int(i)): tuple(manifest.sizes[i].tolist()) for i in indices}
-    changed = [
-        f"{path}: {verdict if isinstance(verdict, str) else 'its size has changed'}"
-        for path, verdict in dali_decodable(list(sizes)).items()
-        if verdict != sizes[path]
-    ]
-    if not changed:
-        return UserError(f"DALI stopped ({_reason(error)}); the torchvision loader does without it")
-    more = f" (and {len(changed) - 1} more)" if len(changed) > 1 else ""
-    return UserError(f"{changed[0]}{more}; was it changed since the run began?")
-
-
-def dali_decodable(paths: Sequence[Path]) -> dict[Path, tuple[int, int] | str]:
-    """Decode each file as training will: its height and width after EXIF rotation, or why DALI cannot decode it.
-
-    One undecodable file ends a pipeline, so a batch that fails is halved until the file stands alone.
-    """
-    require_dali()
-    from fastmoco.data.dali_graph import decoded_sizes
-
-    verdicts: dict[Path, tuple[int, int] | str] = {}
-    batches = [list(paths[i : i + _CHECKED_AT_ONCE]) for i in range(0, len(paths), _CHECKED_AT_ONCE)]
-    while batches:
-        batch = batches.pop()
+    def _in_halves(self, arrays: list[np.ndarray]) -> list[Tensor | Undecodable]:
         try:
-            verdicts.update(zip(batch, decoded_sizes(batch), strict=True))
+            pipeline = self._start(len(arrays))
+            self._feed(pipeline, arrays)
+            return [*self._take(pipeline)]
         except RuntimeError as error:
-            if len(batch) == 1:
-                verdicts[batch[0]] = _reason(error)
-            else:
-                batches += [batch[: len(batch) // 2], batch[len(batch) // 2 :]]
-    return {path: verdicts[path] for path in paths}
+            if len(arrays) == 1:
+                return [Undecodable(reason(error))]
+        half = len(arrays) // 2
+        return self._in_halves(arrays[:half]) + self._in_halves(arrays[half:])
 
 
-def _reason(error: RuntimeError | None) -> str:
-    """What went wrong, without the traceback of the graph that DALI wraps around it."""
+def reason(error: RuntimeError) -> str:
+    """What DALI says went wrong, without the traceback of the graph that it wraps around it."""
     told = str(error).rpartition("encountered:")[2].partition("C++ context")[0].partition("Current pipeline")[0]
     return " ".join(told.split()).rstrip(" :") or "unknown error"

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import numpy as np
 
 from fastmoco.data.views import ViewConfig, centre_windows, resized_sizes
-
-BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)
+from fastmoco.ops.views import HUE, NEUTRAL, VIEW
 
 # Where each draw's uniforms lie in a sample's block. The places never move and nothing is drawn on demand, so that
 # a draw does not depend on which others a recipe uses.
@@ -23,37 +20,23 @@ _BLOCK = 56
 _LOG_RATIO = (np.log(3 / 4), np.log(4 / 3))
 
 
-@dataclass(frozen=True, slots=True)
-class Draws:
-    """One view each of N images.
+def draw(
+    views: ViewConfig,
+    *,
+    seed: int,
+    epoch: int,
+    indices: np.ndarray,
+    view: int,
+    sizes: np.ndarray,
+    turns: np.ndarray | int = 0,
+) -> np.ndarray:
+    """Draw view number `view` (0: query, 1: key) of the samples `indices` (N,) in `epoch`: (N,) of dtype `VIEW`.
 
-    `window` (N, 4) int64 is the top, left, height and width, in pixels of the image resized to `resized` (N, 2)
-    int64 (None: not resized), of the region that becomes the view. `order` (N, 4) int64 is the order of the colour
-    operations (0 brightness, 1 contrast, 2 saturation, 3 hue). The factors `brightness`, `contrast`, `saturation`
-    (1: off), the `hue` shift in turns (0: off), the blur's `sigma` in pixels (0: off) and the `angle` in degrees,
-    counter-clockwise, are (N,) float64; `gray` and `flip` are (N,) bool.
+    `sizes` (N, 2) are the images' heights and widths; `turns` (N,), below 2^62, sets apart the times that a sample
+    comes in an epoch. Draws depend on (seed, epoch, sample, turn, view) and the sample's size only, not on the batch it
+    comes in. The field `image` is the sample's row, 0 to N - 1.
     """
-
-    window: np.ndarray
-    resized: np.ndarray | None
-    order: np.ndarray
-    brightness: np.ndarray
-    contrast: np.ndarray
-    saturation: np.ndarray
-    hue: np.ndarray
-    gray: np.ndarray
-    sigma: np.ndarray
-    angle: np.ndarray
-    flip: np.ndarray
-
-
-def draw(views: ViewConfig, *, seed: int, epoch: int, indices: np.ndarray, view: int, sizes: np.ndarray) -> Draws:
-    """Draw view number `view` (0: query, 1: key) of the samples `indices` (N,) in `epoch`.
-
-    `sizes` (N, 2) are the images' heights and widths. A sample's draws depend on (seed, epoch, sample, view) and
-    its size only, not on the batch it comes in.
-    """
-    u = _uniforms(seed, epoch, indices, view)
+    u = _uniforms(seed, epoch, indices, 2 * np.broadcast_to(turns, indices.shape) + view)
     resized = resized_sizes(views, sizes)
     window = centre_windows(views, sizes if resized is None else resized)
     if views.crop_scale is not None:
@@ -66,34 +49,31 @@ def draw(views: ViewConfig, *, seed: int, epoch: int, indices: np.ndarray, view:
     low[HUE] = -strength[HUE]
     high = 1.0 + strength
     high[HUE] = strength[HUE]
-    neutral = np.array([1.0, 1.0, 1.0, 0.0])
-    factor = np.where(jittered[:, None], low + (high - low) * u[:, _JITTER], neutral)
     least, greatest = views.blur_sigma
     blurred = (u[:, _BLUR_P] < views.blur_p) & views.blurs
-    return Draws(
-        window=window,
-        resized=resized,
-        order=np.argsort(u[:, _ORDER], axis=1, kind="stable"),
-        brightness=factor[:, BRIGHTNESS],
-        contrast=factor[:, CONTRAST],
-        saturation=factor[:, SATURATION],
-        hue=factor[:, HUE],
-        gray=u[:, _GRAY_P] < views.gray_p,
-        sigma=np.where(blurred, least + (greatest - least) * u[:, _SIGMA], 0.0),
-        angle=views.rotation * (2.0 * u[:, _ANGLE] - 1.0),
-        flip=u[:, _FLIP_P] < views.flip_p,
-    )
+    drawn = np.zeros(len(indices), dtype=VIEW)
+    drawn["image"] = np.arange(len(indices))
+    if resized is not None:
+        drawn["resized"] = resized
+    drawn["window"] = window
+    drawn["order"] = np.argsort(u[:, _ORDER], axis=1, kind="stable")
+    drawn["factor"] = np.where(jittered[:, None], low + (high - low) * u[:, _JITTER], NEUTRAL)
+    drawn["sigma"] = np.where(blurred, least + (greatest - least) * u[:, _SIGMA], 0.0)
+    drawn["angle"] = views.rotation * (2.0 * u[:, _ANGLE] - 1.0)
+    drawn["gray"] = u[:, _GRAY_P] < views.gray_p
+    drawn["flip"] = u[:, _FLIP_P] < views.flip_p
+    return drawn
 
 
-def _uniforms(seed: int, epoch: int, indices: np.ndarray, view: int) -> np.ndarray:
-    """(N, _BLOCK) float64 uniforms in [0, 1): row i is the Philox stream of (seed, epoch, indices[i], view)."""
-    bits = np.random.Philox(key=[seed, 0], counter=[0, view, 0, epoch])
+def _uniforms(seed: int, epoch: int, indices: np.ndarray, views: np.ndarray) -> np.ndarray:
+    """(N, _BLOCK) float64 uniforms in [0, 1): row i is the Philox stream of (seed, epoch, indices[i], views[i])."""
+    bits = np.random.Philox(key=[seed, 0], counter=[0, 0, 0, epoch])
     state = bits.state
     counter = state["state"]["counter"]
     raw = np.empty((len(indices), _BLOCK), dtype=np.uint64)
-    for row, sample in enumerate(indices):
+    for row, (sample, view) in enumerate(zip(indices, views, strict=True)):
         # Moving one generator's counter costs a fifth of making a generator for each sample.
-        counter[2] = sample
+        counter[1], counter[2] = view, sample
         bits.state = state
         raw[row] = bits.random_raw(_BLOCK)
     return (raw >> np.uint64(11)) * 2.0**-53

@@ -1,7 +1,9 @@
-"""Batches of view pairs for training, from DALI or from torchvision, the same images and draws from either."""
+"""Batches of view pairs for training: the same images and draws whatever decodes them and however many share them."""
 
 from __future__ import annotations
 
+import queue
+import threading
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from types import TracebackType
@@ -9,15 +11,21 @@ from typing import Literal
 
 import numpy as np
 import torch
+from torch import Tensor
 
-from fastmoco.data.dali import dali_batches, dali_installed, require_dali
+from fastmoco.data.dali import dali_installed, require_dali
+from fastmoco.data.decoders import Decoder, HostDecoder, MixedDecoder
 from fastmoco.data.manifest import Manifest
 from fastmoco.data.order import Order
-from fastmoco.data.reference import torchvision_batches
+from fastmoco.data.quarantine import Quarantine
+from fastmoco.data.stream import ViewStream
 from fastmoco.data.views import ViewConfig
 from fastmoco.errors import UserError
 
-LoaderKind = Literal["auto", "dali", "torchvision"]
+LoaderKind = Literal["auto", "dali", "pillow", "torchvision"]
+
+# Batches that are ready before they are asked for.
+_PREFETCH = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,33 +35,83 @@ class Batch:
     Each is (N, 3, size, size) float16 in [0, 1], channels_last: its memory is dense NHWC.
     """
 
-    q: torch.Tensor
-    k: torch.Tensor
+    q: Tensor
+    k: Tensor
     indices: np.ndarray
 
 
-class Loader(Iterator[Batch]):
-    """An iterator over micro-batches that gives its workers back on `close()` or at the end of a `with` block."""
+Made = tuple[Tensor, Tensor, np.ndarray]
 
-    def __init__(
-        self, batches: Generator[tuple[torch.Tensor, torch.Tensor, np.ndarray], None, None], length: int
-    ) -> None:
+
+class Loader(Iterator[Batch]):
+    """An iterator over micro-batches, which a thread makes ahead of time.
+
+    It gives its threads back on `close()` or at the end of a `with` block. On a GPU the batches are made on a stream of
+    their own, for which the stream that asks for a batch waits.
+    """
+
+    def __init__(self, batches: Generator[Made, None, None], length: int, device: torch.device) -> None:
         self._batches = batches
         self._left = length
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._ready: queue.Queue[tuple[Made, torch.cuda.Event | None] | BaseException | None] = queue.Queue(_PREFETCH)
+        self._closing = threading.Event()
+        self._thread = threading.Thread(target=self._make, name="views", daemon=True)
+        self._thread.start()
 
     def __len__(self) -> int:
         """Micro-batches still to come."""
         return self._left
 
     def __next__(self) -> Batch:
-        q, k, indices = next(self._batches)
+        if not self._left:
+            raise StopIteration
+        got = self._ready.get()
+        if isinstance(got, BaseException):
+            self.close()
+            raise got
+        assert got is not None, "the stream ended before its length"
+        (q, k, indices), event = got
+        if event is not None:
+            current = torch.cuda.current_stream(q.device)
+            current.wait_event(event)
+            # Not to be given to another batch before what was begun with it is done.
+            q.record_stream(current)
+            k.record_stream(current)
         self._left -= 1
         return Batch(q.permute(0, 3, 1, 2), k.permute(0, 3, 1, 2), indices)
 
     def close(self) -> None:
-        """Stop the workers and free their buffers. May be called more than once."""
-        self._batches.close()
+        """Stop the threads and free their buffers. May be called more than once."""
         self._left = 0
+        self._closing.set()
+        while self._thread.is_alive():
+            try:
+                self._ready.get(timeout=0.05)
+            except queue.Empty:
+                continue
+        self._thread.join()
+
+    def _make(self) -> None:
+        try:
+            with torch.cuda.stream(self._stream):
+                for made in self._batches:
+                    event = self._stream.record_event() if self._stream else None
+                    if not self._put((made, event)):
+                        break
+            self._batches.close()
+        except BaseException as error:
+            self._put(error)
+
+    def _put(self, item: tuple[Made, torch.cuda.Event | None] | BaseException) -> bool:
+        """Hand `item` over; False where nobody waits for it any more."""
+        while not self._closing.is_set():
+            try:
+                self._ready.put(item, timeout=0.1)
+                return True
+            except queue.Full:
+                continue
+        return False
 
     def __enter__(self) -> Loader:
         return self
@@ -73,15 +131,21 @@ def make_loader(
     start: int,
     stop: int,
     workers: int,
+    device: torch.device | str = "cpu",
+    quarantine: Quarantine | None = None,
 ) -> Loader:
     """Load micro-batches `start` to `stop` - 1 of `order`.
 
-    `kind` "dali" uses NVIDIA DALI with `workers` threads, "torchvision" that many processes (0: none, the views
-    are made where the batch is asked for), and "auto" DALI where it is installed. What a batch holds depends on the
-    seed of `order` and on the batch's number, not on `start`, `stop` or `workers`.
+    `kind` "dali" decodes with NVIDIA DALI, on `device` where that is a GPU, "pillow" on the host, and "auto" with DALI
+    where it is installed; "torchvision" decodes with Pillow and makes the views with torchvision's transforms, the
+    definition, slowly. `workers` threads decode and as many make the views. What a batch holds depends on the seed of
+    `order` and on the batch's number, not on `start`, `stop` or `workers`.
+
+    An image that cannot be read any more, or has changed since it was checked, joins `quarantine`, and another comes in
+    its place (see `Order.substitute`). Without a quarantine, one such image is too many.
 
     Raises UserError where `order` was made for another number of images, where DALI is asked for and not
-    installed, and, while iterating, for a file that cannot be decoded.
+    installed, and, while iterating, TooManyBad with the list of what could not be read.
     """
     if order.samples != len(manifest):
         raise UserError(f"the order is of {order.samples} images, but the manifest lists {len(manifest)}")
@@ -89,8 +153,20 @@ def make_loader(
         raise UserError(f"needs 0 <= start <= stop and workers >= 0, not {start}, {stop}, {workers}")
     if kind == "dali":
         require_dali()
+    where = torch.device(device)
+    decoder: Decoder
     if kind == "dali" or (kind == "auto" and dali_installed()):
-        batches = dali_batches(manifest, views, order, start=start, stop=stop, threads=max(workers, 1))
+        decoder = MixedDecoder(manifest, batch_size=order.local_size, threads=workers, device=where)
     else:
-        batches = torchvision_batches(manifest, views, order, start=start, stop=stop, workers=workers)
-    return Loader(batches, stop - start)
+        decoder = HostDecoder(manifest, threads=workers)
+    stream = ViewStream(
+        manifest=manifest,
+        views=views,
+        order=order,
+        decoder=decoder,
+        quarantine=Quarantine(0) if quarantine is None else quarantine,
+        threads=workers,
+        device=where,
+        implementation="reference" if kind == "torchvision" else None,
+    )
+    return Loader(stream.batches(start, stop), stop - start, where)

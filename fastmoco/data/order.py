@@ -2,37 +2,65 @@
 
 from __future__ import annotations
 
+from collections.abc import Container
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 
 from fastmoco.errors import UserError
 
 
+class Slots(NamedTuple):
+    """A micro-batch's places: the images `indices` (N,) int64 of `epoch`.
+
+    `turns` (N,) int64 is 0 where an image stands in its own place of the epoch, and the place plus one where it stands
+    in for another or fills up the last batch, so that its views are others there. `places` (N,) int64 are the places.
+    """
+
+    epoch: int
+    indices: np.ndarray
+    turns: np.ndarray
+    places: np.ndarray
+
+
 @dataclass(frozen=True)
 class Order:
     """The sequence of micro-batches over a set of `samples` images, reshuffled each epoch.
 
-    `drop_last` leaves out the incomplete micro-batch at an epoch's end (other images each epoch, since the order
-    changes); without it that micro-batch is smaller and every image comes once an epoch.
+    `batch_size` images make a micro-batch of all shards together; shard `shard` of `shards` has its `local_size`
+    consecutive rows of each. So the images of micro-batch t do not depend on the number of shards. `drop_last` leaves
+    out the incomplete micro-batch at an epoch's end (other images each epoch, since the order changes); without it that
+    micro-batch is filled up with the first images of the epoch, and every image comes at least once an epoch.
 
-    Raises UserError where the images do not fill a single micro-batch.
+    Raises UserError where the images do not fill a single micro-batch, or the shards do not divide one.
     """
 
     samples: int
     batch_size: int
     seed: int
     drop_last: bool = True
+    shard: int = 0
+    shards: int = 1
     _last: dict[int, np.ndarray] = field(default_factory=dict, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if self.batch_size < 1:
             raise UserError(f"--batch-size must be at least 1, not {self.batch_size}")
+        if not 0 <= self.shard < self.shards:
+            raise UserError(f"shard {self.shard} of {self.shards}: shards are numbered from 0")
+        if self.batch_size % self.shards:
+            raise UserError(f"{self.batch_size} images a batch cannot be shared out evenly to {self.shards} processes")
         if self.samples < 1 or (self.drop_last and self.samples < self.batch_size):
             raise UserError(
                 f"{self.samples} images do not fill one batch of {self.batch_size}: lower --batch-size, "
                 "give more images, or pass --no-drop-last"
             )
+
+    @property
+    def local_size(self) -> int:
+        """Images of a micro-batch that are this shard's."""
+        return self.batch_size // self.shards
 
     @property
     def batches_per_epoch(self) -> int:
@@ -43,13 +71,30 @@ class Order:
 
     def permutation(self, epoch: int) -> np.ndarray:
         """The (samples,) int64 order of the images in `epoch`."""
-        if epoch not in self._last:
-            self._last.clear()
+        found = self._last.get(epoch)
+        if found is None:
             rng = np.random.Generator(np.random.Philox(key=[self.seed, 0x0EDE5], counter=[0, 0, 0, epoch]))
-            self._last[epoch] = rng.permutation(self.samples)
-        return self._last[epoch]
+            found = rng.permutation(self.samples)
+            self._last.clear()
+            self._last[epoch] = found
+        return found
 
-    def batch(self, t: int) -> tuple[int, np.ndarray]:
-        """The epoch and the (N,) sample indices of micro-batch `t`, counted from the start of training."""
-        epoch, place = divmod(t, self.batches_per_epoch)
-        return epoch, self.permutation(epoch)[place * self.batch_size : (place + 1) * self.batch_size]
+    def batch(self, t: int) -> Slots:
+        """This shard's part of micro-batch `t`, counted from the start of training."""
+        epoch, number = divmod(t, self.batches_per_epoch)
+        places = number * self.batch_size + self.shard * self.local_size + np.arange(self.local_size)
+        indices = self.permutation(epoch)[places % self.samples]
+        return Slots(epoch, indices, np.where(places < self.samples, 0, places + 1), places)
+
+    def substitute(self, epoch: int, place: int, bad: Container[int]) -> int:
+        """The image that comes into `place` of `epoch` where the one that belongs there is among `bad`.
+
+        It is the one half an epoch further on, or the next after that which is not bad: the two times that it comes in
+        the epoch are then far apart. Raises UserError where every image is bad.
+        """
+        order = self.permutation(epoch)
+        for step in range(self.samples):
+            index = int(order[(place + self.samples // 2 + step) % self.samples])
+            if index not in bad:
+                return index
+        raise UserError("no image is left that can be read")

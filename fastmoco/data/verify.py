@@ -100,7 +100,7 @@ def _check(
             found[name] = outcome
             bar.advance(task)
     if decoder == "dali":
-        from fastmoco.data.dali import dali_decodable
+        from fastmoco.data.dali_check import dali_decodable
 
         passed = {root / name: name for name, outcome in found.items() if not isinstance(outcome, str)}
         for path, verdict in dali_decodable(list(passed)).items():

@@ -6,11 +6,14 @@ reference implementation.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
 import torchvision.transforms.v2.functional as F
+from threadpoolctl import threadpool_limits
 from torch import Tensor
 
 from fastmoco.ops import dispatch
@@ -117,10 +120,30 @@ def _reference(
     device: torch.device,
 ) -> Tensor:
     made = torch.empty((len(views), size, size, 3), dtype=torch.float16, device=device)
-    for view, out in zip(views, made, strict=True):
-        x = _view(_unit(images[int(view["image"])]), view, size, blur_kernel)
-        out.copy_(x.permute(1, 2, 0))
+
+    def make(i: int) -> None:
+        x = _view(_unit(images[int(views[i]["image"])]), views[i], size, blur_kernel)
+        made[i].copy_(x.permute(1, 2, 0))
+
+    if device.type == "cpu":
+        list(_pool(threads).map(make, range(len(views))))
+    else:
+        # One stream: threads would only wait for each other.
+        for i in range(len(views)):
+            make(i)
     return made
+
+
+@functools.cache
+def _pool(threads: int) -> ThreadPoolExecutor:
+    """Threads in which a torch operation runs by itself: bits must not depend on how many there are."""
+
+    def alone() -> None:
+        # torch sets OpenMP's threads for a thread when that first asks it for something, and once only.
+        torch.get_num_threads()
+        threadpool_limits(1, user_api="openmp")
+
+    return ThreadPoolExecutor(threads, thread_name_prefix="views", initializer=alone)
 
 
 def _unit(image: Image) -> Tensor:

@@ -35,14 +35,20 @@ class DataConfig:
     """Name of the CSV column with the patient, if the file has one."""
     split_column: str = "split"
     """Name of the CSV column with the split, if the file has one."""
-    loader: Literal["auto", "dali", "torchvision"] = "auto"
-    """What decodes and augments; auto takes DALI where it is installed."""
+    loader: Literal["auto", "dali", "pillow", "torchvision"] = "auto"
+    """What decodes: dali, pillow, or auto, which takes DALI where it is installed. torchvision decodes with Pillow and
+    makes the views with torchvision's transforms too, the definition of what the others do, slowly."""
     workers: int = 2
-    """Decoding threads (DALI) or processes (torchvision); they do not change what is loaded."""
+    """Threads that decode, and as many that make the views; they do not change what is loaded."""
+    max_bad: int = 100
+    """Images that may turn out to be unreadable during the run, or to have changed since they were checked: each is set
+    aside and another takes its place. With one more the run stops and lists them."""
 
     def __post_init__(self) -> None:
         if self.workers < 0:
             raise UserError(f"--workers must be 0 or more, not {self.workers}")
+        if self.max_bad < 0:
+            raise UserError(f"--max-bad must be 0 or more, not {self.max_bad}")
 
 
 @dataclass(kw_only=True, slots=True)
@@ -138,7 +144,7 @@ class OptimConfig:
     accumulate: int = 1
     """Micro-batches whose gradients are averaged for one optimiser step; each is pushed to the queue."""
     drop_last: bool = True
-    """Leave out each epoch's incomplete last micro-batch."""
+    """Leave out each epoch's incomplete last micro-batch; otherwise the epoch's first images, with other views, fill it."""
 
     def __post_init__(self) -> None:
         for name in ("epochs", "batch_size", "accumulate"):
@@ -225,7 +231,7 @@ def _plain(value: Any) -> Any:
 
 # A resumed run may differ in these: they do not change what is computed, `update` to rounding.
 FREE_ON_RESUME = {
-    "data": {"data", "labels", "workers"},
+    "data": {"data", "labels", "workers", "max_bad"},
     "optim": {"update"},
     "run": {"out", "resume", "log_every", "checkpoint_every", "keep_checkpoints", "knn_every"},
 }

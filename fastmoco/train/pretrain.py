@@ -84,13 +84,9 @@ class _Run:
 
     def _refuse_single_images(self) -> None:
         """BatchNorm has no variance of a single value: neither of one image's projection, nor of one 1 x 1 map."""
-        optim = self.config.optim
-        single = optim.batch_size == 1 or (not optim.drop_last and self.order.samples % optim.batch_size == 1)
+        single = self.config.optim.batch_size == 1
         if single and (self.config.loss.method == "barlow" or self.config.views.size <= 32):
-            raise UserError(
-                f"{self.order.samples} images in batches of {optim.batch_size} leave a batch of 1, which BatchNorm "
-                "cannot train on here: choose another --batch-size, or pass --drop-last"
-            )
+            raise UserError("--batch-size 1: BatchNorm cannot train on one image here; give it at least 2")
 
     def go(self, saved: Checkpoint | None) -> Path:
         start = 0
@@ -250,7 +246,7 @@ def _resolve(config: Config, device: torch.device) -> Config:
     """`config` with every "auto" replaced by what it means here: it is stored with the run and held to on resume."""
     loader, precision = config.data.loader, config.run.precision
     if loader == "auto":
-        loader = "dali" if dali_installed() else "torchvision"
+        loader = "dali" if dali_installed() else "pillow"
     if precision == "auto":
         precision = default_precision(device.type)
     return replace(
