@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
-from fastmoco.data.decode import Undecodable, decode, eight_bits
+from fastmoco.data.decode import decode, eight_bits
+from fastmoco.data.undecodable import Undecodable
 
 RNG = np.random.default_rng(0)
 PIXELS = RNG.integers(0, 256, (9, 12, 3), dtype=np.uint8)

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import io
+import os
 import warnings
 
 import numpy as np
 from PIL import Image
 
-from fastmoco.errors import UserError
+from fastmoco.data.undecodable import Undecodable
 
-IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".tif", ".tiff", ".bmp", ".webp", ".gif"})
+DICOM_SUFFIXES = frozenset({".dcm", ".dicom"})
+IMAGE_SUFFIXES = DICOM_SUFFIXES | frozenset({".jpg", ".jpeg", ".png", ".tif", ".tiff", ".bmp", ".webp", ".gif"})
 # Pillow would also hand a file to other programs (Ghostscript, say); nothing here needs that.
 _FORMATS = ("JPEG", "PNG", "TIFF", "BMP", "WEBP", "GIF")
 _ORIENTATION = 0x0112
@@ -25,23 +27,27 @@ _UPRIGHT = {
 }
 _BITS_PER_SAMPLE = 258
 
-# Between Pillow's limit and twice as much it warns, on standard error, and decodes; beyond, it refuses.
+# Between its limit and twice as much Pillow warns, on standard error, and decodes; beyond, it refuses. It warns of
+# damaged metadata too, whose pixels are fine.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
-
-
-class Undecodable(UserError):
-    """The message says why these bytes are no image that can be read."""
+warnings.filterwarnings("ignore", module=r"PIL\.TiffImagePlugin")
 
 
 def decode(data: bytes, name: str) -> np.ndarray:
     """Decode the file contents `data` to (H, W, 3), upright by its EXIF orientation.
 
-    uint8, or uint16 where gray of more than 8 bits is stored: 65535 is white. 16-bit colour is read at 8 bits.
-    Gray is repeated, alpha dropped (transparent pixels keep their colour), and of several frames the first is
-    taken. What `data` is, is told by its contents and not by `name`.
+    uint8, or uint16 where gray of more than 8 bits is stored: 65535 is white. 16-bit colour is read at 8 bits (but
+    for DICOM). Gray is repeated, alpha dropped (transparent pixels keep their colour), and of several frames the
+    first is taken. What `data` is, is told by its contents; only DICOM files that lack their mark are known by the
+    suffix of `name`.
 
-    Raises Undecodable.
+    Raises Undecodable, and DecoderMissing where a package that is not installed would be needed.
     """
+    if data[128:132] == b"DICM" or os.path.splitext(name)[1].lower() in DICOM_SUFFIXES:
+        # Few data sets need it, and pydicom takes a while to import.
+        from fastmoco.data.dicom import decode_dicom
+
+        return decode_dicom(data)
     try:
         with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
             image.load()

@@ -12,8 +12,9 @@ from pathlib import Path
 
 import numpy as np
 
-from fastmoco.data.decode import IMAGE_SUFFIXES, Undecodable, decode
+from fastmoco.data.decode import IMAGE_SUFFIXES, decode
 from fastmoco.data.store import BadFile, Store, open_store
+from fastmoco.data.undecodable import Undecodable
 from fastmoco.data.verify import Skipped, verify_files
 from fastmoco.errors import UserError
 

@@ -14,8 +14,9 @@ import numpy as np
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from fastmoco.atomic import write_text
-from fastmoco.data.decode import Undecodable, decode
+from fastmoco.data.decode import decode
 from fastmoco.data.store import BadFile, Files
+from fastmoco.data.undecodable import Undecodable
 
 # Files checked between two writes of the cache, so that an interrupted check is not lost.
 _SAVE_EVERY = 10_000
