@@ -86,6 +86,8 @@ def check(images: Sequence[Image], views: np.ndarray, *, size: int, blur_kernel:
             raise ValueError(f"images[{i}]: needs (H, W, 3), not {tuple(image.shape)}")
         if image.dtype not in (np.uint8, np.uint16, torch.uint8, torch.uint16):
             raise ValueError(f"images[{i}]: needs uint8 or uint16, not {image.dtype}")
+    if blur_kernel // 2 >= size:
+        raise ValueError(f"blur_kernel: {blur_kernel} pixels reflect more than the {size} that a view has")
     if not len(views):
         return
     if views["image"].min() < 0 or views["image"].max() >= len(images):
@@ -184,4 +186,56 @@ def _jitter(x: Tensor, operation: int, factor: float) -> Tensor:
     return x if factor == NEUTRAL[operation] else _COLOURS[operation](x, factor)
 
 
+# What fastmoco._C knows of an image.
+_IMAGE = np.dtype(
+    [("address", np.uint64), ("height", np.int32), ("width", np.int32), ("wide", np.int32), ("unused", np.int32)]
+)
+
+
+def _native(
+    images: Sequence[Image],
+    views: np.ndarray,
+    *,
+    size: int,
+    blur_kernel: int,
+    threads: int,
+    device: torch.device,
+    instruction_set: str = "",
+) -> Tensor:
+    """On the CPU; instruction_set is one of fastmoco._C.VIEWS_SETS, "" for the best."""
+    assert dispatch.native is not None
+    # Kept until the work is done, as copies may be among them.
+    dense, table = _table(images)
+    views = np.ascontiguousarray(views)
+    made = torch.empty((len(views), size, size, 3), dtype=torch.float16)
+    dispatch.native.views(
+        table.ctypes.data,
+        views.ctypes.data,
+        made.data_ptr(),
+        count=len(views),
+        size=size,
+        blur_kernel=blur_kernel,
+        instruction_set=instruction_set,
+        threads=threads,
+    )
+    del dense
+    return made
+
+
+def _table(images: Sequence[Image]) -> tuple[list[Image], np.ndarray]:
+    """The images, dense, and where they are: (N,) of dtype `_IMAGE`."""
+    dense = [image.contiguous() if isinstance(image, Tensor) else np.ascontiguousarray(image) for image in images]
+    rows = [
+        (
+            image.data_ptr() if isinstance(image, Tensor) else image.ctypes.data,
+            *image.shape[:2],
+            image.dtype in (torch.uint16, np.uint16),
+            0,
+        )
+        for image in dense
+    ]
+    return dense, np.array(rows, dtype=_IMAGE)
+
+
 dispatch.register("views", "reference", _reference)
+dispatch.register("views", "native", _native, device_types=("cpu",), missing=dispatch.NATIVE_MISSING)
