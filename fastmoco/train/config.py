@@ -144,7 +144,7 @@ class OptimConfig:
     accumulate: int = 1
     """Micro-batches whose gradients are averaged for one optimiser step; each is pushed to the queue."""
     drop_last: bool = True
-    """Leave out each epoch's incomplete last micro-batch; otherwise the epoch's first images, with other views, fill it."""
+    """Leave out each epoch's incomplete last micro-batch; else other views of the epoch's first images fill it."""
 
     def __post_init__(self) -> None:
         for name in ("epochs", "batch_size", "accumulate"):

@@ -13,6 +13,8 @@ from fastmoco.errors import UserError
 from fastmoco.train.checkpoint import Checkpoint, Store
 from fastmoco.train.config import Config, changed_fields, to_json
 
+# Where the images stand that went bad during the run.
+BAD_FILES = "bad_files.txt"
 _PACKAGES = ("torch", "torchvision", "numpy", "nvidia-dali-cuda130", "nvidia-dali-cuda120", "pillow")
 
 

@@ -3,40 +3,36 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import json
 import math
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
+from fastmoco.atomic import write_text
 from fastmoco.data.dali import dali_installed
 from fastmoco.data.loader import make_loader
-from fastmoco.data.manifest import Manifest, load_manifest
+from fastmoco.data.manifest import Manifest
 from fastmoco.data.order import Order
+from fastmoco.data.quarantine import Quarantine, TooManyBad
 from fastmoco.device import find_device
 from fastmoco.errors import UserError
-from fastmoco.evaluate.features import extract
-from fastmoco.evaluate.knn import monitor
 from fastmoco.models.weights import EXPORTED, save_encoder
 from fastmoco.precision import default_precision
 from fastmoco.train.checkpoint import Checkpoint, Store, non_finite
 from fastmoco.train.clock import Clock
 from fastmoco.train.config import Config, to_json
 from fastmoco.train.curves import draw_curves
-from fastmoco.train.folder import find_checkpoint, write_description
+from fastmoco.train.folder import BAD_FILES, find_checkpoint, write_description
+from fastmoco.train.images import find_images, fingerprint
 from fastmoco.train.metrics import MetricsFile, Row, read_rows
+from fastmoco.train.monitor import knn_row
 from fastmoco.train.progress import ProgressLine
 from fastmoco.train.schedules import learning_rate, plan
 from fastmoco.train.stop import StopRequest
 from fastmoco.train.trainer import Trainer
-
-# The kNN monitor looks at no more images than this: a score every few epochs should cost seconds.
-MONITOR_IMAGES = 2000
 
 
 class NonFiniteLoss(UserError):
@@ -61,7 +57,7 @@ def pretrain(config: Config) -> Path:
     config = _resolve(config, device)
     store = Store(config.run.out, config.run.keep_checkpoints)
     saved = find_checkpoint(config, store)
-    manifest = _manifest(config)
+    manifest = find_images(config)
     # torch seeds each process at random.
     torch.manual_seed(config.run.seed)
     trainer = Trainer(config, precision=config.run.precision, device=device, initialise=saved is None)
@@ -80,7 +76,9 @@ class _Run:
         self.order = Order(len(manifest), config.optim.batch_size, config.run.seed, config.optim.drop_last)
         self.plan = plan(config, self.order)
         self._refuse_single_images()
-        self.data = _fingerprint(manifest)
+        self.data = fingerprint(manifest)
+        self.quarantine = Quarantine(config.data.max_bad)
+        self.reported = 0
 
     def _refuse_single_images(self) -> None:
         """BatchNorm has no variance of a single value: neither of one image's projection, nor of one 1 x 1 map."""
@@ -97,6 +95,7 @@ class _Run:
                     "began with (files added, removed or of another size); restore them or start another run"
                 )
             self.trainer.restore(saved)
+            self.quarantine = Quarantine(self.config.data.max_bad, saved.meta.get("quarantine", []))
             start = saved.step
         try:
             write_description(config=self.config, store=self.store, skipped=self.manifest.skipped)
@@ -105,13 +104,15 @@ class _Run:
             self.board = _tensorboard(self.out / "tensorboard", start)
             try:
                 self._steps(start)
-            except (Stopped, NonFiniteLoss):
+            except (Stopped, NonFiniteLoss, TooManyBad):
                 self._finish()
                 raise
             self._finish()
         except OSError as error:
             raise UserError(f"--out {self.out} could not be written: {error}; {self.store.last_good()}") from error
         save_encoder(self.out / EXPORTED, self.trainer.module.query, to_json(self.config))
+        if self.quarantine:
+            print(f"{len(self.quarantine)} image(s) went bad and were replaced by others: see {self.out / BAD_FILES}")
         return self.out
 
     def _finish(self) -> None:
@@ -131,6 +132,8 @@ class _Run:
             start=start * accumulate,
             stop=total * accumulate,
             workers=config.data.workers,
+            device=trainer.engine.device,
+            quarantine=self.quarantine,
         )
         progress = ProgressLine(done=start, total=total, parts=trainer.module.loss_names)
         with StopRequest() as stop, contextlib.closing(loader), progress:
@@ -138,7 +141,12 @@ class _Run:
             clock = Clock(trainer.pushed)
             batches = clock.timing(loader)
             for step in range(start, total):
-                trainer.step(islice(batches, accumulate), self._lr(step))
+                try:
+                    trainer.step(islice(batches, accumulate), self._lr(step))
+                except TooManyBad as error:
+                    raise TooManyBad(f"{error}\n{self._saved_before(step, clock)}") from error
+                finally:
+                    self._report_bad()
                 done = step + 1
                 progress.advance(done)
                 knn = self._knn_due(step)
@@ -148,7 +156,7 @@ class _Run:
                 if save or knn or done % config.run.log_every == 0:
                     rows = self._rows(done, clock)
                     if knn:
-                        rows[-1] |= self._knn()
+                        rows[-1] |= self._knn(done)
                     self._write(rows)
                     clock.restart(trainer.pushed)
                 if save:
@@ -166,6 +174,8 @@ class _Run:
         """The steps since the last read as rows, the newest with what only a logging step knows."""
         history = self.trainer.history.read()
         rows: list[Row] = []
+        if not history:
+            return rows
         for step, values in enumerate(history, start=done - len(history) + 1):
             epoch = step * self.config.optim.accumulate / self.plan.per_epoch
             rows.append({"step": step, "epoch": round(epoch, 4), "lr": self._lr(step - 1), **values})
@@ -176,8 +186,26 @@ class _Run:
                     f"step {step}: {' and '.join(broken)} is not finite ({values[broken[0]]}); no update was made "
                     f"from that step on; {self.store.last_good()}. A lower --lr or a longer --warmup-epochs may help"
                 )
-        rows[-1] |= {"queue_fill": self.trainer.queue_fill, **clock.read(self.trainer.pushed)}
+        rows[-1] |= {"queue_fill": self.trainer.queue_fill, "bad_files": len(self.quarantine)}
+        rows[-1] |= clock.read(self.trainer.pushed)
         return rows
+
+    def _report_bad(self) -> None:
+        """Say which images went bad since the last time, and list all of them in the run folder."""
+        bad = self.quarantine.entries[self.reported :]
+        if bad:
+            for entry in bad:
+                self.progress.say(f"set aside {entry}; another image takes its place")
+            self.reported += len(bad)
+            write_text(self.out / BAD_FILES, "".join(f"{entry}\n" for entry in self.quarantine.entries))
+
+    def _saved_before(self, step: int, clock: Clock) -> str:
+        """What was saved of the `step` steps done when the images of the next could not be had."""
+        if self.trainer.between_steps and step > 0:
+            if rows := self._rows(step, clock):
+                self._write(rows)
+            return f"saved {self._save(step)}; mend the files, or go on with --resume and a higher --max-bad"
+        return f"{self.store.last_good()}; mend the files, or go on with --resume and a higher --max-bad"
 
     def _write(self, rows: list[Row]) -> None:
         self.metrics.write(rows)
@@ -196,6 +224,7 @@ class _Run:
                 f"step {step}: {broken[0]} and {len(broken) - 1} more tensors are not finite, so no checkpoint was "
                 f"written; {self.store.last_good()}. A lower --lr or a longer --warmup-epochs may help"
             )
+        checkpoint.meta["quarantine"] = self.quarantine.state()
         self.metrics.sync()
         return self.store.save(checkpoint)
 
@@ -206,24 +235,8 @@ class _Run:
         accumulate = self.config.optim.accumulate
         return (step + 1) * accumulate // every > step * accumulate // every or step + 1 == self.plan.total
 
-    def _knn(self) -> Row:
-        """Leave-one-out kNN scores of the query encoder's pooled stage-4 feature on some of the training images."""
-        name = next(iter(self.manifest.labels))
-        rng = np.random.Generator(np.random.Philox(key=[self.config.run.seed, 0x5A37]))
-        chosen = np.sort(rng.permutation(len(self.manifest))[:MONITOR_IMAGES])
-        some = self.manifest.select(chosen)
-        features = extract(
-            self.trainer.module.query,
-            some,
-            size=self.config.views.size,
-            resize=self.config.views.resize or 1.0,
-            batch_size=64,
-            device=self.trainer.engine.device,
-            precision=self.trainer.engine.precision,
-            progress=False,
-        )
-        scores = monitor(features["stage4"], some.labels[name], some.patients)
-        return {f"knn_{score}": value for score, value in scores.items() if value is not None}
+    def _knn(self, step: int) -> Row:
+        return knn_row(self.trainer, self.manifest, self.quarantine, batch=step * self.config.optim.accumulate)
 
     def _describe(self, start: int) -> None:
         config, engine = self.config, self.trainer.engine
@@ -254,26 +267,6 @@ def _resolve(config: Config, device: torch.device) -> Config:
         data=replace(config.data, loader=loader),
         run=replace(config.run, precision=precision, device=str(device)),
     )
-
-
-def _manifest(config: Config) -> Manifest:
-    data = config.data
-    manifest = load_manifest(
-        data.data,
-        data.labels,
-        label=data.label,
-        file_column=data.file_column,
-        patient_column=data.patient_column,
-        split_column=data.split_column,
-        decoder="dali" if data.loader == "dali" else "pillow",
-    )
-    return manifest if data.split is None else manifest.only_split(data.split)
-
-
-def _fingerprint(manifest: Manifest) -> str:
-    digest = hashlib.sha256(json.dumps(manifest.files).encode())
-    digest.update(np.ascontiguousarray(manifest.sizes).tobytes())
-    return digest.hexdigest()
 
 
 def _tensorboard(folder: Path, start: int) -> Any:

@@ -49,11 +49,13 @@ class Trainer:
         )
         self.history = History(module.loss_names, run.log_every, device)
         self.pushed = 0
+        self.between_steps = True
 
     def step(self, batches: Iterable[Batch], lr: float) -> None:
         """One optimiser step over `accumulate` micro-batches. Nothing in it waits for the device."""
         accumulate = self.config.optim.accumulate
         for views in batches:
+            self.between_steps = False
             view_q, view_k = self.engine.to_device(views.q), self.engine.to_device(views.k)
             output: Output = self.engine.forward(view_q, view_k, self.queue.bank)
             self.engine.backward(output.losses.values(), divisor=accumulate)
@@ -62,6 +64,7 @@ class Trainer:
             self.history.add(output.losses, output.query, output.rank, divisor=accumulate)
         self.engine.step(lr, ema=self.config.loss.ema)
         self.history.next_row()
+        self.between_steps = True
 
     @property
     def queue_fill(self) -> float:
