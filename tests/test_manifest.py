@@ -145,7 +145,7 @@ def test_a_damaged_cache_is_ignored(tmp_path: Path) -> None:
         (lambda p: load_manifest(p / "none"), "no such folder"),
         (lambda p: load_manifest(picture(p / "x.png")), "not a folder"),
         (lambda p: load_manifest(p), "no images in it"),
-        (lambda p: load_manifest(p, label=["idc"]), "--labels"),
+        (lambda p: load_manifest(picture(p / "x.png").parent, label=["idc"]), "--labels"),
         (lambda p: load_manifest(p, p / "none.csv"), "no such file"),
         (lambda p: load_manifest(p, table(p / "l.csv", [{"path": "a"}])), "no column 'file'; its columns are path"),
         (lambda p: load_manifest(p, table(p / "l.csv", [{"file": "a"}]), label=["x"]), "no column 'x'"),

@@ -9,6 +9,8 @@ import pytest
 from PIL import Image
 
 from fastmoco import cli
+from fastmoco.data.dali_check import dali_version
+from fastmoco.data.manifest import load_manifest
 from fastmoco.errors import UserError
 
 
@@ -24,7 +26,7 @@ def images(tmp_path: Path) -> Path:
 def test_a_clean_folder(images: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.dispatch(["data", "scan", str(images), "--strict", "--decoder", "pillow"]) == 0
     shown = capsys.readouterr().out
-    assert "3 images (2 png, 1 jpg)" in shown and "left out: 0" in shown and "by Pillow: 3" in shown
+    assert "3 images (2 png, 1 jpg)" in shown and "left out: 0" in shown and "on the host: 3" in shown
 
 
 def test_strict_fails_where_something_is_left_out(images: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -32,6 +34,18 @@ def test_strict_fails_where_something_is_left_out(images: Path, capsys: pytest.C
     assert cli.dispatch(["data", "scan", str(images)]) == 0
     assert cli.dispatch(["data", "scan", str(images), "--strict"]) == 1
     assert "left out: d.png: empty" in capsys.readouterr().out
+
+
+def test_the_manifest_that_it_writes_is_trusted(images: Path, tmp_path: Path) -> None:
+    out = tmp_path / "m.csv"
+    assert cli.dispatch(["data", "scan", str(images), "--out", str(out)]) == 0
+    found = load_manifest(images, out, progress=False)
+    assert found.files == ["a.png", "b.png", "c.jpg"] and found.decode(2).shape == (9, 12, 3)
+    assert found.dali.all() == (dali_version() is not None)
+    (images / "c.jpg").unlink()
+    assert cli.dispatch(["data", "scan", str(images), "--labels", str(out), "--strict"]) == 0
+    with pytest.raises(UserError, match=r"--out .*: no such folder"):
+        cli.dispatch(["data", "scan", str(images), "--out", str(tmp_path / "none" / "m.csv")])
 
 
 def test_mistakes_are_named(images: Path, capsys: pytest.CaptureFixture[str]) -> None:

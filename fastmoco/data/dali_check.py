@@ -1,30 +1,61 @@
-"""What DALI makes of files, asked before training does."""
+"""Whether DALI decodes a file to the same pixels as `decode` does. Only `DaliCheck` needs DALI."""
 
 from __future__ import annotations
 
+import importlib.metadata
 from collections.abc import Sequence
-from pathlib import Path
 
-import torch
+import numpy as np
 
-from fastmoco.data.dali import DaliDecoder, Undecodable
+_PACKAGES = ("nvidia-dali-cuda130", "nvidia-dali-cuda120", "nvidia-dali-cuda110")
+# Two builds of libjpeg may round a colour differently by a step or two (the same build: by none). A wrong conversion,
+# of CMYK say, is off by tens, in the mean too. Whatever is stored without loss must be equal.
+_JPEG_GREATEST = 8
+_JPEG_MEAN = 0.5
 
-_CHECKED_AT_ONCE = 64
+
+def dali_version() -> str | None:
+    """The version of DALI that is installed, or None."""
+    for package in _PACKAGES:
+        try:
+            return importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return None
 
 
-def dali_decodable(paths: Sequence[Path]) -> dict[Path, tuple[int, int] | str]:
-    """Decode each file as training will: its height and width after EXIF rotation, or why DALI cannot decode it."""
-    verdicts: dict[Path, tuple[int, int] | str] = {}
-    decoder = DaliDecoder(batch_size=_CHECKED_AT_ONCE, threads=2, device=torch.device("cpu"))
-    for i in range(0, len(paths), _CHECKED_AT_ONCE):
-        readable: dict[Path, bytes] = {}
-        for path in paths[i : i + _CHECKED_AT_ONCE]:
-            try:
-                readable[path] = path.read_bytes()
-            except OSError as error:
-                verdicts[path] = f"cannot be read ({error.strerror})"
-        if readable:
-            decoder.submit(list(readable.values()))
-            for path, image in zip(readable, decoder.result(), strict=True):
-                verdicts[path] = str(image) if isinstance(image, Undecodable) else (image.shape[0], image.shape[1])
-    return {path: verdicts[path] for path in paths}
+def may_be_read(data: bytes, image: np.ndarray) -> bool:
+    """Whether it is worth asking DALI: it keeps 8 bits of a sample, and reads neither DICOM nor GIF."""
+    return image.dtype == np.uint8 and not data.startswith(b"GIF8") and data[128:132] != b"DICM"
+
+
+def agrees(data: bytes, image: np.ndarray, other: np.ndarray) -> bool:
+    """Whether `other` is what `image` (H, W, 3) uint8 is, both decoded from `data`, as near as its format allows."""
+    if other.shape != image.shape:
+        return False
+    if not data.startswith(b"\xff\xd8"):
+        return np.array_equal(other, image)
+    difference = np.abs(other.astype(np.int16) - image)
+    return bool(difference.max() <= _JPEG_GREATEST and difference.mean() <= _JPEG_MEAN)
+
+
+class DaliCheck:
+    """Asks DALI's decoder on the CPU, with the options that training uses, `batch` files at once. For one thread."""
+
+    def __init__(self, batch: int) -> None:
+        # Imports torch and DALI, which whoever only asks for `dali_version` can do without.
+        import torch
+
+        from fastmoco.data.dali import DaliDecoder
+
+        self._decoder = DaliDecoder(batch_size=batch, threads=1, device=torch.device("cpu"))
+
+    def agreed(self, files: Sequence[tuple[bytes, np.ndarray]]) -> list[bool]:
+        """Whether DALI decodes each of `files`, no more than the batch, to the pixels that are given beside it."""
+        asked = [i for i, (data, image) in enumerate(files) if may_be_read(data, image)]
+        found = [False] * len(files)
+        if asked:
+            self._decoder.submit([files[i][0] for i in asked])
+            for i, other in zip(asked, self._decoder.result(), strict=True):
+                found[i] = not isinstance(other, Exception) and agrees(*files[i], np.asarray(other))
+        return found

@@ -2,23 +2,30 @@
 
 from __future__ import annotations
 
-import csv
-import math
-import os
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 
-from fastmoco.data.decode import IMAGE_SUFFIXES, decode
+from fastmoco.data.decode import decode
+from fastmoco.data.listing import Listing, list_folder, list_table
+from fastmoco.data.manifest_file import (
+    MOST_CLASSES,
+    is_manifest_file,
+    read_manifest_file,
+    sort_classes,
+    too_many_classes,
+)
+from fastmoco.data.npz import list_arrays
+from fastmoco.data.shards import find_shards, list_shards
 from fastmoco.data.store import BadFile, Store, open_store
 from fastmoco.data.undecodable import Undecodable
-from fastmoco.data.verify import Skipped, verify_files
+from fastmoco.data.verify import Skipped, verify
 from fastmoco.errors import UserError
 
-FOLDER_LABEL = "folder"
+# A manifest file of this name beside tar shards says what is in them.
+SHARD_INDEX = "index.csv"
 
 
 @dataclass(kw_only=True)
@@ -128,128 +135,106 @@ def load_manifest(
     workers: int = 0,
     progress: bool = True,
 ) -> Manifest:
-    """List the images of folder `data`, labelled by its class folders or by the CSV file `labels`.
+    """List the images of `data` and check that they decode.
 
-    The CSV's `file_column` holds paths relative to `data`; each name in `label` becomes a label column;
-    `patient_column` and `split_column` are used where the file has them. Without a CSV, images in sub-folders are
-    labelled by the first folder of their path, under the name "folder", unless some lie outside every sub-folder.
-    Files that `decoder` cannot decode are left out and listed in `skipped`.
+    `data` is a folder of images, an .npz file in MedMNIST's layout, or tar shards: one, or a folder of them. What
+    these say of labels, patients and splits is taken (see `list_folder`, `list_arrays`, `list_shards`), unless the
+    file `labels` lists images below folder `data` and says it: a CSV file or a list of findings (see `list_table`).
+    If `labels` is a manifest file, or an index.csv beside the shards is one, it is trusted, and nothing is opened.
+    `label` chooses among the label columns; of CSV files it names them.
+
+    `decoder` is "pillow", or "dali" to find out which files DALI may decode; images that do not decode on the host
+    are left out and listed in `skipped`. `workers` threads check them; 0: one a core.
 
     Raises UserError for a missing folder, an empty one, a missing column, or a listed file that is not there.
     """
-    if not data.is_dir():
-        raise UserError(f"--data {data}: not a folder" if data.exists() else f"--data {data}: no such folder")
-    columns: dict[str, list[str]] = {}
-    if labels is None:
-        if label and tuple(label) != (FOLDER_LABEL,):
-            raise UserError(f"--label {' '.join(label)}: name the CSV file that has this column with --labels")
-        files = _scan(data)
-        if not files:
-            kinds = " ".join(sorted(IMAGE_SUFFIXES))
-            raise UserError(f"--data {data}: no images in it (looked for {kinds}, sub-folders included)")
-        if all("/" in name for name in files):
-            columns[FOLDER_LABEL] = [name.split("/", 1)[0] for name in files]
-        patients = splits = None
+    if not data.exists():
+        kind = "file" if data.suffix.lower() in (".npz", ".tar") else "folder"
+        raise UserError(f"--data {data}: no such {kind}")
+    shards = find_shards(data)
+    written = labels
+    if labels is None and shards and shards != [data] and is_manifest_file(data / SHARD_INDEX):
+        written = data / SHARD_INDEX
+    if written is not None and is_manifest_file(written):
+        root = data.parent if shards == [data] else data
+        fields = read_manifest_file(written, label=label, patient_column=patient_column, split_column=split_column)
+        return _without_constants(Manifest(root=root, **fields), label)
+    if shards and labels is None:
+        listing = list_shards(shards, patient_column=patient_column, split_column=split_column, progress=progress)
+    elif data.is_dir():
+        listing = (
+            list_folder(data)
+            if labels is None
+            else list_table(
+                data,
+                labels,
+                label=label,
+                file_column=file_column,
+                patient_column=patient_column,
+                split_column=split_column,
+            )
+        )
+    elif data.suffix.lower() == ".npz" and labels is None:
+        listing = list_arrays(data)
+    elif labels is not None:
+        raise UserError(f"--labels {labels}: {data} brings its own labels; leave --labels out, or give a manifest file")
     else:
-        table = _read_csv(labels, required=(file_column, *label))
-        files = table[file_column]
-        columns = {name: table[name] for name in label}
-        patients = table.get(patient_column)
-        splits = table.get(split_column)
-        repeated = [name for name, count in Counter(os.path.normpath(name) for name in files).items() if count > 1]
-        if repeated:
-            raise UserError(
-                f"{labels}: {len(repeated)} files are listed more than once, the first is {repeated[0]!r}; give each "
-                "image one row, or the same picture may be trained on and tested"
-            )
-        absent = [name for name in files if not (data / name).is_file()]
-        if absent:
-            raise UserError(
-                f"{labels}: {len(absent)} of its {len(files)} files are not under {data}, the first is {absent[0]!r}; "
-                f"column {file_column!r} must hold paths relative to --data"
-            )
-    checked, skipped = verify_files(data, files, decoder=decoder, workers=workers, progress=progress)
-    encoded = {name: _encode(name, values) for name, values in columns.items()}
+        raise UserError(f"--data {data}: not a folder, nor an .npz or .tar file")
+    return _checked(listing, data, label, decoder, workers, progress)
+
+
+def _checked(
+    listing: Listing, data: Path, label: Sequence[str], decoder: str, workers: int, progress: bool
+) -> Manifest:
+    for name in label:
+        if name not in listing.columns:
+            known = ", ".join(listing.columns)
+            hint = f"there are {known}" if known else "name the CSV file that has this column with --labels"
+            raise UserError(f"--label {name}: {data} has no such label; {hint}")
+    columns = {name: listing.columns[name] for name in label or listing.columns}
+    encoded = {name: _encode(name, values) for name, values in columns.items() if name in label or _is_label(values)}
+    checked = verify(listing, decoder=decoder, workers=workers, progress=progress)
     everything = Manifest(
-        root=data,
-        files=files,
+        root=listing.root,
+        files=listing.files,
         sizes=checked.sizes,
         stamps=checked.stamps,
         dali=checked.dali,
-        labels={name: numbers for name, (numbers, _) in encoded.items() if len(encoded[name][1]) > 1},
-        class_names={name: names for name, (_, names) in encoded.items() if len(names) > 1},
-        patients=None if patients is None else np.array(patients),
-        splits=None if splits is None else np.array(splits),
-        skipped=skipped,
+        offsets=listing.offsets,
+        labels={name: numbers for name, (numbers, _) in encoded.items()},
+        class_names={name: names for name, (_, names) in encoded.items()},
+        patients=None if listing.patients is None else np.array(listing.patients),
+        splits=None if listing.splits is None else np.array(listing.splits),
+        skipped=checked.skipped,
     )
-    constant = [name for name in label if name not in everything.labels]
-    if constant:
-        raise UserError(f"--label {constant[0]}: every image has the same value, so there is nothing to tell apart")
     decodable = checked.sizes[:, 0] > 0
     if not decodable.any():
-        raise UserError(f"--data {data}: none of the {len(files)} files can be decoded; first: {skipped[0]}")
-    return everything.select(decodable)
+        raise UserError(
+            f"--data {data}: none of the {len(decodable)} files can be decoded; first: {checked.skipped[0]}"
+        )
+    return _without_constants(everything, label).select(decodable)
 
 
-def _scan(folder: Path) -> list[str]:
-    """Relative paths of the image files below `folder`, sorted, so that the order is the same everywhere."""
-    found: list[str] = []
-    visited: set[str] = set()
-
-    def refuse(error: OSError) -> None:
-        raise UserError(f"--data {folder}: {error.filename} cannot be listed: {error.strerror}") from error
-
-    for base, folders, names in os.walk(folder, followlinks=True, onerror=refuse):
-        # Links may lead in circles.
-        if (real := os.path.realpath(base)) in visited:
-            folders.clear()
-            continue
-        visited.add(real)
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        here = Path(base).relative_to(folder).as_posix()
-        prefix = "" if here == "." else here + "/"
-        found += [
-            prefix + name
-            for name in names
-            if os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES and not name.startswith(".")
-        ]
-    return sorted(found)
+def _without_constants(manifest: Manifest, label: Sequence[str]) -> Manifest:
+    """`manifest` without label columns of one value; UserError where such a one is in `label`."""
+    constant = {name for name, names in manifest.class_names.items() if len(names) < 2}
+    for name in label:
+        if name in constant:
+            raise UserError(f"--label {name}: every image has the same value, so there is nothing to tell apart")
+    return replace(
+        manifest,
+        labels={name: values for name, values in manifest.labels.items() if name not in constant},
+        class_names={name: names for name, names in manifest.class_names.items() if name not in constant},
+    )
 
 
-def _read_csv(path: Path, *, required: Sequence[str]) -> dict[str, list[str]]:
-    try:
-        with path.open(newline="", encoding="utf-8-sig") as stream:
-            reader = csv.DictReader(stream)
-            rows = list(reader)
-            header = list(reader.fieldnames or ())
-    except FileNotFoundError:
-        raise UserError(f"--labels {path}: no such file") from None
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise UserError(f"--labels {path}: cannot be read as CSV: {error}") from error
-    for name in required:
-        if name not in header:
-            raise UserError(f"{path}: no column {name!r}; its columns are {', '.join(header) or '(none)'}")
-    if not rows:
-        raise UserError(f"{path}: has a header and no rows")
-    # DictReader gives None for the cells that a short line lacks; line 1 is the header.
-    for number, row in enumerate(rows, start=2):
-        for name in required:
-            if row[name] is None or row[name] == "":
-                raise UserError(f"{path}, line {number}: column {name!r} is empty")
-    return {name: [row[name] or "" for row in rows] for name in header}
+def _is_label(values: Sequence[str]) -> bool:
+    return len(set(values)) <= MOST_CLASSES
 
 
-def _encode(name: str, values: list[str]) -> tuple[np.ndarray, list[str]]:
-    """Class numbers in the sorted order of the names; numeric names sort as numbers."""
-    names = sorted(set(values), key=lambda text: (0, float(text), text) if _is_number(text) else (1, 0.0, text))
-    if len(names) > 1000:
-        raise UserError(f"--label {name}: {len(names)} different values; a label column names classes, not quantities")
-    number = {text: i for i, text in enumerate(names)}
-    return np.array([number[text] for text in values], dtype=np.int64), names
-
-
-def _is_number(text: str) -> bool:
-    try:
-        return math.isfinite(float(text))
-    except ValueError:
-        return False
+def _encode(name: str, values: Sequence[str]) -> tuple[np.ndarray, list[str]]:
+    """Class numbers (n,) int64 and the sorted names."""
+    number = {text: i for i, text in enumerate(dict.fromkeys(values))}
+    if len(number) > MOST_CLASSES:
+        raise too_many_classes(name, len(number))
+    return sort_classes(np.array([number[text] for text in values], dtype=np.int64), list(number))

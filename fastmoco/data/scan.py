@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Literal
 
 import tyro
 
-from fastmoco.data.dali import dali_installed
+from fastmoco.data.dali_check import dali_version
 from fastmoco.data.manifest import Manifest, load_manifest
-from fastmoco.data.verify import Skipped
+from fastmoco.data.manifest_file import write_manifest
+from fastmoco.errors import UserError
 
 
 @dataclass(kw_only=True, slots=True)
@@ -19,11 +20,11 @@ class ScanArgs:
     """Check that every image decodes; list those that are left out, and why. What is found is remembered."""
 
     data: tyro.conf.Positional[Path]
-    """Folder of images; sub-folders are searched."""
+    """Folder of images, sub-folders included; folder of tar shards, or one; or .npz file as MedMNIST's."""
     labels: Path | None = None
-    """CSV file that lists the images, paths relative to the data folder; all images in the folder if not given."""
+    """CSV file or list of findings that says which images there are, paths relative to the data folder."""
     label: tuple[str, ...] = ()
-    """Label columns of the CSV file."""
+    """Label columns; of a CSV file none if not given, otherwise all."""
     file_column: str = "file"
     """Name of the CSV column with the path of the image."""
     patient_column: str = "patient"
@@ -34,6 +35,8 @@ class ScanArgs:
     """Whether DALI's decoder is tried too, beside Pillow; auto: where DALI is installed."""
     strict: bool = False
     """End with status 1 if any file is left out."""
+    out: Path | None = None
+    """Manifest file to write. Given as --labels it is trusted: nothing is listed, checked or decoded again."""
     workers: int = 0
     """Threads that decode; 0: one a core."""
 
@@ -43,7 +46,9 @@ def scan_command(args: list[str]) -> int:
     options = tyro.cli(ScanArgs, prog="fastmoco data scan", args=args)
     decoder = options.decoder
     if decoder == "auto":
-        decoder = "dali" if dali_installed() else "pillow"
+        decoder = "dali" if dali_version() else "pillow"
+    if options.out is not None and not options.out.parent.is_dir():
+        raise UserError(f"--out {options.out}: no such folder")
     manifest = load_manifest(
         options.data,
         options.labels,
@@ -54,15 +59,19 @@ def scan_command(args: list[str]) -> int:
         decoder=decoder,
         workers=options.workers,
     )
-    print(report(manifest.skipped, manifest))
+    print(report(manifest))
+    if options.out is not None:
+        write_manifest(options.out, manifest)
+        print(f"written: {options.out}")
     return 1 if options.strict and manifest.skipped else 0
 
 
-def report(skipped: list[Skipped], manifest: Manifest) -> str:
+def report(manifest: Manifest) -> str:
     """The files left out, one a line with the reason, and counts of the others by suffix and by decoder."""
+    skipped = manifest.skipped
     lines = [f"left out: {item}" for item in skipped]
-    kinds = Counter(name.rpartition(".")[2].lower() for name in manifest.files)
+    kinds = Counter(PurePath(name).suffix[1:].lower() or "without suffix" for name in manifest.files)
     lines.append(f"{len(manifest):,} images ({', '.join(f'{n:,} {kind}' for kind, n in kinds.most_common())})")
     by_dali = int(manifest.dali.sum())
-    lines.append(f"decoded by DALI: {by_dali:,}; by Pillow: {len(manifest) - by_dali:,}; left out: {len(skipped):,}")
+    lines.append(f"decoded by DALI: {by_dali:,}; on the host: {len(manifest) - by_dali:,}; left out: {len(skipped):,}")
     return "\n".join(lines)

@@ -1,27 +1,27 @@
-"""Check once, before training, that every file decodes; remember the answer by size and modification time."""
+"""Check once, before training, that every image decodes, and whether DALI decodes it to the same pixels."""
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from fastmoco.atomic import write_text
+from fastmoco.data.dali_check import DaliCheck
 from fastmoco.data.decode import decode
-from fastmoco.data.store import BadFile, Files
-from fastmoco.data.undecodable import Undecodable
+from fastmoco.data.listing import Listing
+from fastmoco.data.store import BadFile, Store, open_store
+from fastmoco.data.undecodable import DecoderMissing, Undecodable
+from fastmoco.data.verdicts import Verdict, VerdictFile
 
-# Files checked between two writes of the cache, so that an interrupted check is not lost.
-_SAVE_EVERY = 10_000
-# Marks what may pass (permissions, a network file system's hiccup, memory) and so is not remembered.
-_PASSING = "unreadable just now: "
+# Files that a thread checks before it says what it found: no more is lost when the check is interrupted.
+_AT_ONCE = 16
 
 
 @dataclass(frozen=True)
@@ -37,128 +37,129 @@ class Skipped:
 
 @dataclass(frozen=True)
 class Checked:
-    """What a check found of n files, in their order.
+    """What a check found of n images, in their order.
 
-    `sizes` (n, 2) int32: heights and widths after EXIF rotation, (0, 0) where a file does not decode. `stamps` (n, 2)
-    int64: bytes and modification time in ns. `dali` (n,) bool: whether DALI may decode the file.
+    `sizes` (n, 2) int32: heights and widths after EXIF rotation, (0, 0) where an image does not decode. `stamps` (n,
+    2) int64: bytes and modification time in ns. `dali` (n,) bool: whether DALI decodes it to the same pixels.
+    `skipped` lists what does not decode, and why.
     """
 
     sizes: np.ndarray
     stamps: np.ndarray
     dali: np.ndarray
+    skipped: list[Skipped]
 
 
-def verify_files(
-    root: Path, files: Sequence[str], *, decoder: str, workers: int = 0, progress: bool = True
-) -> tuple[Checked, list[Skipped]]:
-    """Decode each of `files` (paths relative to `root`) with `decoder`: "pillow" or "dali".
+def verify(listing: Listing, *, decoder: str, workers: int = 0, progress: bool = True) -> Checked:
+    """Decode every image of `listing` on the host and, where `decoder` is "dali" (and not "pillow"), by DALI too.
 
-    Returns what was found, and the list of those that do not decode. Answers are cached for each (path, size,
-    modification time, decoder) in the user's cache folder.
+    `workers` threads share the work; 0: one a core. Answers are remembered in the user's cache folder, by name, size
+    and modification time. `dali` of the result is all False for the decoder "pillow".
     """
-    cache = _Cache(root, decoder)
-    stamps = {name: _stamp(root / name) for name in files}
-    found: dict[str, tuple[int, int] | str] = {}
-    unknown = []
-    for name, stamp in stamps.items():
-        known = cache.get(name, stamp)
-        if known is None:
-            unknown.append(name)
-        else:
-            found[name] = known
-    for first in range(0, len(unknown), _SAVE_EVERY):
-        some = unknown[first : first + _SAVE_EVERY]
-        checked = _check(root, some, decoder, workers, progress)
-        found |= checked
-        for name, outcome in checked.items():
-            if not (isinstance(outcome, str) and outcome.startswith(_PASSING)):
-                cache.put(name, stamps[name], outcome)
-        cache.save()
-    sizes = np.zeros((len(files), 2), dtype=np.int32)
+    stamps = listing.stamps
+    if stamps is None:
+        stamps = _stamps(listing.root, listing.files)
+    if listing.sizes is not None:
+        return Checked(listing.sizes, stamps, np.zeros(len(listing.files), dtype=bool), [])
+    remembered = VerdictFile(listing.root)
+    found = remembered.find(listing.files, stamps)
+    asked = decoder == "dali"
+    unknown = [
+        i
+        for i in range(len(listing.files))
+        if i not in found or (asked and found[i].dali is None and not found[i].reason)
+    ]
+    check = _Check(listing, stamps, asked)
+    for places, verdicts in _in_parallel(check, unknown, workers, progress):
+        found.update(zip(places, verdicts, strict=True))
+        remembered.add((listing.files[i], stamps[i], verdict) for i, verdict in zip(places, verdicts, strict=True))
+    sizes = np.zeros((len(listing.files), 2), dtype=np.int32)
+    dali = np.zeros(len(listing.files), dtype=bool)
     skipped = []
-    for i, name in enumerate(files):
-        outcome = found[name]
-        if isinstance(outcome, str):
-            skipped.append(Skipped(name, outcome))
-        else:
-            sizes[i] = outcome
-    times = np.array([stamps[name] for name in files], dtype=np.int64).reshape(-1, 2)
-    return Checked(sizes, times, np.full(len(files), decoder == "dali")), skipped
+    for i, name in enumerate(listing.files):
+        sizes[i] = found[i].height, found[i].width
+        dali[i] = asked and found[i].dali is True
+        if found[i].reason:
+            skipped.append(Skipped(name, found[i].reason))
+    return Checked(sizes, stamps, dali, skipped)
 
 
-def _check(
-    root: Path, names: list[str], decoder: str, workers: int, progress: bool
-) -> dict[str, tuple[int, int] | str]:
-    """Pillow's verdict on every file and, for the DALI decoder, DALI's on those that Pillow takes."""
-    found: dict[str, tuple[int, int] | str] = {}
+def _in_parallel(
+    check: _Check, places: list[int], workers: int, progress: bool
+) -> Iterator[tuple[list[int], list[Verdict]]]:
+    """Check the images at `places`, some at a time in each thread; yields what was found as it comes, in order."""
+    chunks = [places[first : first + _AT_ONCE] for first in range(0, len(places), _AT_ONCE)]
+    threads = workers or os.cpu_count() or 1
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with (
-        Progress(*columns, disable=not progress, transient=True) as bar,
-        ThreadPoolExecutor(workers or os.cpu_count() or 1) as pool,
+        Progress(*columns, disable=not (progress and places), transient=True) as bar,
+        ThreadPoolExecutor(threads) as pool,
     ):
-        task = bar.add_task("checking images", total=len(names))
-        for name, outcome in zip(names, pool.map(lambda name: _pillow_size(root / name), names), strict=True):
-            found[name] = outcome
-            bar.advance(task)
-    if decoder == "dali":
-        from fastmoco.data.dali_check import dali_decodable
-
-        passed = {root / name: name for name, outcome in found.items() if not isinstance(outcome, str)}
-        for path, verdict in dali_decodable(list(passed)).items():
-            name = passed[path]
-            if isinstance(verdict, str):
-                found[name] = f"DALI: {verdict}"
-            elif tuple(verdict) != found[name]:
-                found[name] = f"DALI decodes it to {verdict[0]}x{verdict[1]}, Pillow to {found[name]}"
-    return found
+        task = bar.add_task("checking images", total=len(places))
+        left = iter(chunks)
+        # A few chunks ahead, and not all of them, so that Ctrl-C has little to wait for.
+        ahead = [(chunk, pool.submit(check.verdicts, chunk)) for chunk in islice(left, 2 * threads)]
+        while ahead:
+            chunk, future = ahead.pop(0)
+            yield chunk, future.result()
+            bar.advance(task, len(chunk))
+            ahead += [(chunk, pool.submit(check.verdicts, chunk)) for chunk in islice(left, 1)]
 
 
-def _pillow_size(path: Path) -> tuple[int, int] | str:
-    try:
-        height, width = decode(Files(path.parent).read(path.name, None), path.name).shape[:2]
-    except Undecodable as error:
-        return str(error)
-    except (BadFile, MemoryError) as error:
-        return _PASSING + (error.reason if isinstance(error, BadFile) else "not enough memory")
-    return height, width
+class _Check:
+    """Looks at images of a listing, in whichever thread asks."""
 
+    def __init__(self, listing: Listing, stamps: np.ndarray, dali: bool) -> None:
+        self._listing = listing
+        self._stamps = stamps
+        self._dali = dali
+        self._store: Store = open_store(listing.root, listing.offsets)
+        self._own = threading.local()
 
-def _stamp(path: Path) -> tuple[int, int]:
-    try:
-        stat = path.stat()
-    except OSError:
-        # A dangling link, say: decoding will tell why.
-        return 0, 0
-    return stat.st_size, stat.st_mtime_ns
+    def verdicts(self, places: Sequence[int]) -> list[Verdict]:
+        """The verdict on each of the images at `places`."""
+        images = [self._image(i) for i in places]
+        agreed: dict[int, bool] = {}
+        if self._dali:
+            agreed = self._agreed({i: image for i, image in enumerate(images) if not isinstance(image, Verdict)})
+        return [
+            image if isinstance(image, Verdict) else Verdict(image[1].shape[0], image[1].shape[1], agreed.get(i))
+            for i, image in enumerate(images)
+        ]
 
-
-class _Cache:
-    """A JSON file for each (data folder, decoder): name -> [size, mtime, height, width] or [size, mtime, reason]."""
-
-    def __init__(self, root: Path, decoder: str) -> None:
-        base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastmoco"
-        key = hashlib.sha256(str(root.resolve()).encode()).hexdigest()[:16]
-        self._path = base / f"decodable-{decoder}-{key}.json"
-        self._entries: dict[str, list[int | str]] = {}
+    def _image(self, place: int) -> tuple[bytes, np.ndarray] | Verdict:
+        """The bytes and pixels, or why there are none."""
+        name = self._listing.files[place]
+        offsets = self._listing.offsets
+        stamp = (int(self._stamps[place, 0]), int(self._stamps[place, 1]))
         try:
-            self._entries = json.loads(self._path.read_text())
-        except (OSError, ValueError):
-            # No cache, or a damaged one: the files are simply checked again.
-            self._entries = {}
+            data = self._store.read(name, stamp, None if offsets is None else int(offsets[place]))
+            assert isinstance(data, bytes), "arrays are not checked one by one"
+            return data, decode(data, name)
+        except BadFile as error:
+            return Verdict(reason=error.reason, passing=True)
+        except Undecodable as error:
+            return Verdict(reason=str(error), passing=isinstance(error, DecoderMissing))
+        except MemoryError:
+            return Verdict(reason="not enough memory", passing=True)
 
-    def get(self, name: str, stamp: tuple[int, int]) -> tuple[int, int] | str | None:
-        entry = self._entries.get(name)
-        if entry is None or (entry[0], entry[1]) != stamp:
-            return None
-        return str(entry[2]) if len(entry) == 3 else (int(entry[2]), int(entry[3]))
+    def _agreed(self, images: dict[int, tuple[bytes, np.ndarray]]) -> dict[int, bool]:
+        """Whether DALI decodes each to the same pixels."""
+        if not hasattr(self._own, "dali"):
+            self._own.dali = DaliCheck(_AT_ONCE)
+        return dict(zip(images, self._own.dali.agreed(list(images.values())), strict=True))
 
-    def put(self, name: str, stamp: tuple[int, int], outcome: tuple[int, int] | str) -> None:
-        tail: list[int | str] = [outcome] if isinstance(outcome, str) else list(outcome)
-        self._entries[name] = [*stamp, *tail]
 
-    def save(self) -> None:
+def _stamps(root: Path, files: Sequence[str]) -> np.ndarray:
+    """(n, 2) int64 bytes and modification times; (0, 0) for what cannot be found, which reading it will explain."""
+
+    def stamp(name: str) -> tuple[int, int]:
         try:
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            write_text(self._path, json.dumps(self._entries))
-        except OSError as error:
-            print(f"warning: {self._path} cannot be written ({error}); the files will be checked again next time")
+            found = os.stat(os.path.join(root, name))
+        except OSError:
+            return 0, 0
+        return found.st_size, found.st_mtime_ns
+
+    # Many at once, since a network file system takes its time to answer each.
+    with ThreadPoolExecutor(16) as pool:
+        return np.array(list(pool.map(stamp, files, chunksize=256)), dtype=np.int64).reshape(-1, 2)

@@ -1,0 +1,208 @@
+"""What images there are and what is said of them, before any is opened: folders, CSV files, lists of findings."""
+
+from __future__ import annotations
+
+import csv
+import os
+import re
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fastmoco.data.decode import IMAGE_SUFFIXES
+from fastmoco.errors import UserError
+
+FOLDER_LABEL = "folder"
+CLASS_LABEL = "class"
+# The columns of a list without a header, in the order in which ChestX-ray14 was published.
+FINDINGS = (
+    "Atelectasis", "Cardiomegaly", "Effusion", "Infiltration", "Mass", "Nodule", "Pneumonia", "Pneumothorax",
+    "Consolidation", "Edema", "Emphysema", "Fibrosis", "Pleural_Thickening", "Hernia",
+)  # fmt: skip
+_SPLIT_FOLDERS = {"train": "train", "test": "test", "val": "val", "valid": "val", "validation": "val"}
+# patient/class/..._class1.png, as the IDC histology patches are laid out.
+_PATCH = re.compile(r"(?:.*/)?(?P<patient>[^/]+)/(?P<folder>[^/]+)/[^/]*_class(?P=folder)\.\w+")
+# 00000231_013.png: patient and follow-up number, as in ChestX-ray14.
+_XRAY = re.compile(r"(?:.*/)?(?P<patient>\d{8})_\d{3}\.\w+")
+
+
+@dataclass(kw_only=True)
+class Listing:
+    """`n` images by name and what is said of them, each in the order of `files`.
+
+    `columns` maps the name of a label to the n values as text. `root`, `files` and `offsets` are a Manifest's.
+    `stamps` (n, 2) int64 and `sizes` (n, 2) int32 are given where they are known without opening an image.
+    """
+
+    root: Path
+    files: list[str]
+    columns: dict[str, Sequence[str]] = field(default_factory=dict)
+    patients: Sequence[str] | None = None
+    splits: Sequence[str] | None = None
+    offsets: np.ndarray | None = None
+    stamps: np.ndarray | None = None
+    sizes: np.ndarray | None = None
+
+
+def list_folder(data: Path) -> Listing:
+    """All image files below folder `data`, sorted, with what their folders say.
+
+    Folders train, test and val above class folders give splits. `patient/class/name_class.png` gives patients and
+    labels "class"; otherwise the first folder of each path (below a split's) is its label "folder", unless some
+    image lies outside every folder. Raises UserError where there are no images.
+    """
+    files = _walk(data)
+    if not files:
+        kinds = " ".join(sorted(IMAGE_SUFFIXES))
+        raise UserError(f"--data {data}: no images in it (looked for {kinds}, sub-folders included)")
+    return Listing(root=data, files=files, **said_by_folders(files))
+
+
+def said_by_folders(files: Sequence[str]) -> dict[str, Any]:
+    """The fields `columns`, `patients` and `splits` of a Listing, as far as the paths `files` tell."""
+    said: dict[str, Any] = {}
+    parts = [name.split("/") for name in files]
+    firsts = {part[0] for part in parts}
+    if {"train"} < firsts <= set(_SPLIT_FOLDERS) and all(len(part) > 2 for part in parts):
+        said["splits"] = [_SPLIT_FOLDERS[part[0]] for part in parts]
+        parts = [part[1:] for part in parts]
+    patches = [_PATCH.fullmatch(name) for name in files]
+    if all(patches):
+        said["patients"] = [match["patient"] for match in patches if match]
+        said["columns"] = {CLASS_LABEL: [match["folder"] for match in patches if match]}
+    elif all(len(part) > 1 for part in parts):
+        said["columns"] = {FOLDER_LABEL: [part[0] for part in parts]}
+    return said
+
+
+def list_table(
+    data: Path, path: Path, *, label: Sequence[str], file_column: str, patient_column: str, split_column: str
+) -> Listing:
+    """The images below `data` that the file `path` lists: CSV with a header, or lines "name 0 0 1 ..." without one.
+
+    Of a CSV, the columns `label` are taken, `file_column` has the paths, and `patient_column` and `split_column` are
+    used where they are there. A line without a header has 14 numbers, 0 or 1, for the FINDINGS; the patient is taken
+    from names such as 00000231_013.png.
+
+    Raises UserError for a missing or empty column, a file listed twice, or one that is not there.
+    """
+    lines = _findings(path)
+    if lines is not None:
+        files = [line[0] for line in lines]
+        columns: dict[str, Sequence[str]] = {
+            name: [line[i] for line in lines] for i, name in enumerate(FINDINGS, start=1)
+        }
+        xrays = [_XRAY.fullmatch(name) for name in files]
+        patients = [match["patient"] for match in xrays if match] if all(xrays) else None
+        listing = Listing(root=data, files=files, columns=columns, patients=patients)
+    else:
+        table = _read_csv(path, required=(file_column, *label))
+        listing = Listing(
+            root=data,
+            files=table[file_column],
+            columns={name: table[name] for name in label},
+            patients=table.get(patient_column),
+            splits=table.get(split_column),
+        )
+    _refuse_repeated(path, listing.files)
+    absent = [name for name in listing.files if not os.path.isfile(os.path.join(data, name))]
+    if absent:
+        raise UserError(
+            f"{path}: {len(absent)} of its {len(listing.files)} files are not under {data}, first {absent[0]!r}; "
+            "names must be paths relative to --data"
+        )
+    return listing
+
+
+def _refuse_repeated(path: Path, files: Sequence[str]) -> None:
+    repeated = [name for name, count in Counter(os.path.normpath(name) for name in files).items() if count > 1]
+    if repeated:
+        raise UserError(
+            f"{path}: {len(repeated)} files are listed more than once, the first is {repeated[0]!r}; give each "
+            "image one row, or the same picture may be trained on and tested"
+        )
+
+
+def _walk(folder: Path) -> list[str]:
+    """Relative paths of the image files below `folder`, sorted, so that the order is the same everywhere."""
+    found: list[str] = []
+    visited: set[str] = set()
+
+    def refuse(error: OSError) -> None:
+        raise UserError(f"--data {folder}: {error.filename} cannot be listed: {error.strerror}") from error
+
+    for base, folders, names in os.walk(folder, followlinks=True, onerror=refuse):
+        # Links may lead in circles.
+        if (real := os.path.realpath(base)) in visited:
+            folders.clear()
+            continue
+        visited.add(real)
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        here = Path(base).relative_to(folder).as_posix()
+        prefix = "" if here == "." else here + "/"
+        found += [prefix + name for name in names if not name.startswith(".") and _is_image(base, name)]
+    return sorted(found)
+
+
+def _is_image(folder: str, name: str) -> bool:
+    """By its suffix; a file without one may be DICOM, which its first bytes tell."""
+    suffix = os.path.splitext(name)[1].lower()
+    if suffix in IMAGE_SUFFIXES:
+        return True
+    # Numbers count as no suffix: DICOM files are often named by their UID.
+    if suffix and not suffix[1:].isdecimal():
+        return False
+    path = os.path.join(folder, name)
+    try:
+        if not os.path.isfile(path):
+            return False
+        with open(path, "rb") as stream:
+            return stream.read(132)[128:] == b"DICM"
+    except OSError:
+        return False
+
+
+def _findings(path: Path) -> list[list[str]] | None:
+    """The fields of every line of a list without a header; None where `path` is no such list."""
+    try:
+        with path.open(encoding="utf-8-sig") as stream:
+            lines = [re.split(r"[\s,]+", line.strip()) for line in stream if line.strip()]
+    except (OSError, UnicodeDecodeError):
+        return None
+
+    def fits(line: list[str]) -> bool:
+        return len(line) == 1 + len(FINDINGS) and set(line[1:]) <= {"0", "1"}
+
+    if not lines or not fits(lines[0]):
+        return None
+    for number, line in enumerate(lines, start=1):
+        if not fits(line):
+            raise UserError(f"{path}, line {number}: not a name and {len(FINDINGS)} numbers, each 0 or 1")
+    return lines
+
+
+def _read_csv(path: Path, *, required: Sequence[str]) -> dict[str, list[str]]:
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as stream:
+            reader = csv.DictReader(stream)
+            rows = list(reader)
+            header = list(reader.fieldnames or ())
+    except FileNotFoundError:
+        raise UserError(f"--labels {path}: no such file") from None
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise UserError(f"--labels {path}: cannot be read as CSV: {error}") from error
+    for name in required:
+        if name not in header:
+            raise UserError(f"{path}: no column {name!r}; its columns are {', '.join(header) or '(none)'}")
+    if not rows:
+        raise UserError(f"{path}: has a header and no rows")
+    # DictReader gives None for the cells that a short line lacks; line 1 is the header.
+    for number, row in enumerate(rows, start=2):
+        for name in required:
+            if row[name] is None or row[name] == "":
+                raise UserError(f"{path}, line {number}: column {name!r} is empty")
+    return {name: [row[name] or "" for row in rows] for name in header}

@@ -1,0 +1,193 @@
+"""A manifest as a CSV file: what was checked once is taken on trust wherever the file is given."""
+
+from __future__ import annotations
+
+import csv
+import math
+from collections.abc import Iterator, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from fastmoco.atomic import replacing
+from fastmoco.errors import UserError
+
+if TYPE_CHECKING:
+    from fastmoco.data.manifest import Manifest
+
+COLUMNS = ("file", "height", "width", "bytes", "mtime_ns", "dali")
+OFFSET = "offset"
+PATIENT, SPLIT = "patient", "split"
+# A label column names classes; with more values than this it is something else.
+MOST_CLASSES = 1000
+# The least and the greatest number in a column; in others, any from 0.
+_RANGES = {"height": (1, 2**31 - 1), "width": (1, 2**31 - 1), "dali": (0, 1)}
+# Rows held as text at once: so few that they stay in the processor's cache, and need no memory beside what they become.
+_CHUNK = 2_000
+
+
+def is_manifest_file(path: Path) -> bool:
+    """Whether `path` begins with a manifest's columns."""
+    try:
+        with path.open(newline="", encoding="utf-8-sig", errors="surrogateescape") as stream:
+            return tuple(next(csv.reader(stream), ())[: len(COLUMNS)]) == COLUMNS
+    except (OSError, csv.Error):
+        return False
+
+
+def write_manifest(path: Path, manifest: Manifest) -> None:
+    """Write `manifest` to the CSV file `path`, whole or not at all.
+
+    Columns: file, height, width, bytes, mtime_ns, dali (0 or 1), offset for members of tar shards, then each label
+    (as the class's name), patient and split. Raises UserError where a label's name is one of the others, and OSError.
+    """
+    if manifest.stamps is None:
+        raise UserError(f"{path}: a manifest that was never checked cannot be written; load it from its files first")
+    reserved = {*COLUMNS, OFFSET, PATIENT, SPLIT} & set(manifest.labels)
+    if reserved:
+        raise UserError(f"{path}: a label cannot be called {min(reserved)!r}, which is a column of every manifest file")
+    columns: dict[str, Any] = {
+        "file": manifest.files,
+        "height": manifest.sizes[:, 0],
+        "width": manifest.sizes[:, 1],
+        "bytes": manifest.stamps[:, 0],
+        "mtime_ns": manifest.stamps[:, 1],
+        "dali": manifest.dali.astype(np.int8),
+    }
+    if manifest.offsets is not None:
+        columns[OFFSET] = manifest.offsets
+    columns |= {name: np.array(manifest.class_names[name])[values] for name, values in manifest.labels.items()}
+    columns |= {PATIENT: manifest.patients} if manifest.patients is not None else {}
+    columns |= {SPLIT: manifest.splits} if manifest.splits is not None else {}
+    with (
+        replacing(path) as temporary,
+        temporary.open("w", newline="", encoding="utf-8", errors="surrogateescape") as stream,
+    ):
+        writer = csv.writer(stream, lineterminator="\n")
+        writer.writerow(columns)
+        writer.writerows(zip(*columns.values(), strict=True))
+
+
+def read_manifest_file(
+    path: Path, *, label: Sequence[str] = (), patient_column: str = PATIENT, split_column: str = SPLIT
+) -> dict[str, Any]:
+    """What `write_manifest` wrote, as the fields of a Manifest but for its root. Nothing but `path` is looked at.
+
+    The label columns are `label`, or every other column that holds no more than 1000 different values. Raises
+    UserError naming the line of a row that is short, or holds something other than its column should.
+    """
+    try:
+        with path.open(newline="", encoding="utf-8-sig", errors="surrogateescape") as stream:
+            return _Reader(path, stream, label, patient_column, split_column).fields()
+    except (OSError, csv.Error) as error:
+        raise UserError(f"{path}: cannot be read as CSV: {error}") from error
+
+
+class _Reader:
+    """Reads the rows in chunks, each turned into numbers before the next is read."""
+
+    def __init__(self, path: Path, stream: Any, label: Sequence[str], patient_column: str, split_column: str) -> None:
+        self._path = path
+        self._rows = csv.reader(stream)
+        self._header = next(self._rows)
+        self._line = 2
+        for name in label:
+            if name not in self._header:
+                raise UserError(f"{path}: no column {name!r}; its columns are {', '.join(self._header)}")
+        self._words: dict[str, list[np.ndarray]] = {
+            name: [] for name in (patient_column, split_column) if name in self._header
+        }
+        self._patient, self._split = patient_column, split_column
+        other = [name for name in self._header if name not in {*COLUMNS, OFFSET, patient_column, split_column}]
+        self._codes: dict[str, dict[str, int]] = {name: {} for name in (label or other)}
+        self._asked = frozenset(label)
+
+    def fields(self) -> dict[str, Any]:
+        """The fields of a Manifest."""
+        files: list[str] = []
+        numbers: dict[str, list[np.ndarray]] = {name: [] for name in self._header if name in (*COLUMNS[1:], OFFSET)}
+        labels: dict[str, list[np.ndarray]] = {name: [] for name in self._codes}
+        for table in self._chunks():
+            files += table["file"]
+            for name, parts in numbers.items():
+                parts.append(self._numbers(name, table[name]))
+            for name in list(self._codes):
+                labels[name].append(self._coded(name, table[name]))
+            for name, words in self._words.items():
+                words.append(np.array(table[name]))
+            self._line += len(table["file"])
+        if not files:
+            raise UserError(f"{self._path}: has a header and no rows")
+        if len(set(files)) < len(files):
+            raise UserError(f"{self._path}: lists a file more than once; give each image one row")
+        whole = {name: np.concatenate(parts) for name, parts in numbers.items()}
+        said = {name: np.concatenate(parts) for name, parts in self._words.items()}
+        encoded = {name: sort_classes(np.concatenate(labels[name]), list(codes)) for name, codes in self._codes.items()}
+        return {
+            "files": files,
+            "sizes": np.stack([whole["height"], whole["width"]], axis=1).astype(np.int32),
+            "stamps": np.stack([whole["bytes"], whole["mtime_ns"]], axis=1),
+            "dali": whole["dali"] != 0,
+            "offsets": whole.get(OFFSET),
+            "labels": {name: values for name, (values, _) in encoded.items()},
+            "class_names": {name: names for name, (_, names) in encoded.items()},
+            "patients": said.get(self._patient),
+            "splits": said.get(self._split),
+        }
+
+    def _chunks(self) -> Iterator[dict[str, tuple[str, ...]]]:
+        width = len(self._header)
+        while rows := list(islice(self._rows, _CHUNK)):
+            if set(map(len, rows)) != {width}:
+                at = next(i for i, row in enumerate(rows) if len(row) != width)
+                raise UserError(f"{self._path}, line {self._line + at}: {len(rows[at])} cells, not {width}")
+            yield dict(zip(self._header, zip(*rows, strict=True), strict=True))
+
+    def _numbers(self, name: str, cells: tuple[str, ...]) -> np.ndarray:
+        """(n,) int64. Raises UserError where a cell is out of its column's range."""
+        try:
+            values = np.array(list(map(int, cells)), dtype=np.int64)
+        except (ValueError, OverflowError):
+            # Too long for 64 bits, or no number: those that are short and are one become what is in order.
+            values = np.array([int(cell) if cell.isdecimal() and len(cell) < 19 else -1 for cell in cells])
+        least, most = _RANGES.get(name, (0, 2**63 - 1))
+        wrong = (values < least) | (values > most)
+        if not wrong.any():
+            return values
+        at = int(np.argmax(wrong))
+        raise UserError(f"{self._path}, line {self._line + at}: {name} cannot be {cells[at]!r}")
+
+    def _coded(self, name: str, cells: tuple[str, ...]) -> np.ndarray:
+        codes = self._codes[name]
+        for cell in dict.fromkeys(cells):
+            codes.setdefault(cell, len(codes))
+        if name in self._asked and "" in codes:
+            raise UserError(f"{self._path}, line {self._line + cells.index('')}: column {name!r} is empty")
+        if len(codes) > MOST_CLASSES:
+            if name in self._asked:
+                raise too_many_classes(name, len(codes))
+            del self._codes[name]
+        return np.array([codes[cell] for cell in cells], dtype=np.int64)
+
+
+def sort_classes(numbers: np.ndarray, names: list[str]) -> tuple[np.ndarray, list[str]]:
+    """Class numbers (n,) int64, and the names in an order of their own: numeric names as numbers, then words."""
+    order = sorted(range(len(names)), key=lambda i: (*_sort_key(names[i]), names[i]))
+    rank = np.empty(len(names), dtype=np.int64)
+    rank[order] = np.arange(len(names))
+    return rank[numbers], [names[i] for i in order]
+
+
+def _sort_key(text: str) -> tuple[int, float]:
+    try:
+        value = float(text)
+    except ValueError:
+        return 1, 0.0
+    return (0, value) if math.isfinite(value) else (1, 0.0)
+
+
+def too_many_classes(name: str, count: int) -> UserError:
+    """What to say of a label column with `count` different values."""
+    return UserError(f"--label {name}: {count} different values; a label column names classes, not quantities")

@@ -1,0 +1,140 @@
+"""Images in tar shards as WebDataset lays them out: found by reading the headers alone."""
+
+from __future__ import annotations
+
+import json
+import os
+import tarfile
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.progress import track
+
+from fastmoco.atomic import write_text
+from fastmoco.data.cache import cache_file
+from fastmoco.data.decode import IMAGE_SUFFIXES
+from fastmoco.data.listing import Listing, said_by_folders
+from fastmoco.errors import UserError
+
+CLS_LABEL = "cls"
+# One image of a shard: its member's name, the offset of its bytes, their number, and what is said of it.
+Row = tuple[str, int, int, dict[str, str]]
+
+
+def find_shards(data: Path) -> list[Path]:
+    """The shards that `data` stands for: itself, or the .tar files of a folder that holds no images beside them."""
+    if data.suffix.lower() == ".tar" and data.is_file():
+        return [data]
+    if not data.is_dir():
+        return []
+    shards = []
+    for entry in sorted(data.iterdir()):
+        if entry.name.startswith("."):
+            continue
+        if entry.is_dir() or entry.suffix.lower() in IMAGE_SUFFIXES:
+            return []
+        if entry.suffix.lower() == ".tar":
+            shards.append(entry)
+    return shards
+
+
+def list_shards(shards: Sequence[Path], *, patient_column: str, split_column: str, progress: bool = True) -> Listing:
+    """The images in `shards`, which lie in one folder; names are "shard.tar/dir/key.jpg".
+
+    Members that share a key (the name up to the first dot of its last part) belong together: of an image, `key.cls`
+    holds its label "cls", and `key.json` an object whose members are labels, but for its patient and split. Where
+    neither is there, folders inside the shards say as much as they do outside. What the headers tell is remembered
+    for each shard. Raises UserError for a shard that is no tar file, or where there are no images in any.
+    """
+    with ThreadPoolExecutor() as pool:
+        read = pool.map(_rows_of, shards)
+        tables = list(track(read, "reading shards", total=len(shards), disable=not progress, transient=True))
+    read_from = zip(shards, tables, strict=True)
+    named = [(f"{shard.name}/{row[0]}", row, stamp) for shard, (stamp, rows) in read_from for row in rows]
+    if not named:
+        raise UserError(f"--data {shards[0].parent}: no images in its {len(shards)} shards")
+    files = [name for name, _, _ in named]
+    listing = Listing(
+        root=shards[0].parent,
+        files=files,
+        offsets=np.array([row[1] for _, row, _ in named], dtype=np.int64),
+        stamps=np.array([(row[2], mtime) for _, row, (_, mtime) in named], dtype=np.int64),
+    )
+    said = [row[3] for _, row, _ in named]
+    if not any(said):
+        for name, value in said_by_folders([row[0] for _, row, _ in named]).items():
+            setattr(listing, name, value)
+        return listing
+    # What some images lack is no column: its gaps would be a class of their own.
+    complete = [name for name in said[0] if all(name in words for words in said)]
+    columns = {name: [words[name] for words in said] for name in complete}
+    listing.patients = columns.pop(patient_column, None)
+    listing.splits = columns.pop(split_column, None)
+    listing.columns = dict(columns)
+    return listing
+
+
+def _rows_of(shard: Path) -> tuple[tuple[int, int], list[Row]]:
+    """The shard's (bytes, mtime_ns) and its images, from the cache where these are what they were."""
+    found = shard.stat()
+    stamp = (found.st_size, found.st_mtime_ns)
+    cache = cache_file("shard", shard)
+    try:
+        known = json.loads(cache.read_text())
+        if tuple(known["stamp"]) == stamp:
+            return stamp, known["rows"]
+    except (OSError, ValueError, KeyError, TypeError):
+        # No cache, or a damaged one: the headers are simply read again.
+        pass
+    try:
+        rows = _read_headers(shard)
+    except (tarfile.TarError, OSError) as error:
+        raise UserError(f"{shard}: cannot be read as an uncompressed tar file: {error}") from error
+    try:
+        cache.parent.mkdir(parents=True, exist_ok=True)
+        write_text(cache, json.dumps({"stamp": stamp, "rows": rows}))
+    except OSError as error:
+        print(f"warning: {cache} cannot be written ({error}); the shard's headers will be read again next time")
+    return stamp, rows
+
+
+def _read_headers(shard: Path) -> list[Row]:
+    images: dict[str, tuple[str, int, int]] = {}
+    said: dict[str, dict[str, str]] = {}
+    with tarfile.open(shard, "r:", errorlevel=2) as tar, shard.open("rb") as stream:
+        for member in _members(tar):
+            name = member.name.removeprefix("./")
+            folder, _, base = name.rpartition("/")
+            stem, _, suffix = base.partition(".")
+            if not member.isreg() or not stem:
+                continue
+            key, suffix = f"{folder}/{stem}", suffix.lower()
+            if f".{suffix}" in IMAGE_SUFFIXES:
+                images[name] = key, member.offset_data, member.size
+            elif suffix in ("cls", "json"):
+                data = os.pread(stream.fileno(), member.size, member.offset_data)
+                said.setdefault(key, {}).update(_said(shard, name, suffix, data))
+    return [(name, at, size, said.get(key, {})) for name, (key, at, size) in images.items()]
+
+
+def _members(tar: tarfile.TarFile) -> Iterable[tarfile.TarInfo]:
+    """The members in order, without keeping them all, which a plain loop over the tar file does."""
+    while (member := tar.next()) is not None:
+        yield member
+        tar.members.clear()  # type: ignore[attr-defined]
+
+
+def _said(shard: Path, name: str, suffix: str, data: bytes) -> dict[str, str]:
+    """The labels in a .cls or .json member, as text."""
+    try:
+        if suffix == "cls":
+            return {CLS_LABEL: data.decode().strip()}
+        said: Any = json.loads(data)
+    except ValueError as error:
+        raise UserError(f"{shard}, member {name}: cannot be read as {suffix.upper()}: {error}") from error
+    if not isinstance(said, dict):
+        raise UserError(f"{shard}, member {name}: must be a JSON object of labels")
+    return {key: str(value) for key, value in said.items() if isinstance(value, str | int | float)}
