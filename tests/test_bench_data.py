@@ -1,0 +1,146 @@
+"""The benchmark of loading: what it counts, that it refuses what disagrees, and that its rows are whole."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from bench import data
+from bench.data import DataArgs, agreement, deviations
+from bench.floors import FLOORS
+from bench.loaders import BASELINE, LOADERS, OURS
+from bench.photographs import draw_photographs
+from bench.process import cpu_seconds, memory_bytes
+from bench.turns import Contestant, Missing, Turn, summary, take_turn
+
+
+def test_photographs_are_the_same_and_compress_as_photographs_do(tmp_path: Path) -> None:
+    mean = draw_photographs(tmp_path / "a", 3, 512)
+    assert 60_000 <= mean <= 100_000
+    draw_photographs(tmp_path / "b", 3, 512)
+    files = [sorted((tmp_path / name).iterdir()) for name in "ab"]
+    assert [path.read_bytes() for path in files[0]] == [path.read_bytes() for path in files[1]]
+    assert len({path.read_bytes() for path in files[0]}) == 3
+
+
+def busy(seconds: float, started: Any, ended: Any) -> None:
+    kept = np.ones(40 << 20, dtype=np.uint8)
+    began = time.process_time()
+    while time.process_time() < began + seconds:
+        kept.sum()
+    started.set()
+    ended.wait()
+
+
+def test_the_work_and_memory_of_children_count() -> None:
+    context = multiprocessing.get_context("spawn")
+    started, ended = context.Event(), context.Event()
+    cpu, memory = cpu_seconds(), memory_bytes()
+    child = context.Process(target=busy, args=(0.4, started, ended))
+    child.start()
+    started.wait()
+    alive = cpu_seconds() - cpu
+    assert alive >= 0.39 and memory_bytes() - memory >= 40 << 20
+    ended.set()
+    child.join()
+    assert cpu_seconds() - cpu >= alive - 0.02, "what it used is not forgotten when it ends"
+
+
+def test_a_turn_counts_what_comes_in_its_time() -> None:
+    closed = []
+
+    @contextmanager
+    def opened() -> Iterator[Iterator[int]]:
+        def items() -> Iterator[int]:
+            time.sleep(0.05)
+            while True:
+                time.sleep(0.01)
+                yield 4
+
+        yield items()
+        closed.append(True)
+
+    turn = take_turn(opened(), lambda item: item, seconds=0.1, burst=2)
+    assert closed == [True]
+    assert turn.pairs % 8 == 0 and 0.1 <= turn.seconds < 0.1 + 2 * 0.1
+    assert turn.first >= 0.05 and turn.waited >= 0.9 * turn.pairs / 4 * 0.01
+    # Two bursts, the opening among them, are outside the time.
+    assert turn.pairs / 4 <= turn.seconds / 0.01 and turn.cpu < turn.seconds and turn.memory > 1 << 20
+
+
+def test_medians_and_cold_starts() -> None:
+    turns = [Turn(10, 1.0, 0.5, 2.0, first, 3 << 20) for first in (9.0, 1.0, 2.0)]
+    figures = summary([*turns, Turn(30, 1.0, 0.5, 2.0, 3.0, 5 << 20)])
+    assert figures["pairs_per_s"] == 10 and figures["fast_pairs_per_s"] > 10
+    assert figures["cpu_ms_per_pair"] == 200 and figures["memory_mb"] == 5 and figures["waiting"] == 0.5
+    assert figures["first_s"] == 9 and figures["again_s"] == 2
+
+
+class Pupil:
+    def __init__(self, ready: bool) -> None:
+        if not ready:
+            raise Missing("it is not installed")
+
+    def double(self, x: int) -> int:
+        return 2 * x
+
+
+def test_contestants_live_elsewhere_and_tell_what_went_wrong() -> None:
+    with Contestant(Pupil, True) as pupil:
+        assert pupil.ask("double", 21) == 42
+        with pytest.raises(RuntimeError, match=r"Traceback(.|\n)*TypeError"):
+            pupil.ask("double", None)
+        assert pupil.ask("double", 4) == 8
+    with pytest.raises(Missing, match="it is not installed"):
+        Contestant(Pupil, False)
+
+
+class Answers:
+    """A loader whose views have these statistics, and lie so far from the definition."""
+
+    def __init__(self, statistics: np.ndarray, apart: float) -> None:
+        self.answers = {"statistics": statistics, "apart": apart}
+
+    def ask(self, method: str, *args: object) -> Any:
+        return self.answers[method]
+
+
+def test_what_loads_other_views_disagrees() -> None:
+    rng = np.random.default_rng(0)
+    right = [rng.normal(0.4, 0.1, (400, 6)) for _ in LOADERS]
+    said: list[str] = []
+    loaders = {name: Answers(values, 0.01) for name, values in zip(LOADERS, right, strict=True)}
+    assert all(agreement(loaders, 200, said.append).values()) and len(said) == len(LOADERS) - 1 + len(OURS)
+    loaders["lightly"] = Answers(right[0] + np.array([0, 0, 0, 0, 0.05, 0]), 0.01)
+    loaders[OURS[1]] = Answers(right[1], 1.5)
+    assert {name for name, agrees in agreement(loaders, 200, said.append).items() if not agrees} == {"lightly", OURS[1]}
+    assert sum("PARITY FAILS" in line for line in said) == 2
+    assert deviations(np.full((9, 6), np.nan), right[0]) == np.inf
+
+
+def test_every_row_is_whole(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "data.md"
+    assert data.main(DataArgs(quick=True, workers=1, out=out)) == 0
+    shown = capsys.readouterr().out
+    rows = json.loads(out.with_suffix(".json").read_text())
+    assert [row["implementation"] for row in rows] == [*LOADERS, *FLOORS]
+    for row in rows:
+        if f"{row['implementation']}: left out" in shown:
+            assert "pairs_per_s" not in row
+            continue
+        assert 0 < row["slow_pairs_per_s"] <= row["pairs_per_s"] <= row["fast_pairs_per_s"]
+        assert row["cpu_ms_per_pair"] > 0 and row["memory_mb"] > 10 and row["first_s"] > 0 and row["turns"] == 2
+        assert row["parity"] == (None if row["implementation"] in FLOORS else "agrees")
+        assert len(row["every_turn"]) == 2 and row["ratio"] > 0
+    assert next(row for row in rows if row["implementation"] == BASELINE)["ratio"] == 1
+    assert shown.index("standard errors") < shown.index("pairs/s"), "parity comes before speed"
+    assert all(row["implementation"] in out.read_text() for row in rows)
+    assert (tmp_path / "data.png").read_bytes().startswith(b"\x89PNG")
