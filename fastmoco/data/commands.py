@@ -15,8 +15,24 @@ def scan(args: list[str]) -> int:
     return scan_command(args)
 
 
+def stats(args: list[str]) -> int:
+    """Say what a set of images is made of: sizes, formats, classes, duplicates."""
+    from fastmoco.data.stats_command import stats_command
+
+    return stats_command(args)
+
+
+def pack(args: list[str]) -> int:
+    """Pack images into tar shards with an index, for network file systems."""
+    from fastmoco.data.pack_command import pack_command
+
+    return pack_command(args)
+
+
 COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "scan": scan,
+    "stats": stats,
+    "pack": pack,
 }
 
 

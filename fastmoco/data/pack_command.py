@@ -1,0 +1,61 @@
+"""`fastmoco data pack`: write a set of images as tar shards, or check shards that were written."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+
+from fastmoco.data.manifest import SHARD_INDEX, load_manifest
+from fastmoco.data.members import compare
+from fastmoco.data.pack import pack
+from fastmoco.data.sizes import parse_bytes
+from fastmoco.data.source import Source
+from fastmoco.errors import UserError
+
+
+@dataclass(kw_only=True)
+class PackArgs(Source):
+    """Pack images into tar shards (WebDataset's layout) with an index: millions of small files are slow to read from a
+    network file system, and some thousands of large ones are not. Interrupted, the same command goes on."""
+
+    data: tyro.conf.Positional[Path | None] = None
+    """Folder of images; sub-folders are searched."""
+    out: Path
+    """Folder for the shards and index.csv; train on it with --data."""
+    shard_size: str = "1GB"
+    """About how large a shard becomes."""
+    seed: int | None = None
+    """Shuffle the images with this seed, so that a shard read from end to end is a mixture; in their order if not
+    given."""
+    check: bool = False
+    """Pack nothing: compare every image in folder --out with the hash that was packed with it, and with the index."""
+
+
+def pack_command(args: list[str]) -> int:
+    """Pack, or check. Returns the exit status: 1 where --check finds something wrong, otherwise 0."""
+    options = tyro.cli(PackArgs, prog="fastmoco data pack", args=args)
+    if options.check:
+        return _check(options)
+    if options.data is None:
+        raise UserError("name the folder of images: fastmoco data pack IMAGES --out FOLDER")
+    shard_bytes = parse_bytes(options.shard_size, "--shard-size")
+    manifest = options.manifest(options.data)
+    if manifest.skipped:
+        print(f"left out {len(manifest.skipped)} files that cannot be decoded, the first {manifest.skipped[0]}")
+    packed = pack(manifest, options.out, shard_bytes=shard_bytes, seed=options.seed, workers=options.workers)
+    shards = {name.split("/", 1)[0] for name in packed.files}
+    print(f"{options.out}: {len(packed):,} images in {len(shards):,} shards, read back and compared, and index.csv")
+    return 0
+
+
+def _check(options: PackArgs) -> int:
+    if not (options.out / SHARD_INDEX).is_file():
+        raise UserError(f"--out {options.out}: no {SHARD_INDEX} in it, so packing has not ended; run it again")
+    packed = load_manifest(options.out, options.out / SHARD_INDEX)
+    wrong = compare(packed, workers=options.workers)
+    for line in wrong:
+        print(line)
+    print(f"{options.out}: {len(packed):,} images" + (f", {len(wrong):,} things wrong" if wrong else ", all right"))
+    return 1 if wrong else 0

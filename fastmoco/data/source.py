@@ -1,0 +1,41 @@
+"""The options that name a set of images, shared by the commands of `fastmoco data`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from fastmoco.data.dali import dali_installed
+from fastmoco.data.manifest import Manifest, load_manifest
+
+
+@dataclass(kw_only=True)
+class Source:
+    """What is known of a set of images, and how fast to look at it."""
+
+    labels: Path | None = None
+    """CSV file that lists the images (paths relative to the data folder) with labels, patient and split; without one,
+    every image in the folder is used, labelled by its class folder where there are such."""
+    label: tuple[str, ...] = ()
+    """Label columns of the CSV file."""
+    file_column: str = "file"
+    """Name of the CSV column with the path of the image."""
+    patient_column: str = "patient"
+    """Name of the CSV column with the patient, if the file has one."""
+    split_column: str = "split"
+    """Name of the CSV column with the split, if the file has one."""
+    workers: int = 0
+    """Threads that read and decode; 0: one a core."""
+
+    def manifest(self, data: Path) -> Manifest:
+        """The images of `data`, checked as they are before training. Raises UserError as `load_manifest` does."""
+        return load_manifest(
+            data,
+            self.labels,
+            label=self.label,
+            file_column=self.file_column,
+            patient_column=self.patient_column,
+            split_column=self.split_column,
+            decoder="dali" if dali_installed() else "pillow",
+            workers=self.workers,
+        )

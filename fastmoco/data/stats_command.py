@@ -1,0 +1,47 @@
+"""`fastmoco data stats`: a table of what a set of images is made of."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from fastmoco.atomic import write_text
+from fastmoco.data.source import Source
+from fastmoco.data.stats import statistics, summary
+from fastmoco.errors import UserError
+
+
+@dataclass(kw_only=True)
+class StatsArgs(Source):
+    """Sizes, formats, brightness and classes of a set of images; duplicates, empty ones, patients in several splits."""
+
+    data: Path
+    """Folder of images; sub-folders are searched."""
+    out: Path | None = None
+    """JSON file to write all of it to, every duplicate included."""
+
+
+def stats_command(args: list[str]) -> int:
+    """Print the table and write the file. Returns the exit status, 0."""
+    options = tyro.cli(StatsArgs, prog="fastmoco data stats", args=args)
+    found = statistics(options.manifest(options.data), workers=options.workers)
+    table = Table(title=str(options.data), show_header=False)
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
+    for what, value in summary(found):
+        # Names of files may hold what would be markup.
+        table.add_row(what, Text(value.encode(errors="backslashreplace").decode()))
+    Console().print(table)
+    if options.out is not None:
+        try:
+            write_text(options.out, json.dumps(found, indent=1) + "\n")
+        except OSError as error:
+            raise UserError(f"--out {options.out}: cannot be written: {error.strerror or error}") from error
+        print(f"{options.out}: written")
+    return 0
