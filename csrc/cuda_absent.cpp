@@ -5,6 +5,7 @@
 #include "cuda_place.h"
 #include "ema.h"
 #include "sgd_ema.h"
+#include "views.h"
 
 namespace fastmoco {
 namespace {
@@ -21,5 +22,6 @@ void update(const std::vector<EmaTensor<float>>&, Ema<float>, CudaPlace) { refus
 void update(const std::vector<EmaTensor<double>>&, Ema<double>, CudaPlace) { refuse(); }
 void update(const std::vector<SgdEmaTensor<float>>&, SgdEma<float>, CudaPlace) { refuse(); }
 void update(const std::vector<SgdEmaTensor<double>>&, SgdEma<double>, CudaPlace) { refuse(); }
+void make_views(const ViewBatch&, int, void*, CudaPlace) { refuse(); }
 
 }  // namespace fastmoco

@@ -33,6 +33,22 @@ FASTMOCO_HOST_DEVICE FASTMOCO_INLINE void store(T* address, const Pack<T, kWidth
   }
 }
 
+// The bits of the float16 nearest to x, the even one of two equally near; x is finite and below 65520.
+FASTMOCO_HOST_DEVICE FASTMOCO_INLINE std::uint16_t half_bits(float x) {
+  std::uint32_t bits;
+  std::memcpy(&bits, &x, 4);
+  const std::uint32_t sign = bits >> 16 & 0x8000, magnitude = bits & 0x7fffffff;
+  if (magnitude < 0x38800000) {
+    // Below 2^-14 float16 is a fixed-point number; so is a float beside 1/2.
+    float fixed;
+    std::memcpy(&fixed, &magnitude, 4);
+    fixed += 0.5f;
+    std::memcpy(&bits, &fixed, 4);
+    return static_cast<std::uint16_t>(sign | (bits - 0x3f000000));
+  }
+  return static_cast<std::uint16_t>(sign | (((magnitude + 0xfff + (magnitude >> 13 & 1)) >> 13) - (112 << 10)));
+}
+
 // The bits of the bfloat16 nearest to x, the even one of two equally near; NaN stays NaN.
 FASTMOCO_HOST_DEVICE FASTMOCO_INLINE std::uint16_t bf16_bits(float x) {
   std::uint32_t bits;

@@ -11,6 +11,7 @@
 
 #include "platform.h"
 #include "views_axis.h"
+#include "views_group.h"
 #include "views_pixel.h"
 #include "views_work.h"
 
@@ -84,7 +85,7 @@ class FilterTable {
     int taps = 1;
     for (int i = 0; i < axis.size; ++i) {
       float* const weights = all + static_cast<std::size_t>(i) * most;
-      count[i] = filter(axis, i, first + i, weights);
+      count[i] = filter(axis, i, first + i, weights, 1);
       while (count[i] > 1 && weights[count[i] - 1] == 0) --count[i];
       taps = std::max(taps, count[i]);
     }
@@ -154,6 +155,11 @@ std::vector<std::string> views_sets() {
   std::vector<std::string> names;
   for (const auto& set : instruction_sets()) names.emplace_back(set.name);
   return names;
+}
+
+ViewSpaceNeeded views_space(const ViewBatch& batch) {
+  const int taps = room_for_taps(batch.images, batch.views, batch.count, batch.size);
+  return {taps, ViewSpace(batch.count, batch.size, batch.blur_kernel, taps).bytes()};
 }
 
 void make_views(const ViewBatch& batch, int threads, const char* name) {

@@ -28,7 +28,10 @@ static_assert(sizeof(ViewImage) == 24 && sizeof(ViewRecord) == 76, "Python write
 // The places of a view's operations in `order` and `factor`.
 enum : std::int32_t { kBrightness, kContrast, kSaturation, kHue };
 
-// `out` is (count, size, size, 3) float16. `instruction_set`: one of views_sets(), "" for the best.
+// The longest side of a view, for its pixels to be counted in 31 bits.
+constexpr int kMostSize = 32767;
+
+// `out` is (count, size, size, 3) float16.
 struct ViewBatch {
   const ViewImage* images;
   const ViewRecord* views;
@@ -40,7 +43,20 @@ struct ViewBatch {
 // The names that `instruction_set` may have on this processor, from the best to the plainest.
 std::vector<std::string> views_sets();
 
-// On at most `threads` threads of its own. The same bits whatever their number.
+// What a GPU needs besides: room for the weights of an output pixel, and bytes of memory on the device.
+struct ViewSpaceNeeded {
+  int taps;
+  std::size_t bytes;
+};
+
+// `images` and `views` are on the host here.
+ViewSpaceNeeded views_space(const ViewBatch& batch);
+
+// On a GPU, where all that `batch` points to and `workspace` are. Results do not depend on how the work is cut.
+void make_views(const ViewBatch& batch, int taps, void* workspace, CudaPlace place);
+
+// On at most `threads` threads of its own, whose number changes no bit. `instruction_set`: one of views_sets(), "" for
+// the best.
 void make_views(const ViewBatch& batch, int threads, const char* instruction_set);
 
 }  // namespace fastmoco

@@ -1,6 +1,8 @@
 // Resampling weights along one axis: which pixels of the image an output pixel is made of, and how much of each.
 #pragma once
 
+#include <cstddef>
+
 #include "platform.h"
 #include "views.h"
 
@@ -63,19 +65,20 @@ FASTMOCO_HOST_DEVICE inline int most_taps(const Axis& axis) {
   return most < axis.source ? most : axis.source;
 }
 
-// Writes the weights of output pixel `i` to `weights`, of which there is room for most_taps, and returns their number;
-// `first` is the pixel of the image that the first belongs to.
-FASTMOCO_HOST_DEVICE inline int filter(const Axis& axis, int i, int* first, float* weights) {
+// Writes the weights of output pixel `i`, `stride` apart, where there is room for most_taps of them, and returns their
+// number; `first` is the pixel of the image that the first belongs to.
+FASTMOCO_HOST_DEVICE inline int filter(const Axis& axis, int i, int* first, float* weights, std::size_t stride) {
   const Triangle last(axis.length, axis.size, i);
   const int resized = axis.resized == 0 ? axis.source : axis.resized, from = axis.begin + last.first;
   const Triangle front(axis.source, resized, from), back(axis.source, resized, from + last.count - 1);
   const int count = back.first + back.count - front.first;
   *first = front.first;
-  for (int j = 0; j < count; ++j) weights[j] = 0;
+  for (int j = 0; j < count; ++j) weights[static_cast<std::size_t>(j) * stride] = 0;
   for (int p = 0; p < last.count; ++p) {
     const Triangle one(axis.source, resized, from + p);
     const float share = last.weight(p);
-    for (int j = 0; j < one.count; ++j) weights[one.first - front.first + j] += share * one.weight(j);
+    const int before = one.first - front.first;
+    for (int j = 0; j < one.count; ++j) weights[static_cast<std::size_t>(before + j) * stride] += share * one.weight(j);
   }
   return count;
 }

@@ -146,10 +146,15 @@ FASTMOCO_PIXEL int gaussian(float sigma, int kernel, float* weights) {
 struct Rotation {
   float cosine, sine, middle;
 
-  FASTMOCO_PIXEL Rotation(float degrees, int size)
-      : cosine(static_cast<float>(std::cos(degrees * 0.017453292519943295))),
-        sine(static_cast<float>(std::sin(degrees * 0.017453292519943295))),
-        middle(0.5f * static_cast<float>(size - 1)) {}
+  FASTMOCO_PIXEL static Rotation by(float degrees, int size) {
+#if defined(__CUDA_ARCH__)
+    // cos and sin themselves would keep a table in local memory for angles of many turns.
+    const double cosine = cospi(degrees / 180.0), sine = sinpi(degrees / 180.0);
+#else
+    const double cosine = std::cos(degrees * 0.017453292519943295), sine = std::sin(degrees * 0.017453292519943295);
+#endif
+    return {static_cast<float>(cosine), static_cast<float>(sine), 0.5f * static_cast<float>(size - 1)};
+  }
 
   // Of pixel (x, y): its neighbours' first column and row, and how far it is from them. One that lies wholly outside
   // is moved to just outside, where everything it is made of is zero.

@@ -59,7 +59,7 @@ FASTMOCO_LOCAL void rotate_few(const ViewWork& work, const Rotation& rotation, i
 }
 
 FASTMOCO_LOCAL void rotate(const ViewWork& work) {
-  const Rotation rotation(work.view.angle, work.size);
+  const Rotation rotation = Rotation::by(work.view.angle, work.size);
   const int size = work.size;
   for (int top = 0; top < size; top += kBlockSide)
     for (int left = 0; left < size; left += kBlockSide)

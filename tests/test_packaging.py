@@ -132,11 +132,13 @@ def test_extension_holds_code_for_the_gpus_it_names(cuda_targets: list[str]) -> 
 def test_no_kernel_spills(cuda_targets: list[str]) -> None:
     assert dispatch.native is not None and dispatch.native.__file__
     said = run(cuobjdump(), "--dump-resource-usage", dispatch.native.__file__, cwd=ROOT)
-    used = re.findall(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", said)
-    # Each of ema and sgd_ema in float32 and float64, for each kind of GPU.
-    assert len(used) >= 4 * (len(cuda_targets) - 1)
-    # With 40 registers a thread six blocks of 256 run on a multiprocessor at once, more than memory needs.
-    assert all(int(registers) <= 40 and stack == local == "0" for registers, stack, local in used)
+    used = re.findall(r"Function (\w+):\s+REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", said)
+    # Each of ema and sgd_ema in float32 and float64 and the eight steps of views, for each kind of GPU.
+    assert len(used) >= (4 + 8) * (len(cuda_targets) - 1)
+    for name, registers, stack, local in used:
+        # With 40 registers a thread six blocks of 256 run on a multiprocessor at once, more than memory needs. What
+        # is done once for a row of pixels may take more.
+        assert int(registers) <= (64 if "Weigh" in name else 40) and stack == local == "0", name
 
 
 @pytest.fixture

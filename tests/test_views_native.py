@@ -12,10 +12,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fastmoco.ops import dispatch
-from fastmoco.ops.views import NEUTRAL, VIEW, Image, _native, make_views
+from fastmoco.ops.views import _IMAGE, NEUTRAL, VIEW, Image, _native, make_views
 
 pytestmark = pytest.mark.skipif(dispatch.native is None, reason=dispatch.NATIVE_MISSING)
 
+CUDA = dispatch.native.build_info()["cuda"] if dispatch.native else ""
 SETS = dispatch.native.VIEWS_SETS if dispatch.native else []
 # The spacing of float16 below 1: what is equal in float32 but for its rounding may differ by one.
 STEP = 2.0**-11
@@ -197,6 +198,43 @@ def test_arrays_and_tensors_with_gaps_and_read_only() -> None:
 
 def test_no_views_of_no_images() -> None:
     assert make_views([], np.zeros(0, dtype=VIEW), size=8, blur_kernel=1).shape == (0, 8, 8, 3)
+
+
+def test_on_a_gpu_that_is_not_there_it_says_so() -> None:
+    """Whether built with CUDA or without."""
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    assert dispatch.native is not None
+    memory = np.zeros(64, dtype=np.uint64)
+    address = memory.ctypes.data
+    sizes = {"count": 1, "size": 2, "blur_kernel": 1}
+    with pytest.raises(RuntimeError, match="CUDA: .*(driver|device)" if CUDA else "built without CUDA"):
+        dispatch.native.views_cuda(address, address, address, address, **sizes, taps=1, device=0, stream=0)
+    with pytest.raises(ValueError, match="taps"):
+        dispatch.native.views_cuda(address, address, address, address, **sizes, taps=0, device=0, stream=0)
+
+
+def test_images_on_two_devices_are_refused() -> None:
+    images = [image(8, 8), torch.zeros((8, 8, 3), dtype=torch.uint8, device="meta")]
+    with pytest.raises(ValueError, match=r"images\[1\] is on meta and images\[0\] on cpu"):
+        make_views(images, whole(image(8, 8)), size=8, blur_kernel=1)
+
+
+def test_the_workspace_holds_a_group_however_many_views() -> None:
+    """A view's own room, then that of all, then no more."""
+    assert dispatch.native is not None
+    picture = image(400, 300)
+    table = np.array([(picture.ctypes.data, 400, 300, 0, 0)], dtype=_IMAGE)
+
+    def needed(count: int) -> tuple[int, int]:
+        views = whole(picture).repeat(count)
+        space = dispatch.native.views_space
+        return space(table.ctypes.data, views.ctypes.data, count=count, size=100, blur_kernel=11)
+
+    taps, one = needed(1)
+    assert 9 <= taps <= 11 and 2 * 3 * 100 * 100 * 4 < one < 300_000
+    assert needed(10) == (taps, 10 * one)
+    assert needed(1000) == needed(5000) and 31 << 20 < needed(1000)[1] <= 32 << 20
 
 
 def test_an_unknown_instruction_set_is_refused() -> None:

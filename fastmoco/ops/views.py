@@ -17,6 +17,7 @@ from threadpoolctl import threadpool_limits
 from torch import Tensor
 
 from fastmoco.ops import dispatch
+from fastmoco.ops.lists import NATIVE_DEVICES
 
 BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)
 NEUTRAL = (1.0, 1.0, 1.0, 0.0)
@@ -69,7 +70,7 @@ def make_views(
     not fit together.
     """
     check(images, views, size=size, blur_kernel=blur_kernel)
-    device = images[0].device if images and isinstance(images[0], Tensor) else torch.device("cpu")
+    device = _device(images[0]) if images else torch.device("cpu")
     run = dispatch.pick("views", torch.empty(0, device=device), implementation)
     made: Tensor = run(images, views, size=size, blur_kernel=blur_kernel, threads=threads, device=device)
     return made
@@ -86,6 +87,8 @@ def check(images: Sequence[Image], views: np.ndarray, *, size: int, blur_kernel:
             raise ValueError(f"images[{i}]: needs (H, W, 3), not {tuple(image.shape)}")
         if image.dtype not in (np.uint8, np.uint16, torch.uint8, torch.uint16):
             raise ValueError(f"images[{i}]: needs uint8 or uint16, not {image.dtype}")
+        if _device(image) != _device(images[0]):
+            raise ValueError(f"images[{i}] is on {_device(image)} and images[0] on {_device(images[0])}")
     if blur_kernel // 2 >= size:
         raise ValueError(f"blur_kernel: {blur_kernel} pixels reflect more than the {size} that a view has")
     if not len(views):
@@ -110,6 +113,10 @@ def check(images: Sequence[Image], views: np.ndarray, *, size: int, blur_kernel:
     for what, rows in wrong.items():
         if rows.any():
             raise ValueError(f"views[{int(rows.argmax())}]: field {what}: {views[rows.argmax()]}")
+
+
+def _device(image: Image) -> torch.device:
+    return image.device if isinstance(image, Tensor) else torch.device("cpu")
 
 
 def _reference(
@@ -202,40 +209,35 @@ def _native(
     device: torch.device,
     instruction_set: str = "",
 ) -> Tensor:
-    """On the CPU; instruction_set is one of fastmoco._C.VIEWS_SETS, "" for the best."""
+    """C++ on the CPU, or CUDA on the current stream; instruction_set is one of fastmoco._C.VIEWS_SETS, "" the best."""
     assert dispatch.native is not None
-    # Kept until the work is done, as copies may be among them.
-    dense, table = _table(images)
+    # Kept until the work is done, or given to the stream: copies may be among them.
+    dense = [image.contiguous() if isinstance(image, Tensor) else np.ascontiguousarray(image) for image in images]
+    table = np.array([_row(image) for image in dense], dtype=_IMAGE)
     views = np.ascontiguousarray(views)
-    made = torch.empty((len(views), size, size, 3), dtype=torch.float16)
-    dispatch.native.views(
-        table.ctypes.data,
-        views.ctypes.data,
-        made.data_ptr(),
-        count=len(views),
-        size=size,
-        blur_kernel=blur_kernel,
-        instruction_set=instruction_set,
-        threads=threads,
-    )
-    del dense
+    sizes = {"count": len(views), "size": size, "blur_kernel": blur_kernel}
+    made = torch.empty((len(views), size, size, 3), dtype=torch.float16, device=device)
+    on_host = table.ctypes.data, views.ctypes.data
+    if device.type == "cpu":
+        dispatch.native.views(*on_host, made.data_ptr(), **sizes, instruction_set=instruction_set, threads=threads)
+        return made
+    taps, needed = dispatch.native.views_space(*on_host, **sizes)
+    workspace = torch.empty(needed, dtype=torch.uint8, device=device)
+    # One copy, from pinned memory, so that nothing waits for the device.
+    records = torch.from_numpy(np.concatenate([table.view(np.uint8), views.view(np.uint8)])).pin_memory()
+    records = records.to(device, non_blocking=True)
+    addresses = records.data_ptr(), records.data_ptr() + table.nbytes, made.data_ptr(), workspace.data_ptr()
+    stream = torch.cuda.current_stream(device).cuda_stream
+    with torch.cuda.device(device):
+        dispatch.native.views_cuda(*addresses, **sizes, taps=taps, device=made.get_device(), stream=stream)
     return made
 
 
-def _table(images: Sequence[Image]) -> tuple[list[Image], np.ndarray]:
-    """The images, dense, and where they are: (N,) of dtype `_IMAGE`."""
-    dense = [image.contiguous() if isinstance(image, Tensor) else np.ascontiguousarray(image) for image in images]
-    rows = [
-        (
-            image.data_ptr() if isinstance(image, Tensor) else image.ctypes.data,
-            *image.shape[:2],
-            image.dtype in (torch.uint16, np.uint16),
-            0,
-        )
-        for image in dense
-    ]
-    return dense, np.array(rows, dtype=_IMAGE)
+def _row(image: Image) -> tuple[int, ...]:
+    """A dense image as a row of dtype `_IMAGE`."""
+    address = image.data_ptr() if isinstance(image, Tensor) else image.ctypes.data
+    return address, image.shape[0], image.shape[1], int(image.dtype in (torch.uint16, np.uint16)), 0
 
 
 dispatch.register("views", "reference", _reference)
-dispatch.register("views", "native", _native, device_types=("cpu",), missing=dispatch.NATIVE_MISSING)
+dispatch.register("views", "native", _native, device_types=NATIVE_DEVICES, missing=dispatch.NATIVE_MISSING)

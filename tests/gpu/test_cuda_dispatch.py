@@ -4,13 +4,13 @@ import pytest
 import torch
 
 from cuda_checks import on_cuda
-from fastmoco.ops import crosscorr, dispatch, ema, infonce, pooled_mse, queue_push, sgd_ema
+from fastmoco.ops import crosscorr, dispatch, ema, infonce, pooled_mse, queue_push, sgd_ema, views
 
 pytestmark = pytest.mark.gpu
 
 
 def test_no_operation_falls_back_to_its_reference() -> None:
-    assert all(module.__name__ for module in (crosscorr, ema, infonce, pooled_mse, queue_push, sgd_ema)), (
+    assert all(module.__name__ for module in (crosscorr, ema, infonce, pooled_mse, queue_push, sgd_ema, views)), (
         "registered at import"
     )
     slow = {choice.operation: choice.refusals for choice in dispatch.table(["cuda"]) if choice.chosen == "reference"}
