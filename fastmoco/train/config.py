@@ -40,6 +40,8 @@ class DataConfig:
     makes the views with torchvision's transforms too, the definition of what the others do, slowly."""
     workers: int = 2
     """Threads that decode, and as many that make the views; they do not change what is loaded."""
+    stage: Path | None = None
+    """Folder on a disk of this machine to which the images are copied first, once for all its processes and runs."""
     max_bad: int = 100
     """Images that may turn out to be unreadable during the run, or to have changed since they were checked: each is set
     aside and another takes its place. With one more the run stops and lists them."""
@@ -231,7 +233,7 @@ def _plain(value: Any) -> Any:
 
 # A resumed run may differ in these: they do not change what is computed, `update` to rounding.
 FREE_ON_RESUME = {
-    "data": {"data", "labels", "workers", "max_bad"},
+    "data": {"data", "labels", "workers", "stage", "max_bad"},
     "optim": {"update"},
     "run": {"out", "resume", "log_every", "checkpoint_every", "keep_checkpoints", "knn_every"},
 }

@@ -26,7 +26,7 @@ from fastmoco.train.clock import Clock
 from fastmoco.train.config import Config, to_json
 from fastmoco.train.curves import draw_curves
 from fastmoco.train.folder import BAD_FILES, find_checkpoint, write_description
-from fastmoco.train.images import find_images, fingerprint
+from fastmoco.train.images import find_images, fingerprint, list_images, root_of, staged
 from fastmoco.train.metrics import MetricsFile, Row, read_rows
 from fastmoco.train.monitor import knn_row
 from fastmoco.train.progress import ProgressLine
@@ -57,7 +57,7 @@ def pretrain(config: Config) -> Path:
     config = _resolve(config, device)
     store = Store(config.run.out, config.run.keep_checkpoints)
     saved = find_checkpoint(config, store)
-    manifest = find_images(config)
+    manifest = find_images(config, saved)
     # torch seeds each process at random.
     torch.manual_seed(config.run.seed)
     trainer = Trainer(config, precision=config.run.precision, device=device, initialise=saved is None)
@@ -70,7 +70,8 @@ class _Run:
     def __init__(self, config: Config, store: Store, manifest: Manifest, trainer: Trainer) -> None:
         self.config = config
         self.store = store
-        self.manifest = manifest
+        self.listed = manifest
+        self.manifest = staged(config, manifest)
         self.trainer = trainer
         self.out = config.run.out
         self.order = Order(len(manifest), config.optim.batch_size, config.run.seed, config.optim.drop_last)
@@ -98,7 +99,9 @@ class _Run:
             self.quarantine = Quarantine(self.config.data.max_bad, saved.meta.get("quarantine", []))
             start = saved.step
         try:
-            write_description(config=self.config, store=self.store, skipped=self.manifest.skipped)
+            write_description(config=self.config, store=self.store, skipped=self.listed.skipped)
+            if saved is None:
+                list_images(self.config, self.listed)
             self._describe(start)
             self.metrics = MetricsFile(self.out / "metrics.jsonl", resume_at=start)
             self.board = _tensorboard(self.out / "tensorboard", start)
@@ -224,7 +227,7 @@ class _Run:
                 f"step {step}: {broken[0]} and {len(broken) - 1} more tensors are not finite, so no checkpoint was "
                 f"written; {self.store.last_good()}. A lower --lr or a longer --warmup-epochs may help"
             )
-        checkpoint.meta["quarantine"] = self.quarantine.state()
+        checkpoint.meta |= {"root": root_of(self.listed), "quarantine": self.quarantine.state()}
         self.metrics.sync()
         return self.store.save(checkpoint)
 

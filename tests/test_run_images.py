@@ -1,0 +1,141 @@
+"""The images of a run: the same when it goes on, wherever they lie, and replaced where they go bad."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from test_pretrain import LOADERS, final_tensors, loss_columns, resumed, stop_after
+
+from fastmoco.data.order import Order
+from fastmoco.data.quarantine import TooManyBad
+from fastmoco.errors import UserError
+from fastmoco.train.config import Config
+from fastmoco.train.images import MANIFEST
+from fastmoco.train.metrics import read_rows
+from fastmoco.train.pretrain import Stopped, pretrain
+from fastmoco.train.trainer import Trainer
+from runs import draw_images, small_config
+
+# Six steps an epoch.
+STEPS = 12
+
+
+@pytest.fixture
+def images(tmp_path: Path) -> Path:
+    return draw_images(tmp_path / "data")
+
+
+def stopped_at(step: int, config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        stop_after(step, patch)
+        with pytest.raises(Stopped):
+            pretrain(config)
+
+
+def changed(config: Config, **data: Any) -> Config:
+    return dataclasses.replace(config, data=dataclasses.replace(config.data, **data))
+
+
+@pytest.mark.parametrize("loader", LOADERS)
+def test_a_run_goes_on_where_files_went_bad(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], loader: str
+) -> None:
+    config = small_config(images, tmp_path / "run", steps=STEPS, loader=loader, checkpoint_every=1000)
+    stopped_at(6, config, monkeypatch)
+    files = sorted(path.name for path in images.iterdir())
+    (images / files[3]).unlink()
+    (images / files[8]).write_bytes(b"not an image any more")
+    # The list of the run stands; what is added since is no part of it.
+    shutil.copy(images / files[0], images / "added.jpg")
+    capsys.readouterr()
+    out = pretrain(resumed(config))
+    said = capsys.readouterr().out
+    listed = (out / "bad_files.txt").read_text().splitlines()
+    assert sorted(line.split(": ")[0] for line in listed) == [files[3], files[8]]
+    assert f"set aside {files[3]}: no such file" in said and f"set aside {files[8]}: changed since" in said
+    assert "2 image(s) went bad and were replaced by others" in said
+    rows = read_rows(out / "metrics.jsonl")
+    assert [row["step"] for row in rows] == list(range(1, STEPS + 1))
+    assert rows[5]["bad_files"] == 0 and rows[-1]["bad_files"] == 2
+
+
+def test_bad_files_change_nothing_about_resuming(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stopped and resumed after the damage, a run ends as one that only met the damage, bit for bit."""
+    whole = small_config(images, tmp_path / "whole", steps=STEPS, checkpoint_every=1000)
+    broken = small_config(images, tmp_path / "broken", steps=STEPS, checkpoint_every=1000)
+    for config in (whole, broken):
+        stopped_at(6, config, monkeypatch)
+    for name in ("003.png", "010.jpg", "011.png"):
+        (images / name).unlink()
+    pretrain(resumed(whole))
+    stopped_at(5, resumed(broken), monkeypatch)
+    # Mended meanwhile: what was set aside stays aside.
+    shutil.copy(images / "001.png", images / "003.png")
+    pretrain(resumed(broken))
+    expected, actual = final_tensors(whole.run.out), final_tensors(broken.run.out)
+    assert all((value == actual[name]).all() for name, value in expected.items())
+    rows = [loss_columns(config.run.out) for config in (whole, broken)]
+    # How early a bad file is met depends on how far is read ahead.
+    assert [row["loss"] for row in rows[0]] == [row["loss"] for row in rows[1]]
+
+
+def test_too_many_bad_files_stop_the_run_which_can_go_on(images: Path, tmp_path: Path) -> None:
+    config = small_config(images, tmp_path / "run", steps=STEPS, max_bad=0, checkpoint_every=1000)
+    order = Order(24, 4, config.run.seed)
+    # After the files were checked and before that of the seventh step is read.
+    step = 0
+    victim = int(order.batch(6).indices[0])
+    name = sorted(path.name for path in images.iterdir())[victim]
+    original = Trainer.step
+
+    def damaging(self: Trainer, *args: Any, **kwargs: Any) -> None:
+        nonlocal step
+        step += 1
+        if step == 1:
+            (images / name).write_bytes(b"")
+        original(self, *args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Trainer, "step", damaging)
+        with pytest.raises(TooManyBad, match=rf"1 image.*--max-bad 0:\n  {name}.*\nsaved .*higher --max-bad"):
+            pretrain(config)
+    done = len(read_rows(config.run.out / "metrics.jsonl"))
+    assert 0 < done <= 6
+    pretrain(resumed(changed(config, max_bad=1)))
+    assert len(read_rows(config.run.out / "metrics.jsonl")) == STEPS
+    assert name in (config.run.out / "bad_files.txt").read_text()
+
+
+def test_a_moved_data_set_is_found_again(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = small_config(images, tmp_path / "whole", steps=STEPS, checkpoint_every=1000)
+    config = small_config(images, tmp_path / "run", steps=STEPS, checkpoint_every=1000)
+    pretrain(whole)
+    stopped_at(6, config, monkeypatch)
+    # A copy has other times.
+    moved = tmp_path / "moved"
+    moved.mkdir()
+    for path in images.iterdir():
+        (moved / path.name).write_bytes(path.read_bytes())
+    shutil.rmtree(images)
+    pretrain(resumed(changed(config, data=moved)))
+    assert not (config.run.out / "bad_files.txt").exists()
+    expected, actual = final_tensors(whole.run.out), final_tensors(config.run.out)
+    assert all((value == actual[name]).all() for name, value in expected.items())
+    with pytest.raises(UserError, match="none is there"):
+        pretrain(resumed(changed(config, data=tmp_path)))
+
+
+def test_training_on_a_copy_is_training_on_the_original(images: Path, tmp_path: Path) -> None:
+    config = small_config(images, tmp_path / "run", steps=3, stage=tmp_path / "disk")
+    pretrain(config)
+    copies = [path for path in (tmp_path / "disk").rglob("*") if path.suffix in (".jpg", ".png")]
+    assert len(copies) == 24
+    pretrain(small_config(images, tmp_path / "plain", steps=3))
+    assert loss_columns(tmp_path / "run") == loss_columns(tmp_path / "plain")
+    assert (tmp_path / "run" / MANIFEST).read_text() == (tmp_path / "plain" / MANIFEST).read_text()
