@@ -99,7 +99,7 @@ def kill_at(process: subprocess.Popen[str], out: Path, step: int, delay: float) 
 
 
 @pytest.mark.parametrize(
-    "loader", ["torchvision", pytest.param("dali", marks=pytest.mark.skipif(not dali_installed(), reason="no DALI"))]
+    "loader", ["pillow", pytest.param("dali", marks=pytest.mark.skipif(not dali_installed(), reason="no DALI"))]
 )
 def test_ten_kills_change_nothing(
     images: Path, tmp_path: Path, loader: str, capsys: pytest.CaptureFixture[str]
@@ -145,7 +145,7 @@ def test_ten_kills_change_nothing(
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_ctrl_c_saves_first(images: Path, tmp_path: Path, number: signal.Signals) -> None:
     out = tmp_path / "run"
-    with started(command(images, out, "torchvision", "--checkpoint-every", "1000"), tmp_path) as process:
+    with started(command(images, out, "pillow", "--checkpoint-every", "1000"), tmp_path) as process:
         while rows(out) < 3:
             assert process.poll() is None
             time.sleep(0.01)
@@ -167,7 +167,7 @@ def test_a_full_disk_stops_with_one_message_and_keeps_the_last_checkpoint(images
     # Room for two checkpoints of this model and their metrics, not for the third before the first is removed.
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=330M", "tmpfs", str(disk)], check=True)
     try:
-        args = command(images, disk / "run", "torchvision", "--keep-checkpoints", "5")
+        args = command(images, disk / "run", "pillow", "--keep-checkpoints", "5")
         done = subprocess.run(args, env=environment(tmp_path), capture_output=True, text=True, timeout=300)
         assert done.returncode == 2, done.stdout + done.stderr
         assert "could not be written" in done.stderr

@@ -23,7 +23,7 @@ from fastmoco.train.pretrain import NonFiniteLoss, Stopped, pretrain
 from fastmoco.train.trainer import Trainer
 from runs import draw_images, small_config
 
-LOADERS = ["torchvision", pytest.param("dali", marks=pytest.mark.skipif(not dali_installed(), reason="no DALI here"))]
+LOADERS = ["pillow", pytest.param("dali", marks=pytest.mark.skipif(not dali_installed(), reason="no DALI here"))]
 
 
 @pytest.fixture(scope="module")

@@ -14,6 +14,9 @@ from fastmoco.data.manifest import load_manifest
 from fastmoco.data.order import Order
 from fastmoco.data.views import ViewConfig
 from fastmoco.evaluate.splits import make_splits
+from fastmoco.train.metrics import read_rows
+from fastmoco.train.pretrain import pretrain
+from runs import small_config
 
 VIEWS = {
     "idc_patches": ViewConfig(size=64, resize=256 / 255, crop_scale=(0.4, 1.0), flip_p=0.5),
@@ -52,3 +55,24 @@ def test_both_loaders_make_the_same_views_of_real_files(name: str, real_data: Ca
     for ours, theirs in ((pairs[0].q, pairs[1].q), (pairs[0].k, pairs[1].k)):
         assert theirs.float().std() > 0.05
         assert (ours.float() - theirs.float()).abs().mean() < 1 / 255
+
+
+@pytest.mark.parametrize(
+    "loader", [pytest.param("dali", marks=pytest.mark.skipif(not dali_installed(), reason="no DALI here")), "pillow"]
+)
+def test_training_over_odd_files_finishes(loader: str, real_data: Callable[[str], Path], tmp_path: Path) -> None:
+    """CMYK, palettes, 16 bits, DICOM, rotation, one pixel, rot: each is trained on, or was reported as unreadable."""
+    folder = real_data("odd_encodings")
+    config = small_config(
+        folder, tmp_path / "run", loader=loader, steps=20, drop_last=False, max_bad=0, workers=2, checkpoint_every=100
+    )
+    out = pretrain(config)
+    assert len(read_rows(out / "metrics.jsonl")) == 20
+    assert not (out / "bad_files.txt").exists()
+    trained = (out / "manifest.csv").read_text().splitlines()[1:]
+    skipped = (out / "skipped.txt").read_text().splitlines()
+    found = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+    # Neither suffix is an image's.
+    found -= {"index.csv", "SHA256SUMS", "pillow/pngtest_bad.png.bin"}
+    assert {line.split(",")[0] for line in trained} | {line.split(": ")[0] for line in skipped} == found
+    assert 76 <= len(trained) <= 80
