@@ -15,6 +15,13 @@ def scan(args: list[str]) -> int:
     return scan_command(args)
 
 
+def preview(args: list[str]) -> int:
+    """Draw images beside the views that training with a recipe would make of them."""
+    from fastmoco.preview import preview_command
+
+    return preview_command(args)
+
+
 def stats(args: list[str]) -> int:
     """Say what a set of images is made of: sizes, formats, classes, duplicates."""
     from fastmoco.data.stats_command import stats_command
@@ -31,6 +38,7 @@ def pack(args: list[str]) -> int:
 
 COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "scan": scan,
+    "preview": preview,
     "stats": stats,
     "pack": pack,
 }

@@ -1,0 +1,133 @@
+"""A picture of what training will see: images beside their two views, with what was drawn for each in words."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from fastmoco.atomic import replacing
+from fastmoco.data.draws import draw
+from fastmoco.data.loader import LoaderKind, make_loader
+from fastmoco.data.manifest import Manifest
+from fastmoco.data.order import Order
+from fastmoco.data.views import ViewConfig
+from fastmoco.ops.views import BRIGHTNESS, CONTRAST, HUE, NEUTRAL, SATURATION
+
+_NAMES = {BRIGHTNESS: "brightness", CONTRAST: "contrast", SATURATION: "saturation"}
+_COLOURS = ("tab:cyan", "tab:orange")
+_CELL_INCHES, _WORDS_INCHES, _DPI = 2.4, 1.05, 100
+
+
+@dataclass(frozen=True)
+class Example:
+    """An image (H, W, 3) uint8 or uint16, its two views (size, size, 3) float32 in [0, 1], and their two records."""
+
+    file: str
+    image: np.ndarray
+    views: tuple[np.ndarray, np.ndarray]
+    drawn: tuple[np.void, np.void]
+
+
+def examples(
+    manifest: Manifest, views: ViewConfig, *, seed: int, epoch: int, count: int, kind: LoaderKind, workers: int
+) -> list[Example]:
+    """The first `count` images of `epoch` (all, if there are fewer) with the very views that training would use.
+
+    Raises UserError as `make_loader` does.
+    """
+    order = Order(len(manifest), min(count, len(manifest)), seed)
+    t = epoch * order.batches_per_epoch
+    with make_loader(kind, manifest, views, order, start=t, stop=t + 1, workers=workers) as batches:
+        batch = next(batches)
+    made = [view.permute(0, 2, 3, 1).to("cpu", torch.float32).numpy() for view in (batch.q, batch.k)]
+    sizes = manifest.sizes[batch.indices]
+    drawn = [draw(views, seed=seed, epoch=epoch, indices=batch.indices, view=view, sizes=sizes) for view in (0, 1)]
+    return [
+        Example(manifest.files[i], manifest.decode(i), (made[0][row], made[1][row]), (drawn[0][row], drawn[1][row]))
+        for row, i in enumerate(batch.indices.tolist())
+    ]
+
+
+def in_words(view: np.void) -> list[str]:
+    """What the record `view` (of dtype `fastmoco.ops.views.VIEW`) does to an image, a line each, in order."""
+    top, left, height, width = view["window"].tolist()
+    words = []
+    if view["resized"].any():
+        words.append("resized to {} x {}".format(*view["resized"].tolist()))
+    if [top, left, height, width] != [0, 0, *view["resized"].tolist()]:
+        words.append(f"crop {height} x {width} at {top}, {left}")
+    colours = [word for which in view["order"] if (word := _colour(int(which), float(view["factor"][which])))]
+    words += [", ".join(colours[i : i + 2]) for i in range(0, len(colours), 2)]
+    rest = [
+        "gray" if view["gray"] else "",
+        f"blur {view['sigma']:.2f} px" if view["sigma"] > 0 else "",
+        f"rotated {view['angle']:+.1f}\N{DEGREE SIGN}" if view["angle"] != 0 else "",
+        "flipped" if view["flip"] else "",
+    ]
+    return words + ([", ".join(filter(None, rest))] if any(rest) else [])
+
+
+def _colour(which: int, factor: float) -> str:
+    if factor == NEUTRAL[which]:
+        return ""
+    return f"hue {360 * factor:+.0f}\N{DEGREE SIGN}" if which == HUE else f"{_NAMES[which]} x{factor:.2f}"
+
+
+def save_preview(shown: Sequence[Example], path: Path) -> None:
+    """Draw `shown` as a grid to the PNG file `path`. Raises OSError where it cannot be written."""
+    # Drawn on a canvas of its own: nothing global of matplotlib is touched.
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    across = 2 if len(shown) > 3 else 1
+    down = -(-len(shown) // across)
+    size = (3 * across * _CELL_INCHES, down * (_CELL_INCHES + _WORDS_INCHES))
+    figure = Figure(figsize=size, layout="constrained", dpi=_DPI)
+    FigureCanvasAgg(figure)
+    cells = figure.subplots(down, 3 * across, squeeze=False)
+    for axes in cells.flat:
+        axes.set_axis_off()
+    for number, example in enumerate(shown):
+        row, column = number % down, number // down
+        original, *views = cells[row, 3 * column : 3 * column + 3]
+        _show_original(original, example)
+        for axes, name, colour, view, drawn in zip(
+            views, ("query", "key"), _COLOURS, example.views, example.drawn, strict=True
+        ):
+            axes.imshow(view, interpolation="nearest", vmin=0, vmax=1)
+            axes.set_title(name, fontsize=9, color=colour)
+            _write_below(axes, in_words(drawn))
+    with replacing(path) as temporary:
+        figure.savefig(temporary, format="png")
+
+
+def _show_original(axes: Any, example: Example) -> None:
+    """The image with the two windows that become its views."""
+    from matplotlib.patches import Rectangle
+
+    white = np.iinfo(example.image.dtype).max
+    axes.imshow(example.image.astype(np.float32) / white, interpolation="nearest")
+    height, width = example.image.shape[:2]
+    for drawn, colour in zip(example.drawn, _COLOURS, strict=True):
+        top, left, tall, wide = drawn["window"].tolist()
+        # The window is in pixels of the resized image.
+        y, x = (height / drawn["resized"][0], width / drawn["resized"][1]) if drawn["resized"].any() else (1.0, 1.0)
+        corner = (left * x - 0.5, top * y - 0.5)
+        axes.add_patch(Rectangle(corner, wide * x, tall * y, fill=False, edgecolor=colour, linewidth=2, clip_on=False))
+    # A dollar sign in a name is no formula.
+    axes.set_title(_shortened(example.file), fontsize=8, parse_math=False)
+    _write_below(axes, [f"{height} x {width}"])
+
+
+def _write_below(axes: Any, lines: list[str]) -> None:
+    axes.text(0.5, -0.03, "\n".join(lines), transform=axes.transAxes, ha="center", va="top", fontsize=8)
+
+
+def _shortened(name: str) -> str:
+    printable = name.encode(errors="backslashreplace").decode()
+    return printable if len(printable) <= 32 else f"...{printable[-29:]}"
