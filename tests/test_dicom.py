@@ -8,18 +8,22 @@ from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from fastmoco.data.decode import decode
 from fastmoco.data.undecodable import DecoderMissing, Undecodable
 
 pydicom = pytest.importorskip("pydicom", reason="the dicom extra is not installed")
 from pydicom.dataset import Dataset, FileMetaDataset  # noqa: E402
+from pydicom.encaps import encapsulate  # noqa: E402
 from pydicom.sequence import Sequence  # noqa: E402
 from pydicom.uid import (  # noqa: E402
     DeflatedExplicitVRLittleEndian,
     ExplicitVRLittleEndian,
     ImplicitVRLittleEndian,
     JPEG2000Lossless,
+    JPEGBaseline8Bit,
+    JPEGLosslessSV1,
     RLELossless,
 )
 
@@ -200,11 +204,46 @@ def test_damaged_files_are_refused_with_the_reason(data: bytes, reason: str) -> 
     assert len(str(caught.value)) < 400 and "\n" not in str(caught.value)
 
 
+def test_a_frame_of_another_size_is_refused_before_it_is_decoded() -> None:
+    """A rotten bit in a codestream's header may ask for gigabytes."""
+    pytest.importorskip("openjpeg", reason="the dicom extra is not installed")
+    data = bytearray(dicom(np.tile(STORED, (10, 7)), compress=JPEG2000Lossless))
+    at = data.index(b"\xff\x4f\xff\x51") + 8
+    data[at] = 0xB7
+    with pytest.raises(Undecodable, match="DICOM of 70 x 70 pixels whose frame has 70 x 3070230598"):
+        decode(bytes(data), "x")
+
+
+def test_a_jpeg_frame_of_another_size_or_cut_short_is_refused() -> None:
+    stream = io.BytesIO()
+    Image.fromarray(RNG.integers(0, 256, (16, 24), dtype=np.uint8)).save(stream, "JPEG")
+    dataset = pydicom.dcmread(io.BytesIO(dicom(np.zeros((16, 24), dtype=np.uint8))))
+    dataset.file_meta.TransferSyntaxUID = JPEGBaseline8Bit
+
+    def saved(frame: bytes) -> bytes:
+        dataset.PixelData = encapsulate([frame])
+        dataset["PixelData"].is_undefined_length = True
+        stream = io.BytesIO()
+        dataset.save_as(stream)
+        return stream.getvalue()
+
+    assert decode(saved(stream.getvalue()), "x").shape == (16, 24, 3)
+    for syntax, reason in ((JPEGBaseline8Bit, "truncated"), (JPEGLosslessSV1, "cut short|pip install")):
+        dataset.file_meta.TransferSyntaxUID = syntax
+        with pytest.raises(Undecodable, match=reason):
+            decode(saved(stream.getvalue()[:-150]), "x")
+    dataset.file_meta.TransferSyntaxUID = JPEGBaseline8Bit
+    at = stream.getvalue().index(b"\xff\xc0") + 5
+    wrong = stream.getvalue()[:at] + b"\xfe\xfe" + stream.getvalue()[at + 2 :]
+    with pytest.raises(Undecodable, match="16 x 24 pixels whose frame has 65278 x 24"):
+        decode(saved(wrong), "x")
+
+
 def test_what_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     compressed = dicom(STORED, compress=RLELossless)
     decoder = pydicom.pixels.get_decoder(RLELossless)
     with monkeypatch.context() as patch:
-        patch.setattr(decoder, "_available", {})
+        patch.setattr(decoder, "_available", {"gdcm": None})
         with pytest.raises(DecoderMissing, match=r"RLE Lossless.*fastmoco\[dicom\]"):
             decode(compressed, "x")
     monkeypatch.setitem(sys.modules, "pydicom", None)

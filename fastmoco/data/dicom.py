@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import struct
 import warnings
 from typing import Any
 
@@ -13,13 +14,24 @@ from fastmoco.data.undecodable import DecoderMissing, Undecodable
 
 try:
     import pydicom
+    from pydicom.encaps import get_frame
     from pydicom.pixels import apply_color_lut, get_decoder, pixel_array
-    from pydicom.uid import ExplicitVRLittleEndian, ImplicitVRLittleEndian
+    from pydicom.uid import (
+        ExplicitVRLittleEndian,
+        ImplicitVRLittleEndian,
+        JPEGBaseline8Bit,
+        JPEGExtended12Bit,
+        RLELossless,
+    )
 except ImportError as error:
     raise DecoderMissing(f"reading DICOM needs pydicom 3 ({error}): pip install 'fastmoco[dicom]'") from error
 
 # It warns of every value that breaks the standard, in files by the thousand, and reads them all the same.
 warnings.filterwarnings("ignore", module=r"pydicom\.")
+
+
+# The JPEG markers that begin a frame; the last is JPEG-LS's.
+_START_OF_FRAME = frozenset({*range(0xC0, 0xD0), 0xF7} - {0xC4, 0xC8, 0xCC})
 
 
 def decode_dicom(data: bytes) -> np.ndarray:
@@ -54,9 +66,64 @@ def _first_frame(dataset: Any) -> np.ndarray:
     if "TransferSyntaxUID" not in meta:
         meta.TransferSyntaxUID = ImplicitVRLittleEndian if dataset.original_encoding[0] else ExplicitVRLittleEndian
     syntax = meta.TransferSyntaxUID
-    if syntax.is_compressed and syntax.is_encapsulated and not get_decoder(syntax).is_available:
+    if not syntax.is_encapsulated:
+        return pixel_array(dataset, index=0)
+    plugin = _plugin(dataset)
+    if plugin not in get_decoder(syntax).available_plugins:
         raise DecoderMissing(f"DICOM compressed as {syntax.name}: pip install 'fastmoco[dicom]' for its decoders")
-    return pixel_array(dataset, index=0)
+    frame = get_frame(dataset.PixelData, 0, number_of_frames=dataset.get("NumberOfFrames") or 1)
+    _refuse_other_size(frame, dataset)
+    # Decoded by pylibjpeg, a JPEG that is cut short is gray from there on.
+    if plugin == "pylibjpeg" and frame.startswith(b"\xff\xd8") and b"\xff\xd9" not in frame[-64:]:
+        raise Undecodable("DICOM whose JPEG frame is cut short")
+    return pixel_array(dataset, index=0, decoding_plugin=plugin)
+
+
+def _plugin(dataset: Any) -> str:
+    """Which of pydicom's plugins to ask: the one that answers damage with an exception.
+
+    pydicom itself would ask each in turn, until one believes what is damaged, or, as GDCM may, ends the process.
+    """
+    syntax = dataset.file_meta.TransferSyntaxUID
+    if syntax == RLELossless:
+        return "pydicom"
+    if syntax == JPEGBaseline8Bit or (syntax == JPEGExtended12Bit and dataset.BitsStored == 8):
+        return "pillow"
+    return "pylibjpeg"
+
+
+def _refuse_other_size(frame: bytes, dataset: Any) -> None:
+    """Raise Undecodable where a JPEG or JPEG 2000 `frame` says that it is of another size than the file does.
+
+    Its decoder would believe the frame, and one rotten bit there asks for more memory than there is.
+    """
+    size = _jpeg2000_size(frame) if frame.startswith(b"\xff\x4f\xff\x51") else _jpeg_size(frame)
+    if size is not None and size != (dataset.Rows, dataset.Columns):
+        raise Undecodable(f"DICOM of {dataset.Rows} x {dataset.Columns} pixels whose frame has {size[0]} x {size[1]}")
+
+
+def _jpeg2000_size(frame: bytes) -> tuple[int, int] | None:
+    """Height and width of a codestream, from its SIZ segment, which comes first."""
+    if len(frame) < 24:
+        return None
+    right, bottom, left, top = struct.unpack(">4I", frame[8:24])
+    return bottom - top, right - left
+
+
+def _jpeg_size(frame: bytes) -> tuple[int, int] | None:
+    """Height and width of a JPEG or JPEG-LS frame, from its SOF segment; None where there is none."""
+    at = 2
+    while frame.startswith(b"\xff\xd8") and at + 9 <= len(frame) and frame[at] == 0xFF:
+        marker, length = frame[at + 1], int.from_bytes(frame[at + 2 : at + 4], "big")
+        if marker == 0xFF:
+            # Bytes of filling.
+            at += 1
+        elif marker in _START_OF_FRAME:
+            height, width = struct.unpack(">HH", frame[at + 5 : at + 9])
+            return height, width
+        else:
+            at += 2 + length
+    return None
 
 
 def _scaled_colour(pixels: np.ndarray, dataset: Any) -> np.ndarray:

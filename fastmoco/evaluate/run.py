@@ -33,12 +33,13 @@ class EvaluateArgs:
     run: tyro.conf.Positional[Path]
     """Run folder (its newest checkpoint), checkpoint, exported encoder, or torchvision ResNet state dict."""
     data: Path
-    """Folder of images."""
+    """Folder of images or of tar shards, or .npz file as MedMNIST's."""
     labels: Path | None = None
-    """CSV file that lists the images (paths relative to the data folder) with labels and, where known,
-    patient and split; without one, each image's class is its sub-folder."""
+    """CSV file, manifest file or list of findings that lists the images (paths relative to the data folder) with
+    labels and, where known, patient and split; without one, each image's class is its sub-folder, or what the shards
+    or the .npz file say."""
     label: tuple[str, ...] = ()
-    """Label columns of the CSV file, each evaluated by itself."""
+    """Label columns, each evaluated by itself; of a CSV file none if not given, otherwise all."""
     file_column: str = "file"
     """Name of the CSV column with the path of the image."""
     patient_column: str = "patient"
