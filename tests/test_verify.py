@@ -345,7 +345,8 @@ def test_odd_dicom_files(real_data: Callable[[str], Path]) -> None:
     near("JPEG2000.dcm", (stored["JPEG2000.dcm"] + 30) / 275)
     assert np.array_equal(images["image_dfl.dcm"], np.repeat(stored["image_dfl.dcm"][:, :, None], 3, axis=2))
     inverted = 255 - stored["Fake_MONOHR1.dcm"]
-    assert np.array_equal(images["Fake_MONOHR1.dcm"], np.repeat(inverted[:, :, None], 3, axis=2))
+    # Stored with loss, which decoders round differently.
+    assert np.abs(images["Fake_MONOHR1.dcm"].astype(int) - inverted[:, :, None]).max() <= 1
     bars = [(255, 0, 0), (255, 128, 128), (0, 255, 0), (128, 255, 128), (0, 0, 255), (128, 128, 255), (0, 0, 0),
             (64, 64, 64), (192, 192, 192), (255, 255, 255)]  # fmt: skip
     # The first is stored with loss.
