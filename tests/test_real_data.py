@@ -39,6 +39,17 @@ def test_the_histology_set_is_read_as_it_is_described(real_data: Callable[[str],
     assert not set(found.patients[splits.train].tolist()) & set(found.patients[splits.validation].tolist())
 
 
+def test_the_names_of_histology_patches_say_what_their_table_does(real_data: Callable[[str], Path]) -> None:
+    folder = real_data("idc_patches")
+    table = load_manifest(folder / "images", folder / "labels.csv", label=("idc",), progress=False)
+    found = load_manifest(folder / "images", progress=False)
+    order = np.argsort(table.files)
+    assert found.files == [table.files[i] for i in order]
+    assert found.patients is not None and table.patients is not None
+    assert np.array_equal(found.patients, table.patients[order])
+    assert np.array_equal(found.labels["class"], table.labels["idc"][order])
+
+
 @pytest.mark.skipif(not dali_installed(), reason="no DALI here")
 @pytest.mark.parametrize("name", sorted(VIEWS))
 def test_both_loaders_make_the_same_views_of_real_files(name: str, real_data: Callable[[str], Path]) -> None:
