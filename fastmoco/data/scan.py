@@ -9,56 +9,32 @@ from typing import Literal
 
 import tyro
 
-from fastmoco.data.dali_check import dali_version
-from fastmoco.data.manifest import Manifest, load_manifest
+from fastmoco.data.manifest import Manifest
 from fastmoco.data.manifest_file import write_manifest
+from fastmoco.data.source import Source
 from fastmoco.errors import UserError
 
 
-@dataclass(kw_only=True, slots=True)
-class ScanArgs:
+@dataclass(kw_only=True)
+class ScanArgs(Source):
     """Check that every image decodes; list those that are left out, and why. What is found is remembered."""
 
     data: tyro.conf.Positional[Path]
     """Folder of images, sub-folders included; folder of tar shards, or one; or .npz file as MedMNIST's."""
-    labels: Path | None = None
-    """CSV file or list of findings that says which images there are, paths relative to the data folder."""
-    label: tuple[str, ...] = ()
-    """Label columns; of a CSV file none if not given, otherwise all."""
-    file_column: str = "file"
-    """Name of the CSV column with the path of the image."""
-    patient_column: str = "patient"
-    """Name of the CSV column with the patient, if the file has one."""
-    split_column: str = "split"
-    """Name of the CSV column with the split, if the file has one."""
     decoder: Literal["auto", "dali", "pillow"] = "auto"
     """Whether DALI's decoder is tried too, beside Pillow; auto: where DALI is installed."""
     strict: bool = False
     """End with status 1 if any file is left out."""
     out: Path | None = None
     """Manifest file to write. Given as --labels it is trusted: nothing is listed, checked or decoded again."""
-    workers: int = 0
-    """Threads that decode; 0: one a core."""
 
 
 def scan_command(args: list[str]) -> int:
     """Print what was found. Returns the exit status: 1 with --strict and a file left out, otherwise 0."""
     options = tyro.cli(ScanArgs, prog="fastmoco data scan", args=args)
-    decoder = options.decoder
-    if decoder == "auto":
-        decoder = "dali" if dali_version() else "pillow"
     if options.out is not None and not options.out.parent.is_dir():
         raise UserError(f"--out {options.out}: no such folder")
-    manifest = load_manifest(
-        options.data,
-        options.labels,
-        label=options.label,
-        file_column=options.file_column,
-        patient_column=options.patient_column,
-        split_column=options.split_column,
-        decoder=decoder,
-        workers=options.workers,
-    )
+    manifest = options.manifest(options.data, options.decoder)
     print(report(manifest))
     if options.out is not None:
         write_manifest(options.out, manifest)

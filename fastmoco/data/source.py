@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
-from fastmoco.data.dali import dali_installed
+from fastmoco.data.dali import dali_installed, require_dali
 from fastmoco.data.manifest import Manifest, load_manifest
 
 
@@ -14,10 +15,11 @@ class Source:
     """What is known of a set of images, and how fast to look at it."""
 
     labels: Path | None = None
-    """CSV file that lists the images (paths relative to the data folder) with labels, patient and split; without one,
-    every image in the folder is used, labelled by its class folder where there are such."""
+    """CSV file, manifest file or list of findings that lists the images (paths relative to the data folder) with
+    labels, patient and split; without one, every image is used, with what its folders, the shards or the .npz file
+    say."""
     label: tuple[str, ...] = ()
-    """Label columns of the CSV file."""
+    """Label columns; of a CSV file none if not given, otherwise all."""
     file_column: str = "file"
     """Name of the CSV column with the path of the image."""
     patient_column: str = "patient"
@@ -27,8 +29,15 @@ class Source:
     workers: int = 0
     """Threads that read and decode; 0: one a core."""
 
-    def manifest(self, data: Path) -> Manifest:
-        """The images of `data`, checked as they are before training. Raises UserError as `load_manifest` does."""
+    def manifest(self, data: Path, decoder: Literal["auto", "dali", "pillow"] = "auto") -> Manifest:
+        """The images of `data`, checked as they are before training, by DALI too where it is told or installed.
+
+        Raises UserError as `load_manifest` does, and where DALI is asked for and not installed.
+        """
+        if decoder == "dali":
+            require_dali()
+        if decoder == "auto":
+            decoder = "dali" if dali_installed() else "pillow"
         return load_manifest(
             data,
             self.labels,
@@ -36,6 +45,6 @@ class Source:
             file_column=self.file_column,
             patient_column=self.patient_column,
             split_column=self.split_column,
-            decoder="dali" if dali_installed() else "pillow",
+            decoder=decoder,
             workers=self.workers,
         )
