@@ -100,7 +100,7 @@ def list_table(
         patients = [match["patient"] for match in xrays if match] if all(xrays) else None
         listing = Listing(root=data, files=files, columns=columns, patients=patients)
     else:
-        table = _read_csv(path, required=(file_column, *label))
+        table = _read_csv(path, required=(file_column, *label), optional=(patient_column, split_column))
         listing = Listing(
             root=data,
             files=table[file_column],
@@ -168,41 +168,50 @@ def _is_image(folder: str, name: str) -> bool:
 
 def _findings(path: Path) -> list[list[str]] | None:
     """The fields of every line of a list without a header; None where `path` is no such list."""
-    try:
-        with path.open(encoding="utf-8-sig") as stream:
-            lines = [re.split(r"[\s,]+", line.strip()) for line in stream if line.strip()]
-    except (OSError, UnicodeDecodeError):
-        return None
 
     def fits(line: list[str]) -> bool:
         return len(line) == 1 + len(FINDINGS) and set(line[1:]) <= {"0", "1"}
 
-    if not lines or not fits(lines[0]):
+    lines: list[list[str]] = []
+    try:
+        with path.open(encoding="utf-8-sig") as stream:
+            for number, text in enumerate(stream, start=1):
+                if not text.strip():
+                    continue
+                line = re.split(r"[\s,]+", text.strip())
+                if not fits(line):
+                    if not lines:
+                        return None
+                    raise UserError(f"{path}, line {number}: not a name and {len(FINDINGS)} numbers, each 0 or 1")
+                lines.append(line)
+    except (OSError, UnicodeDecodeError):
         return None
-    for number, line in enumerate(lines, start=1):
-        if not fits(line):
-            raise UserError(f"{path}, line {number}: not a name and {len(FINDINGS)} numbers, each 0 or 1")
-    return lines
+    return lines or None
 
 
-def _read_csv(path: Path, *, required: Sequence[str]) -> dict[str, list[str]]:
+def _read_csv(path: Path, *, required: Sequence[str], optional: Sequence[str]) -> dict[str, list[str]]:
+    """The cells of the columns `required`, none of them empty, and of those in `optional` that there are."""
     try:
         with path.open(newline="", encoding="utf-8-sig") as stream:
-            reader = csv.DictReader(stream)
-            rows = list(reader)
-            header = list(reader.fieldnames or ())
+            reader = csv.reader(stream)
+            header = next(reader, [])
+            for name in required:
+                if name not in header:
+                    raise UserError(f"{path}: no column {name!r}; its columns are {', '.join(header) or '(none)'}")
+            places = {name: header.index(name) for name in (*required, *optional) if name in header}
+            table: dict[str, list[str]] = {name: [] for name in places}
+            for row in reader:
+                if not row:
+                    continue
+                for name, place in places.items():
+                    cell = row[place] if place < len(row) else ""
+                    if not cell and name in required:
+                        raise UserError(f"{path}, line {reader.line_num}: column {name!r} is empty")
+                    table[name].append(cell)
     except FileNotFoundError:
         raise UserError(f"--labels {path}: no such file") from None
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise UserError(f"--labels {path}: cannot be read as CSV: {error}") from error
-    for name in required:
-        if name not in header:
-            raise UserError(f"{path}: no column {name!r}; its columns are {', '.join(header) or '(none)'}")
-    if not rows:
+    if not all(table.values()):
         raise UserError(f"{path}: has a header and no rows")
-    # DictReader gives None for the cells that a short line lacks; line 1 is the header.
-    for number, row in enumerate(rows, start=2):
-        for name in required:
-            if row[name] is None or row[name] == "":
-                raise UserError(f"{path}, line {number}: column {name!r} is empty")
-    return {name: [row[name] or "" for row in rows] for name in header}
+    return table

@@ -20,6 +20,8 @@ from fastmoco.data.listing import Listing, said_by_folders
 from fastmoco.errors import UserError
 
 CLS_LABEL = "cls"
+# Bytes in a member that holds labels; a rotten header may claim any number.
+_MOST_WORDS = 1 << 20
 # One image of a shard: its member's name, the offset of its bytes, their number, and what is said of it.
 Row = tuple[str, int, int, dict[str, str]]
 
@@ -91,7 +93,9 @@ def _rows_of(shard: Path) -> tuple[tuple[int, int], list[Row]]:
         pass
     try:
         rows = _read_headers(shard)
-    except (tarfile.TarError, OSError) as error:
+    except UserError:
+        raise
+    except (tarfile.TarError, OSError, ValueError, OverflowError) as error:  # whatever a rotten header leads to
         raise UserError(f"{shard}: cannot be read as an uncompressed tar file: {error}") from error
     try:
         cache.parent.mkdir(parents=True, exist_ok=True)
@@ -115,6 +119,8 @@ def _read_headers(shard: Path) -> list[Row]:
             if f".{suffix}" in IMAGE_SUFFIXES:
                 images[name] = key, member.offset_data, member.size
             elif suffix in ("cls", "json"):
+                if member.size > _MOST_WORDS:
+                    raise UserError(f"{shard}, member {name}: {member.size:,} bytes are too many for labels")
                 data = os.pread(stream.fileno(), member.size, member.offset_data)
                 said.setdefault(key, {}).update(_said(shard, name, suffix, data))
     return [(name, at, size, said.get(key, {})) for name, (key, at, size) in images.items()]
