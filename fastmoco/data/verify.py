@@ -22,6 +22,8 @@ from fastmoco.data.verdicts import Verdict, VerdictFile
 
 # Files that a thread checks before it says what it found: no more is lost when the check is interrupted.
 _AT_ONCE = 16
+# Files that a thread looks up before it is handed more: an errand for each would cost more than the look.
+_STAMPED_AT_ONCE = 256
 
 
 @dataclass(frozen=True)
@@ -160,6 +162,10 @@ def _stamps(root: Path, files: Sequence[str]) -> np.ndarray:
             return 0, 0
         return found.st_size, found.st_mtime_ns
 
-    # Many at once, since a network file system takes its time to answer each.
+    def some(first: int) -> list[tuple[int, int]]:
+        return [stamp(name) for name in files[first : first + _STAMPED_AT_ONCE]]
+
+    # In several threads, since a network file system takes its time to answer each.
     with ThreadPoolExecutor(16) as pool:
-        return np.array(list(pool.map(stamp, files, chunksize=256)), dtype=np.int64).reshape(-1, 2)
+        parts = pool.map(some, range(0, len(files), _STAMPED_AT_ONCE))
+        return np.array([each for part in parts for each in part], dtype=np.int64).reshape(-1, 2)
