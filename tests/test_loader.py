@@ -14,11 +14,12 @@ import torch
 from PIL import Image
 
 from fastmoco.data import dali as dali_module
-from fastmoco.data.dali import DaliDecoder, Undecodable, decode_pipeline
+from fastmoco.data.dali import DaliDecoder, decode_pipeline
 from fastmoco.data.loader import Batch, LoaderKind, make_loader
 from fastmoco.data.manifest import Manifest
 from fastmoco.data.order import Order
 from fastmoco.data.quarantine import Quarantine, TooManyBad
+from fastmoco.data.undecodable import Undecodable
 from fastmoco.data.views import ViewConfig
 from fastmoco.errors import UserError
 

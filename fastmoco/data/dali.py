@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fastmoco.data.undecodable import Undecodable
 from fastmoco.errors import UserError
 
 _INPUT = "encoded"
@@ -59,16 +60,14 @@ def decode_pipeline(*, batch_size: int, threads: int, device: torch.device, larg
             fn.external_source(name=_INPUT, no_copy=True),
             device="mixed" if on_gpu else "cpu",
             output_type=types.RGB,
+            # The GPU's decoder would otherwise repeat chroma samples, where libjpeg interpolates them.
+            jpeg_fancy_upsampling=True,
             # A progressive JPEG needs a copy of its coefficients besides.
             device_memory_padding=3 * largest,
             host_memory_padding=3 * largest,
         )
 
     return graph()
-
-
-class Undecodable(Exception):
-    """DALI's reason why it does not decode an image."""
 
 
 class DaliDecoder:

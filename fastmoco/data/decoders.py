@@ -11,9 +11,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastmoco.data.dali import DaliDecoder, Undecodable
+from fastmoco.data.dali import DaliDecoder
 from fastmoco.data.manifest import Manifest
 from fastmoco.data.store import BadFile
+from fastmoco.data.undecodable import Undecodable
 
 Encoded = bytes | np.ndarray
 Decoded = np.ndarray | Tensor
