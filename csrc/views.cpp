@@ -135,7 +135,7 @@ class Worker {
     work.ring = ring_.of((2 * radius + 1) * 3 * pitch_);
     work.beside = beside_.of(2 * radius);
     work.line = line_.of(pitch_ + 2 * radius);
-    if (view.angle != 0.0f) work.quads = quads_.of(4 * (size_ + 3) * (size_ + 3));
+    work.quads = quads_.of(4 * kPatch);
     work.out = batch_.out + index * 3 * size_ * size_;
     set_.make_view(work);
   }

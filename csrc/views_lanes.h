@@ -124,20 +124,15 @@ typedef float Quad __attribute__((vector_size(16), aligned(4), may_alias));
 FASTMOCO_LOCAL Quad load_quad(const float* p) { return *reinterpret_cast<const Quad*>(p); }
 FASTMOCO_LOCAL void store_quad(float* p, Quad v) { *reinterpret_cast<Quad*>(p) = v; }
 
-// The first `count` values of a pixel as float16.
-FASTMOCO_LOCAL void store_half(std::uint16_t* p, Quad v, std::size_t count) {
-  std::uint16_t half[4];
+// The first kCount values of a pixel as float16.
+template <std::size_t kCount>
+FASTMOCO_LOCAL void store_half(std::uint16_t* p, Quad v) {
 #if FASTMOCO_LANES > 4
-  const std::int64_t bits = _mm_cvtsi128_si64(_mm_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
-  std::memcpy(half, &bits, 8);
+  const std::int64_t half = _mm_cvtsi128_si64(_mm_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
 #else
-  for (int i = 0; i < 4; ++i) half[i] = half_bits(v[i]);
+  const std::uint16_t half[4] = {half_bits(v[0]), half_bits(v[1]), half_bits(v[2]), half_bits(v[3])};
 #endif
-  if (count == 4) {
-    std::memcpy(p, half, 8);
-  } else {
-    std::memcpy(p, half, 6);
-  }
+  std::memcpy(p, &half, 2 * kCount);
 }
 
 }  // namespace

@@ -120,32 +120,34 @@ FASTMOCO_LOCAL void colour_and_blur(const ViewWork& work, int first, float mean)
   }
 }
 
-// The picture as float16, rows first: blocks of it transposed.
-FASTMOCO_LOCAL void store_view(const ViewWork& work) {
-  const int size = work.size, values = 3 * size;
-  for (int y = 0; y < size; y += kLanes) {
-    for (int j = 0; j < values; j += kLanes) {
-      // The last vector ends with the row.
-      const int at = values < kLanes ? 0 : j + kLanes <= values ? j : values - kLanes;
-      Vec v[kLanes];
-      for (int i = 0; i < kLanes; ++i) {
-        const int to = at + i < values ? at + i : values - 1;
-        const int from = work.view.flip ? 3 * (size - 1 - to / 3) + to % 3 : to;
-        v[i] = load(work.picture + static_cast<std::size_t>(from) * work.pitch + y);
-      }
-      transpose(v);
-      for (int i = 0; i < kLanes && y + i < size; ++i) {
-        std::uint16_t* const to = work.out + static_cast<std::size_t>(y + i) * static_cast<std::size_t>(values) + at;
-        if (values >= kLanes) {
-          store_half(to, v[i]);
-        } else {
-          std::uint16_t few[kLanes];
-          store_half(few, v[i]);
-          std::memcpy(to, few, static_cast<std::size_t>(values) * 2);
-        }
-      }
+// kLanes values from `at` on of kLanes rows of the view from `y` on, whose rows have `values`.
+FASTMOCO_LOCAL void store_block(const ViewWork& work, int y, int at, int values) {
+  Vec v[kLanes];
+  for (int i = 0; i < kLanes; ++i) {
+    const int to = at + i < values ? at + i : values - 1;
+    const int from = work.view.flip ? 3 * (work.size - 1 - to / 3) + to % 3 : to;
+    v[i] = load(work.picture + static_cast<std::size_t>(from) * work.pitch + y);
+  }
+  transpose(v);
+  for (int i = 0; i < kLanes && y + i < work.size; ++i) {
+    std::uint16_t* const to = work.out + static_cast<std::size_t>(y + i) * static_cast<std::size_t>(values) + at;
+    if (values >= kLanes) {
+      store_half(to, v[i]);
+    } else {
+      std::uint16_t few[kLanes];
+      store_half(few, v[i]);
+      std::memcpy(to, few, static_cast<std::size_t>(values) * 2);
     }
   }
+}
+
+// The picture as float16, rows first: blocks of it transposed.
+FASTMOCO_LOCAL void store_view(const ViewWork& work) {
+  const int values = 3 * work.size;
+  for (int y = 0; y < work.size; y += kLanes)
+    for (int j = 0; j < values; j += kLanes)
+      // The last vector ends with the row.
+      store_block(work, y, values < kLanes ? 0 : j + kLanes <= values ? j : values - kLanes, values);
 }
 
 FASTMOCO_LOCAL void make_view(const ViewWork& work) {
@@ -160,7 +162,6 @@ FASTMOCO_LOCAL void make_view(const ViewWork& work) {
   if (work.view.angle == 0.0f) {
     store_view(work);
   } else {
-    spread(work);
     rotate(work);
   }
 }

@@ -13,6 +13,11 @@ namespace fastmoco {
 constexpr int kBlockRows = 16;
 constexpr int kTileColumns = 160;
 
+// A rotation is done in blocks of so many pixels a side, each of which comes from a patch of at most so many pixels:
+// the diagonal of the block, and three more on either side.
+constexpr int kRotationSide = 32;
+constexpr int kPatch = (kRotationSide * 3 / 2 + 6) * (kRotationSide * 3 / 2 + 6);
+
 // The pixels that each output pixel of an axis is made of: `taps` from first[i] on, weights[i * taps] and following.
 struct Filter {
   const int* first;
@@ -35,7 +40,7 @@ struct ViewWork {
   float* ring;             // 3 (2 radius + 1) rows of the pitch: columns blurred one way
   const float** beside;    // 2 radius columns of the ring
   float* line;             // one row of the pitch and twice the radius beyond
-  float* quads;            // size + 3 squared pixels of four floats, where the view is rotated
+  float* quads;            // kPatch pixels of four floats
   std::uint16_t* out;
 };
 
