@@ -126,7 +126,7 @@ def apart(made: np.ndarray | None, wanted: np.ndarray) -> tuple[float | None, fl
 def measure(work: Work, args: ViewsArgs) -> dict[str, Any]:
     """The row of one operation or recipe; no times where ours is too far from torchvision's."""
     images = [torch.from_numpy(picture).to(args.device) for picture in work.pictures]
-    options = {"size": work.size, "blur_kernel": work.blur_kernel}
+    options: dict[str, Any] = {"size": work.size, "blur_kernel": work.blur_kernel}
     wanted = make_views(work.pictures, work.records, implementation="reference", **options).float().numpy()
     ours = make_views(images, work.records, implementation="native", **options).cpu().float().numpy()
     row: dict[str, Any] = {"op": "views", "operation": work.name, "size": work.size, "views": len(work.records)}

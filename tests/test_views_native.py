@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import pytest
@@ -48,15 +49,9 @@ def whole(picture: np.ndarray, **fields: object) -> np.ndarray:
 
 
 def native(images: Sequence[Image], views: np.ndarray, name: str = "", *, size: int, blur_kernel: int = 1) -> Tensor:
-    return _native(
-        images,
-        views,
-        size=size,
-        blur_kernel=blur_kernel,
-        threads=1,
-        device=torch.device("cpu"),
-        instruction_set=name,
-    )
+    out = torch.full((len(views), size, size, 3), np.nan, dtype=torch.float16)
+    _native(images, views, out, size=size, blur_kernel=blur_kernel, threads=1, instruction_set=name)
+    return out
 
 
 def check(images: Sequence[Image], views: np.ndarray, *, size: int, blur_kernel: int = 1) -> Tensor:
@@ -235,6 +230,18 @@ def test_the_workspace_holds_a_group_however_many_views() -> None:
     assert 9 <= taps <= 11 and 2 * 3 * 100 * 100 * 4 < one < 300_000
     assert needed(10) == (taps, 10 * one)
     assert needed(1000) == needed(5000) and 31 << 20 < needed(1000)[1] <= 32 << 20
+
+
+@pytest.mark.parametrize("implementation", ["native", "reference"])
+def test_views_are_written_where_they_are_wanted(implementation: str) -> None:
+    picture = image(20, 30)
+    options: dict[str, Any] = {"size": 8, "blur_kernel": 1, "implementation": implementation}
+    room = torch.full((3, 8, 8, 3), np.nan, dtype=torch.float16)
+    made = make_views([picture], whole(picture).repeat(3), out=room, **options)
+    assert made is room and torch.equal(room, make_views([picture], whole(picture).repeat(3), **options))
+    for wrong in (room[:2], room.float(), room.permute(0, 2, 1, 3)):
+        with pytest.raises(ValueError, match="out: needs a dense"):
+            make_views([picture], whole(picture).repeat(3), out=wrong, **options)
 
 
 def test_an_unknown_instruction_set_is_refused() -> None:

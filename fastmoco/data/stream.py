@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Generator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from fastmoco.data.buffers import Buffers
 from fastmoco.data.decoders import Decoded, Decoder, Encoded
 from fastmoco.data.draws import draw
 from fastmoco.data.manifest import Manifest
@@ -24,6 +25,8 @@ from fastmoco.ops.views import make_views
 _READ_AHEAD = 2
 # A thread that waits for a file costs next to nothing, so there are more of them than of those that work.
 _READERS_PER_WORKER = 4
+# One being made, those that the loader holds ready, one being trained on, and one that is about to be let go.
+_BUFFERS = 6
 
 
 @dataclass(kw_only=True)
@@ -41,6 +44,7 @@ class ViewStream:
     threads: int
     device: torch.device
     implementation: str | None = None
+    buffers: Buffers = field(default_factory=lambda: Buffers(_BUFFERS))
 
     def batches(self, start: int, stop: int) -> Generator[tuple[Tensor, Tensor, np.ndarray], None, None]:
         """Yield micro-batches `start` to `stop` - 1: the two views, (N, size, size, 3) float16 each, and the indices
@@ -144,9 +148,15 @@ class ViewStream:
         if self.device.type == "cuda":
             # What the host has decoded joins what the GPU has.
             images = [torch.as_tensor(image).to(self.device, non_blocking=True) for image in images]
+        size = self.views.size
+        on_cpu = self.device.type == "cpu"
         made = make_views(
-            images, np.concatenate(drawn), size=self.views.size, blur_kernel=self.views.blur_kernel,
+            images, np.concatenate(drawn), size=size, blur_kernel=self.views.blur_kernel,
             threads=max(self.threads, 1), implementation=self.implementation,
+            out=self.buffers.take((2 * len(images), size, size, 3)) if on_cpu else None,
         )  # fmt: skip
+        if not on_cpu:
+            # The images are DALI's memory, which it will use again without asking this stream.
+            torch.cuda.current_stream(self.device).synchronize()
         q, k = made.chunk(2)
         return q, k
