@@ -116,7 +116,7 @@ def doctor(args: list[str]) -> int:
 
 def data(args: list[str]) -> int:
     """Check images before training on them: fastmoco data scan."""
-    from fastmoco.data.commands import dispatch as run
+    from fastmoco.data_commands import dispatch as run
 
     return run(args)
 

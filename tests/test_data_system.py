@@ -118,7 +118,6 @@ def test_files_damaged_deleted_and_replaced_while_it_runs(real_data: Callable[[s
     shutil.copytree(real_data("idrid_fundus_256"), data)
     manifest = load_manifest(data, decoder="dali", progress=False)
     order = Order(len(manifest), SMALL_BATCH, 0)
-    early, late, unread = choose(order)
     out = tmp_path / "run"
     command = [
         sys.executable, "-m", "fastmoco.cli", "pretrain", "fundus-mse-small", "--data", str(data), "--out", str(out),
@@ -130,39 +129,49 @@ def test_files_damaged_deleted_and_replaced_while_it_runs(real_data: Callable[[s
     with subprocess.Popen(
         command, env=environ, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     ) as run:
-        for step, files in ((60, early), (270, late + unread)):
+        changed: list[int] = []
+        expected: set[int] = set()
+        for step in (60, 265):
             while len(read_rows(out / "metrics.jsonl")) < step:
                 assert run.poll() is None, run.communicate()[0]
                 time.sleep(0.01)
-            for number, index in enumerate(files):
+            # So that it is known what has been read: this test may be slower than the run.
+            run.send_signal(signal.SIGSTOP)
+            done = len(read_rows(out / "metrics.jsonl"))
+            again, never = choose(order, done, changed)
+            for number, index in enumerate(again + never):
                 change(manifest.path(index), number)
+            changed += again + never
+            expected |= set(again)
+            run.send_signal(signal.SIGCONT)
         output = run.communicate(timeout=600)[0]
     assert run.returncode == 0, output
     assert len(read_rows(out / "metrics.jsonl")) == STEPS
     reported = {line.split(": ")[0] for line in (out / "bad_files.txt").read_text().splitlines()}
-    assert reported == {manifest.files[index] for index in early + late}
+    assert reported == {manifest.files[index] for index in expected} and len(reported) == 20
+    assert len(changed) == 28
     assert all(f"set aside {name}: " in output for name in reported)
     assert f"{len(reported)} image(s) went bad" in output
     assert read_rows(out / "metrics.jsonl")[-1]["bad_files"] == len(reported)
 
 
-def choose(order: Order) -> tuple[list[int], list[int], list[int]]:
-    """Images to change at step 60, all of which come again; at step 270, some that come again soon and some never.
-
-    What is being read ahead while they are changed might be either, so none of those is chosen.
+def choose(order: Order, done: int, changed: list[int]) -> tuple[list[int], list[int]]:
+    """Images to change when `done` steps are done: some that will be read again, and, towards the end, some that never
+    will. What may be being read just now is neither.
     """
-    last = {int(index): t for t in range(STEPS) for index in order.batch(t).indices}
-    early = [index for index, t in last.items() if 120 < t < 250][:12]
-    late = [index for index, t in last.items() if t > 290][:8]
+    last = {int(index): t for t in range(STEPS) for index in order.batch(t).indices if int(index) not in changed}
+    if done < 100:
+        return [index for index, t in last.items() if 120 < t < 250][:12], []
+    again = [index for index, t in last.items() if t > done + 12][:8]
     substitutes = set()
-    for t in range(200, STEPS):
+    for t in range(done - 12, STEPS):
         slots = order.batch(t)
         for index, place in zip(slots.indices.tolist(), slots.places.tolist(), strict=True):
-            if index in early + late:
-                substitutes.add(order.substitute(slots.epoch, place, early + late))
-    unread = [index for index, t in last.items() if t < 260 and index not in substitutes and index not in early][:8]
-    assert len(early) == 12 and len(late) == len(unread) == 8 and not substitutes & set(unread)
-    return early, late, unread
+            if index in again + changed:
+                substitutes.add(order.substitute(slots.epoch, place, again + changed))
+    never = [index for index, t in last.items() if t < done and index not in substitutes][:8]
+    assert len(again) == len(never) == 8, f"stopped at step {done}, too late"
+    return again, never
 
 
 def change(path: Path, number: int) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
+import threading
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -164,6 +166,19 @@ def test_length_close_and_end(kind: LoaderKind, manifest: Manifest) -> None:
     loader.close()
     assert list(loader) == []
     assert load(kind, manifest, start=4, stop=4) == []
+
+
+def test_a_dropped_loader_ends_its_threads(kind: LoaderKind, manifest: Manifest) -> None:
+    before = threading.active_count()
+    order = Order(len(manifest), 4, seed=2)
+    loader = make_loader(kind, manifest, VIEWS, order, start=0, stop=50, workers=2)
+    next(loader)
+    assert threading.active_count() > before
+    del loader
+    gc.collect()
+    # The pool in which torchvision's transforms run is kept for the next loader.
+    left = [thread for thread in threading.enumerate() if not thread.name.startswith("views_")]
+    assert len(left) <= before
 
 
 def test_auto_is_dali_where_it_is_installed(manifest: Manifest) -> None:

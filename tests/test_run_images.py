@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
+import tarfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -88,28 +90,81 @@ def test_bad_files_change_nothing_about_resuming(
 def test_too_many_bad_files_stop_the_run_which_can_go_on(images: Path, tmp_path: Path) -> None:
     config = small_config(images, tmp_path / "run", steps=STEPS, max_bad=0, checkpoint_every=1000)
     order = Order(24, 4, config.run.seed)
-    # After the files were checked and before that of the seventh step is read.
-    step = 0
-    victim = int(order.batch(6).indices[0])
-    name = sorted(path.name for path in images.iterdir())[victim]
-    original = Trainer.step
-
-    def damaging(self: Trainer, *args: Any, **kwargs: Any) -> None:
-        nonlocal step
-        step += 1
-        if step == 1:
-            (images / name).write_bytes(b"")
-        original(self, *args, **kwargs)
-
+    # Read for the seventh step at the earliest, and damaged before.
+    name = sorted(path.name for path in images.iterdir())[int(order.batch(6).indices[0])]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Trainer, "step", damaging)
+        at_step(1, lambda: (images / name).write_bytes(b""), patch)
         with pytest.raises(TooManyBad, match=rf"1 image.*--max-bad 0:\n  {name}.*\nsaved .*higher --max-bad"):
             pretrain(config)
+    with pytest.raises(TooManyBad, match=rf"1 image.*--max-bad 0:\n  {name}"):
+        pretrain(resumed(config))
     done = len(read_rows(config.run.out / "metrics.jsonl"))
     assert 0 < done <= 6
     pretrain(resumed(changed(config, max_bad=1)))
     assert len(read_rows(config.run.out / "metrics.jsonl")) == STEPS
     assert name in (config.run.out / "bad_files.txt").read_text()
+
+
+def at_step(number: int, act: Callable[[], object], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have `act` done as step `number` begins."""
+    original = Trainer.step
+    step = 0
+
+    def acting(self: Trainer, *args: Any, **kwargs: Any) -> None:
+        nonlocal step
+        step += 1
+        if step == number:
+            act()
+        original(self, *args, **kwargs)
+
+    monkeypatch.setattr(Trainer, "step", acting)
+
+
+def test_when_all_images_are_gone_the_run_is_saved(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = small_config(images, tmp_path / "run", steps=60, checkpoint_every=1000)
+    at_step(3, lambda: images.rename(tmp_path / "unmounted"), monkeypatch)
+    with pytest.raises(TooManyBad, match=r"24 image.*all 24 there are:\n(.*\n){24}saved .*"):
+        pretrain(config)
+    assert len(read_rows(config.run.out / "metrics.jsonl")) >= 3
+    assert len((config.run.out / "bad_files.txt").read_text().splitlines()) == 24
+
+
+@pytest.mark.parametrize("max_bad", [0, 1])
+def test_a_file_that_the_knn_monitor_meets(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, max_bad: int
+) -> None:
+    """The data folder is named relatively, whose paths pathlib and os.path write differently."""
+    images = draw_images(tmp_path / "data")
+    for number, path in enumerate(sorted(images.iterdir())):
+        (images / str(number % 2)).mkdir(exist_ok=True)
+        path.rename(images / str(number % 2) / path.name)
+    monkeypatch.chdir(images)
+    config = small_config(Path("."), tmp_path / "run", max_bad=max_bad, knn_every=1, checkpoint_every=1000)
+    # Every image has been read for the last time.
+    at_step(6, lambda: (images / "0" / "004.jpg").unlink(), monkeypatch)
+    if max_bad:
+        pretrain(config)
+        row = read_rows(config.run.out / "metrics.jsonl")[-1]
+        assert row["bad_files"] == 1 and 0 <= row["knn_accuracy"] <= 1
+    else:
+        with pytest.raises(TooManyBad, match=r"0/004\.jpg: no such file .*\nsaved .*step-000000006"):
+            pretrain(config)
+    assert (config.run.out / "bad_files.txt").read_text().startswith("0/004.jpg: no such file")
+    assert len(read_rows(config.run.out / "metrics.jsonl")) == 6
+
+
+def test_a_run_on_one_shard_goes_on(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shard = tmp_path / "some.tar"
+    with tarfile.open(shard, "w") as tar:
+        for path in sorted(images.iterdir()):
+            tar.add(path, path.name)
+    config = small_config(shard, tmp_path / "run", steps=8, checkpoint_every=1000)
+    stopped_at(4, config, monkeypatch)
+    pretrain(resumed(config))
+    assert len(read_rows(config.run.out / "metrics.jsonl")) == 8
+    assert not (config.run.out / "bad_files.txt").exists()
 
 
 def test_a_moved_data_set_is_found_again(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -86,7 +86,8 @@ class DaliDecoder:
 
     def submit(self, encoded: Sequence[bytes]) -> None:
         """Begin to decode a batch of at least one file."""
-        arrays = [np.frombuffer(data, dtype=np.uint8) for data in encoded]
+        # An empty array cannot be fed; a byte that begins no image is refused like it.
+        arrays = [np.frombuffer(data or b"\0", dtype=np.uint8) for data in encoded]
         self._waiting.append(arrays)
         if len(self._waiting) == 1:
             self._feed(self._pipeline, arrays)
@@ -110,8 +111,7 @@ class DaliDecoder:
         return pipeline
 
     def _feed(self, pipeline: Any, arrays: list[np.ndarray]) -> None:
-        # An empty array cannot be fed; a byte that begins no image is refused like it.
-        pipeline.feed_input(_INPUT, [data if data.size else np.zeros(1, dtype=np.uint8) for data in arrays])
+        pipeline.feed_input(_INPUT, arrays)
         pipeline.schedule_run()
 
     def _take(self, pipeline: Any) -> list[Tensor]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import queue
 import threading
+import weakref
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from types import TracebackType
@@ -43,6 +45,43 @@ class Batch:
 Made = tuple[Tensor, Tensor, np.ndarray]
 
 
+class _Maker:
+    """A thread that makes batches on `stream` and puts them, or what stopped it, into the queue `ready`."""
+
+    def __init__(self, batches: Generator[Made, None, None], stream: torch.cuda.Stream | None) -> None:
+        self.ready: queue.Queue[tuple[Made, torch.cuda.Event | None] | BaseException] = queue.Queue(_PREFETCH)
+        self._batches, self._stream = batches, stream
+        self._closing = threading.Event()
+        self._thread = threading.Thread(target=self._make, name="views", daemon=True)
+        self._thread.start()
+
+    def stop(self) -> None:
+        """End the thread, after the batch that it is making."""
+        self._closing.set()
+        self._thread.join()
+
+    def _make(self) -> None:
+        try:
+            with torch.cuda.stream(self._stream), contextlib.closing(self._batches):
+                for made in self._batches:
+                    event = self._stream.record_event() if self._stream else None
+                    if not self._put((made, event)):
+                        return
+            self._put(RuntimeError("more batches were asked for than there are"))
+        except BaseException as error:
+            self._put(error)
+
+    def _put(self, item: tuple[Made, torch.cuda.Event | None] | BaseException) -> bool:
+        """Hand `item` over; False where nobody waits for it any more."""
+        while not self._closing.is_set():
+            try:
+                self.ready.put(item, timeout=0.05)
+                return True
+            except queue.Full:
+                continue
+        return False
+
+
 class Loader(Iterator[Batch]):
     """An iterator over micro-batches, which a thread makes ahead of time.
 
@@ -51,13 +90,10 @@ class Loader(Iterator[Batch]):
     """
 
     def __init__(self, batches: Generator[Made, None, None], length: int, device: torch.device) -> None:
-        self._batches = batches
         self._left = length
-        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-        self._ready: queue.Queue[tuple[Made, torch.cuda.Event | None] | BaseException | None] = queue.Queue(_PREFETCH)
-        self._closing = threading.Event()
-        self._thread = threading.Thread(target=self._make, name="views", daemon=True)
-        self._thread.start()
+        self._maker = _Maker(batches, torch.cuda.Stream(device) if device.type == "cuda" else None)
+        # Also when the loader is dropped, and before the interpreter ends: the threads know nothing of the loader.
+        self._finalizer = weakref.finalize(self, self._maker.stop)
 
     def __len__(self) -> int:
         """Micro-batches still to come."""
@@ -65,12 +101,12 @@ class Loader(Iterator[Batch]):
 
     def __next__(self) -> Batch:
         if not self._left:
+            self.close()
             raise StopIteration
-        got = self._ready.get()
+        got = self._maker.ready.get()
         if isinstance(got, BaseException):
             self.close()
             raise got
-        assert got is not None, "the stream ended before its length"
         (q, k, indices), event = got
         if event is not None:
             current = torch.cuda.current_stream(q.device)
@@ -84,34 +120,7 @@ class Loader(Iterator[Batch]):
     def close(self) -> None:
         """Stop the threads and free their buffers. May be called more than once."""
         self._left = 0
-        self._closing.set()
-        while self._thread.is_alive():
-            try:
-                self._ready.get(timeout=0.05)
-            except queue.Empty:
-                continue
-        self._thread.join()
-
-    def _make(self) -> None:
-        try:
-            with torch.cuda.stream(self._stream):
-                for made in self._batches:
-                    event = self._stream.record_event() if self._stream else None
-                    if not self._put((made, event)):
-                        break
-            self._batches.close()
-        except BaseException as error:
-            self._put(error)
-
-    def _put(self, item: tuple[Made, torch.cuda.Event | None] | BaseException) -> bool:
-        """Hand `item` over; False where nobody waits for it any more."""
-        while not self._closing.is_set():
-            try:
-                self._ready.put(item, timeout=0.1)
-                return True
-            except queue.Full:
-                continue
-        return False
+        self._finalizer()
 
     def __enter__(self) -> Loader:
         return self

@@ -42,7 +42,7 @@ class Order:
     drop_last: bool = True
     shard: int = 0
     shards: int = 1
-    _last: dict[int, np.ndarray] = field(default_factory=dict, repr=False, compare=False)
+    _last: dict[int, np.ndarray] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if self.batch_size < 1:

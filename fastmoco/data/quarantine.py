@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -27,7 +28,7 @@ class TooManyBad(UserError):
 
 
 class Quarantine:
-    """The images that went bad, of which there may be `limit`.
+    """The images that went bad, of which there may be `limit`; TooManyBad where `entries` are more already.
 
     What is in it goes into the checkpoint (`state`), and a resumed run starts with it (`entries`): a file that was
     mended meanwhile stays out, so that the images of a run do not depend on when it was stopped.
@@ -37,6 +38,9 @@ class Quarantine:
         self.limit = limit
         self.entries = [Bad(**entry) for entry in entries]
         self._indices = {bad.index for bad in self.entries}
+        # The loader's thread and the kNN monitor both add.
+        self._lock = threading.Lock()
+        self.check()
 
     def __contains__(self, index: object) -> bool:
         return index in self._indices
@@ -46,15 +50,20 @@ class Quarantine:
 
     def add(self, bad: Bad) -> None:
         """Set an image aside. Raises TooManyBad, with the list, where that is one too many."""
-        if bad.index in self._indices:
-            return
-        self._indices.add(bad.index)
-        self.entries.append(bad)
-        if len(self.entries) > self.limit:
-            raise TooManyBad(
-                f"{len(self.entries)} image(s) could not be read any more, more than --max-bad {self.limit}:\n  "
-                + "\n  ".join(str(entry) for entry in self.entries)
-            )
+        with self._lock:
+            if bad.index in self._indices:
+                return
+            self._indices.add(bad.index)
+            self.entries.append(bad)
+        self.check()
+
+    def check(self, *, of: int | None = None) -> None:
+        """Raise TooManyBad, with the list, where there are more than the limit, or all `of` a set's images."""
+        count = len(self.entries)
+        if count > self.limit or count == of:
+            more = f"all {of} there are" if count == of else f"more than --max-bad {self.limit}"
+            listed = "\n  ".join(str(entry) for entry in self.entries)
+            raise TooManyBad(f"{count} image(s) could not be read any more, {more}:\n  {listed}")
 
     def state(self) -> list[dict[str, Any]]:
         """The entries as plain JSON values."""

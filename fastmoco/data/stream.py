@@ -87,6 +87,7 @@ class ViewStream:
         return slots
 
     def _substituted(self, slots: Slots, row: int) -> Slots:
+        self.quarantine.check(of=len(self.manifest))
         place = int(slots.places[row])
         indices, turns = slots.indices.copy(), slots.turns.copy()
         indices[row], turns[row] = self.order.substitute(slots.epoch, place, self.quarantine), place + 1
@@ -156,7 +157,7 @@ class ViewStream:
             out=self.buffers.take((2 * len(images), size, size, 3)) if on_cpu else None,
         )  # fmt: skip
         if not on_cpu:
-            # The images are DALI's memory, which it will use again without asking this stream.
+            # The images are DALI's memory, and whether it asks this stream before it uses that again is not documented.
             torch.cuda.current_stream(self.device).synchronize()
         q, k = made.chunk(2)
         return q, k

@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms.v2 import functional as F
 
 from fastmoco.data.manifest import Manifest
+from fastmoco.data.store import BadFile
 from fastmoco.errors import UserError
 from fastmoco.models.encoder import Encoder
 
@@ -32,6 +33,16 @@ def evaluation_image(image: np.ndarray, *, size: int, resize: float = 1.0) -> Te
     return F.center_crop(resized, [size, size])
 
 
+class BadImage(BadFile):
+    """Image `index` of the manifest cannot be had."""
+
+    def __init__(self, index: int, file: str, reason: str) -> None:
+        super().__init__(file, reason)
+        # All as arguments, so that the exception survives being pickled on its way from a worker process.
+        self.args = (index, file, reason)
+        self.index = index
+
+
 class _Images(Dataset[Tensor]):
     def __init__(self, manifest: Manifest, size: int, resize: float) -> None:
         self.manifest, self.size, self.resize = manifest, size, resize
@@ -40,7 +51,11 @@ class _Images(Dataset[Tensor]):
         return len(self.manifest)
 
     def __getitem__(self, index: int) -> Tensor:
-        return evaluation_image(self.manifest.decode(index), size=self.size, resize=self.resize)
+        try:
+            image = self.manifest.decode(index)
+        except BadFile as bad:
+            raise BadImage(index, bad.file, bad.reason) from bad
+        return evaluation_image(image, size=self.size, resize=self.resize)
 
 
 def extract(

@@ -31,7 +31,10 @@ def find_images(config: Config, saved: Checkpoint | None) -> Manifest:
     stored = config.run.out / MANIFEST
     if saved is None or not stored.exists():
         return _found(config)
-    manifest = Manifest(root=config.data.data, **read_manifest_file(stored))
+    data = config.data.data
+    # As the names of its members, those of a single shard begin with the shard.
+    root = data.parent if data.suffix.lower() == ".tar" and not data.is_dir() else data
+    manifest = Manifest(root=root, **read_manifest_file(stored))
     return manifest if saved.meta.get("root") == root_of(manifest) else _moved(manifest, config.run.out)
 
 

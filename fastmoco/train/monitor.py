@@ -7,7 +7,7 @@ import numpy as np
 from fastmoco.data.manifest import Manifest
 from fastmoco.data.quarantine import Bad, Quarantine
 from fastmoco.data.store import BadFile
-from fastmoco.evaluate.features import extract
+from fastmoco.evaluate.features import BadImage, extract
 from fastmoco.evaluate.knn import monitor
 from fastmoco.train.metrics import Row
 from fastmoco.train.trainer import Trainer
@@ -26,7 +26,8 @@ def knn_row(trainer: Trainer, manifest: Manifest, quarantine: Quarantine, *, bat
     chosen = np.sort(rng.permutation(len(manifest))[:MONITOR_IMAGES])
     views = trainer.config.views
     while True:
-        some = manifest.select(np.array([index for index in chosen if int(index) not in quarantine], dtype=np.int64))
+        chosen = np.array([index for index in chosen.tolist() if index not in quarantine], dtype=np.int64)
+        some = manifest.select(chosen)
         try:
             features = extract(
                 trainer.module.query,
@@ -39,8 +40,18 @@ def knn_row(trainer: Trainer, manifest: Manifest, quarantine: Quarantine, *, bat
                 progress=False,
             )
             break
-        except BadFile as bad:
-            index = next(int(i) for i in chosen if str(manifest.path(int(i))) == bad.file)
-            quarantine.add(Bad(index, manifest.files[index], bad.reason, batch))
+        except BadImage as bad:
+            _set_aside(int(chosen[bad.index]), bad, manifest, quarantine, batch)
+            # Where one is bad others may be, and looking is quicker than another extraction for each.
+            for index in chosen.tolist():
+                try:
+                    manifest.read(index)
+                except BadFile as other:
+                    _set_aside(index, other, manifest, quarantine, batch)
     scores = monitor(features["stage4"], some.labels[name], some.patients)
     return {f"knn_{score}": value for score, value in scores.items() if value is not None}
+
+
+def _set_aside(index: int, bad: BadFile, manifest: Manifest, quarantine: Quarantine, batch: int) -> None:
+    quarantine.add(Bad(index, manifest.files[index], bad.reason, batch))
+    quarantine.check(of=len(manifest))

@@ -97,6 +97,7 @@ class _Run:
                 )
             self.trainer.restore(saved)
             self.quarantine = Quarantine(self.config.data.max_bad, saved.meta.get("quarantine", []))
+            self.reported = len(self.quarantine)
             start = saved.step
         try:
             write_description(config=self.config, store=self.store, skipped=self.listed.skipped)
@@ -144,22 +145,22 @@ class _Run:
             clock = Clock(trainer.pushed)
             batches = clock.timing(loader)
             for step in range(start, total):
+                done = step
                 try:
                     trainer.step(islice(batches, accumulate), self._lr(step))
+                    done = step + 1
+                    knn = self._knn(done) if self._knn_due(step) else {}
                 except TooManyBad as error:
-                    raise TooManyBad(f"{error}\n{self._saved_before(step, clock)}") from error
+                    raise TooManyBad(f"{error}\n{self._saved_before(done, clock)}") from error
                 finally:
                     self._report_bad()
-                done = step + 1
                 progress.advance(done)
-                knn = self._knn_due(step)
                 # Read once: a signal may come between any two lines.
                 asked = stop.signal
                 save = done % config.run.checkpoint_every == 0 or done == total or asked is not None
                 if save or knn or done % config.run.log_every == 0:
                     rows = self._rows(done, clock)
-                    if knn:
-                        rows[-1] |= self._knn(done)
+                    rows[-1] |= knn
                     self._write(rows)
                     clock.restart(trainer.pushed)
                 if save:
@@ -204,11 +205,12 @@ class _Run:
 
     def _saved_before(self, step: int, clock: Clock) -> str:
         """What was saved of the `step` steps done when the images of the next could not be had."""
+        saved = self.store.last_good()
         if self.trainer.between_steps and step > 0:
             if rows := self._rows(step, clock):
                 self._write(rows)
-            return f"saved {self._save(step)}; mend the files, or go on with --resume and a higher --max-bad"
-        return f"{self.store.last_good()}; mend the files, or go on with --resume and a higher --max-bad"
+            saved = f"saved {self._save(step)}"
+        return f"{saved}; what was set aside stays aside: go on with --resume and a higher --max-bad, or start anew"
 
     def _write(self, rows: list[Row]) -> None:
         self.metrics.write(rows)
