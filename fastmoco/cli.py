@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import difflib
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import tyro
 
 import fastmoco
+from fastmoco.commands import Command, run
 from fastmoco.errors import UserError
 
 INTERRUPTED = 130
@@ -39,10 +39,10 @@ def pretrain(args: list[str]) -> int:
     )
 
     from fastmoco.train.pretrain import Stopped
-    from fastmoco.train.pretrain import pretrain as run
+    from fastmoco.train.pretrain import pretrain as train
 
     try:
-        folder = run(config)
+        folder = train(config)
     except Stopped as stopped:
         print(stopped, file=sys.stderr)
         return 128 + stopped.signal
@@ -115,10 +115,10 @@ def doctor(args: list[str]) -> int:
 
 
 def data(args: list[str]) -> int:
-    """Check images before training on them: fastmoco data scan."""
-    from fastmoco.data_commands import dispatch as run
+    """Look at images before training on them: scan, stats, preview, pack."""
+    from fastmoco.data_commands import COMMANDS as OF_DATA
 
-    return run(args)
+    return run("fastmoco data", OF_DATA, args)
 
 
 def demo(args: list[str]) -> int:
@@ -128,7 +128,7 @@ def demo(args: list[str]) -> int:
     return run_demo(tyro.cli(DemoArgs, prog="fastmoco demo", args=args))
 
 
-COMMANDS: dict[str, Callable[[list[str]], int]] = {
+COMMANDS: dict[str, Command] = {
     "pretrain": pretrain,
     "recipes": list_recipes,
     "evaluate": evaluate,
@@ -139,26 +139,12 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
 }
 
 
-def usage() -> str:
-    """The text of `fastmoco --help`."""
-    lines = [f"  {name:<10}{(command.__doc__ or '').strip()}" for name, command in COMMANDS.items()]
-    return "usage: fastmoco COMMAND [OPTIONS]\n\n" + "\n".join(lines) + "\n\n`fastmoco COMMAND --help` says more."
-
-
 def dispatch(args: Sequence[str]) -> int:
     """Run the command that `args` name; returns the exit status, raises UserError for a mistake."""
-    if not args or args[0] in ("-h", "--help"):
-        print(usage())
-        return 0 if args else 2
-    if args[0] in ("-V", "--version"):
+    if args and args[0] in ("-V", "--version"):
         print(f"fastmoco {fastmoco.__version__}")
         return 0
-    name, *rest = args
-    if name not in COMMANDS:
-        near = difflib.get_close_matches(name, COMMANDS, n=1)
-        hint = f"did you mean {near[0]}?" if near else f"the commands are {', '.join(COMMANDS)}"
-        raise UserError(f"no command {name!r}: {hint}")
-    return COMMANDS[name](rest)
+    return run("fastmoco", COMMANDS, args)
 
 
 def main() -> int:

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Callable
-
-from fastmoco.errors import UserError
+from fastmoco.commands import Command
 
 
 def scan(args: list[str]) -> int:
@@ -36,28 +33,9 @@ def pack(args: list[str]) -> int:
     return pack_command(args)
 
 
-COMMANDS: dict[str, Callable[[list[str]], int]] = {
+COMMANDS: dict[str, Command] = {
     "scan": scan,
     "preview": preview,
     "stats": stats,
     "pack": pack,
 }
-
-
-def usage() -> str:
-    """The text of `fastmoco data --help`."""
-    lines = [f"  {name:<10}{(command.__doc__ or '').strip()}" for name, command in COMMANDS.items()]
-    return "usage: fastmoco data COMMAND [OPTIONS]\n\n" + "\n".join(lines)
-
-
-def dispatch(args: list[str]) -> int:
-    """Run the command that `args` name; returns the exit status, raises UserError for a mistake."""
-    if not args or args[0] in ("-h", "--help"):
-        print(usage())
-        return 0 if args else 2
-    name, *rest = args
-    if name not in COMMANDS:
-        near = difflib.get_close_matches(name, COMMANDS, n=1)
-        hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(COMMANDS)}"
-        raise UserError(f"no command {name!r} in fastmoco data: {hint}")
-    return COMMANDS[name](rest)
