@@ -209,8 +209,8 @@ def test_shards_headers_are_read_once(tmp_path: Path, monkeypatch: pytest.Monkey
     folder = packed(tmp_path / "shards")
     before = load(folder)
     read: list[str] = []
-    original = shards._read_headers
-    monkeypatch.setattr(shards, "_read_headers", lambda path: read.append(path.name) or original(path))
+    original = shards._rows
+    monkeypatch.setattr(shards, "_rows", lambda path: read.append(path.name) or original(path))
     again = load(folder)
     assert read == [] and again.files == before.files and again.labels["grade"].tolist() == [0, 1, 2, 0, 1, 2]
     os.utime(folder / "shard-000001.tar", ns=(1, 1))

@@ -12,6 +12,7 @@ from fastmoco.data.decode import decode
 from fastmoco.data.listing import Listing, list_folder, list_table
 from fastmoco.data.manifest_file import (
     MOST_CLASSES,
+    RESERVED,
     is_manifest_file,
     read_manifest_file,
     sort_classes,
@@ -148,7 +149,11 @@ def load_manifest(
 
     Raises UserError for a missing folder, an empty one, a missing column, or a listed file that is not there.
     """
-    if not data.exists():
+    try:
+        there = data.exists()
+    except OSError as error:
+        raise UserError(f"--data {data}: cannot be read: {error.strerror or error}") from error
+    if not there:
         kind = "file" if data.suffix.lower() in (".npz", ".tar") else "folder"
         raise UserError(f"--data {data}: no such {kind}")
     shards = find_shards(data)
@@ -191,7 +196,11 @@ def _checked(
             known = ", ".join(listing.columns)
             hint = f"there are {known}" if known else "name the CSV file that has this column with --labels"
             raise UserError(f"--label {name}: {data} has no such label; {hint}")
-    columns = {name: listing.columns[name] for name in label or listing.columns}
+    reserved = () if label else sorted(RESERVED & set(listing.columns))
+    if reserved:
+        print(f"labels {', '.join(reserved)} are left out: manifest files have columns of these names (name labels "
+              "to take with --label)")  # fmt: skip
+    columns = {name: listing.columns[name] for name in label or listing.columns if name not in reserved}
     encoded = {name: _encode(name, values) for name, values in columns.items() if name in label or _is_label(values)}
     checked = verify(listing, decoder=decoder, workers=workers, progress=progress)
     everything = Manifest(

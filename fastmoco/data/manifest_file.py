@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 COLUMNS = ("file", "height", "width", "bytes", "mtime_ns", "dali")
 OFFSET = "offset"
 PATIENT, SPLIT = "patient", "split"
+# What no label can be called in a file.
+RESERVED = frozenset({*COLUMNS, OFFSET, PATIENT, SPLIT})
 # A label column names classes; with more values than this it is something else.
 MOST_CLASSES = 1000
 # The least and the greatest number in a column; in others, any from 0.
@@ -45,7 +47,7 @@ def write_manifest(path: Path, manifest: Manifest) -> None:
     """
     if manifest.stamps is None:
         raise UserError(f"{path}: a manifest that was never checked cannot be written; load it from its files first")
-    reserved = {*COLUMNS, OFFSET, PATIENT, SPLIT} & set(manifest.labels)
+    reserved = RESERVED & set(manifest.labels)
     if reserved:
         raise UserError(f"{path}: a label cannot be called {min(reserved)!r}, which is a column of every manifest file")
     columns: dict[str, Any] = {

@@ -15,6 +15,7 @@ from rich.progress import track
 
 from fastmoco.data.manifest import Manifest
 from fastmoco.data.store import split_member
+from fastmoco.data.tars import read_headers
 from fastmoco.errors import UserError
 
 # In an image's record, where it came from: an object, which what reads shards does not take for a label.
@@ -38,16 +39,16 @@ def read_members(shard: Path) -> list[Member]:
     """
     members: list[Member] = []
     try:
-        with tarfile.open(shard, "r:", errorlevel=2) as tar, shard.open("rb") as stream:
-            while (image := tar.next()) is not None and (beside := tar.next()) is not None:
+        with shard.open("rb") as stream:
+            headers = read_headers(shard)
+            for image in headers:
+                beside = next(headers, image)
                 record = json.loads(os.pread(stream.fileno(), beside.size, beside.offset_data))
                 stem = os.path.splitext(image.name)[0]
                 if beside.name != f"{stem}.json" or not isinstance(record[SOURCE]["sha256"], str):
                     raise ValueError(f"no record beside {image.name}")
                 members.append(Member(image.name, image.offset_data, image.size, record))
-                # Or the tar file would keep every header.
-                tar.members.clear()  # type: ignore[attr-defined]
-    except (tarfile.TarError, ValueError, KeyError, TypeError) as error:
+    except (tarfile.TarError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(
             f"{shard}: is not a shard that was packed here, or is damaged ({error}); delete it, and packing writes it "
             "again"

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import posixpath
 import tarfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from fastmoco.atomic import write_text
 from fastmoco.data.cache import cache_file
 from fastmoco.data.decode import IMAGE_SUFFIXES
 from fastmoco.data.listing import Listing, said_by_folders
+from fastmoco.data.tars import Damaged, read_headers
 from fastmoco.errors import UserError
 
 CLS_LABEL = "cls"
@@ -33,7 +35,11 @@ def find_shards(data: Path) -> list[Path]:
     if not data.is_dir():
         return []
     shards = []
-    for entry in sorted(data.iterdir()):
+    try:
+        entries = sorted(data.iterdir())
+    except OSError as error:
+        raise UserError(f"--data {data}: cannot be listed: {error.strerror or error}") from error
+    for entry in entries:
         if entry.name.startswith("."):
             continue
         if entry.is_dir() or entry.suffix.lower() in IMAGE_SUFFIXES:
@@ -49,7 +55,8 @@ def list_shards(shards: Sequence[Path], *, patient_column: str, split_column: st
     Members that share a key (the name up to the first dot of its last part) belong together: of an image, `key.cls`
     holds its label "cls", and `key.json` an object whose members are labels, but for its patient and split. Where
     neither is there, folders inside the shards say as much as they do outside. What the headers tell is remembered
-    for each shard. Raises UserError for a shard that is no tar file, or where there are no images in any.
+    for each shard. A member that is a link stands for the one that it names. Raises UserError for a shard that is no
+    tar file or is damaged (see `read_headers`), or where there are no images in any.
     """
     with ThreadPoolExecutor() as pool:
         read = pool.map(_rows_of, shards)
@@ -81,7 +88,10 @@ def list_shards(shards: Sequence[Path], *, patient_column: str, split_column: st
 
 def _rows_of(shard: Path) -> tuple[tuple[int, int], list[Row]]:
     """The shard's (bytes, mtime_ns) and its images, from the cache where these are what they were."""
-    found = shard.stat()
+    try:
+        found = shard.stat()
+    except OSError as error:
+        raise UserError(f"{shard}: cannot be read: {error.strerror or error}") from error
     stamp = (found.st_size, found.st_mtime_ns)
     cache = cache_file("shard", shard)
     try:
@@ -92,9 +102,11 @@ def _rows_of(shard: Path) -> tuple[tuple[int, int], list[Row]]:
         # No cache, or a damaged one: the headers are simply read again.
         pass
     try:
-        rows = _read_headers(shard)
+        rows = _rows(shard)
     except UserError:
         raise
+    except Damaged as error:
+        raise UserError(f"{shard}: {error}") from error
     except (tarfile.TarError, OSError, ValueError, OverflowError) as error:  # whatever a rotten header leads to
         raise UserError(f"{shard}: cannot be read as an uncompressed tar file: {error}") from error
     try:
@@ -105,32 +117,43 @@ def _rows_of(shard: Path) -> tuple[tuple[int, int], list[Row]]:
     return stamp, rows
 
 
-def _read_headers(shard: Path) -> list[Row]:
-    images: dict[str, tuple[str, int, int]] = {}
+def _rows(shard: Path) -> list[Row]:
+    places, links = _places(shard)
+    for name, target in links.items():
+        # A link to what is not there keeps its own place, where reading finds out that it is one.
+        places[name] = places[target] if target in places and target not in links else places[name]
+    images: dict[str, str] = {}
     said: dict[str, dict[str, str]] = {}
-    with tarfile.open(shard, "r:", errorlevel=2) as tar, shard.open("rb") as stream:
-        for member in _members(tar):
-            name = member.name.removeprefix("./")
+    with shard.open("rb") as stream:
+        for name, (at, size) in places.items():
             folder, _, base = name.rpartition("/")
             stem, _, suffix = base.partition(".")
-            if not member.isreg() or not stem:
+            if not stem:
                 continue
             key, suffix = f"{folder}/{stem}", suffix.lower()
             if f".{suffix}" in IMAGE_SUFFIXES:
-                images[name] = key, member.offset_data, member.size
+                images[name] = key
             elif suffix in ("cls", "json"):
-                if member.size > _MOST_WORDS:
-                    raise UserError(f"{shard}, member {name}: {member.size:,} bytes are too many for labels")
-                data = os.pread(stream.fileno(), member.size, member.offset_data)
-                said.setdefault(key, {}).update(_said(shard, name, suffix, data))
-    return [(name, at, size, said.get(key, {})) for name, (key, at, size) in images.items()]
+                if size > _MOST_WORDS:
+                    raise UserError(f"{shard}, member {name}: {size:,} bytes are too many for labels")
+                said.setdefault(key, {}).update(_said(shard, name, suffix, os.pread(stream.fileno(), size, at)))
+    return [(name, *places[name], said.get(key, {})) for name, key in images.items()]
 
 
-def _members(tar: tarfile.TarFile) -> Iterable[tarfile.TarInfo]:
-    """The members in order, without keeping them all, which a plain loop over the tar file does."""
-    while (member := tar.next()) is not None:
-        yield member
-        tar.members.clear()  # type: ignore[attr-defined]
+def _places(shard: Path) -> tuple[dict[str, tuple[int, int]], dict[str, str]]:
+    """The offset and bytes of every file and link in the shard, and the member that each link names."""
+    places: dict[str, tuple[int, int]] = {}
+    links: dict[str, str] = {}
+    for member in read_headers(shard):
+        name = member.name.removeprefix("./")
+        if member.isreg() or member.islnk() or member.issym():
+            places[name] = member.offset_data, member.size
+            links.pop(name, None)
+        if member.islnk():
+            links[name] = member.linkname.removeprefix("./")
+        elif member.issym():
+            links[name] = posixpath.normpath(posixpath.join(posixpath.dirname(name), member.linkname))
+    return places, links
 
 
 def _said(shard: Path, name: str, suffix: str, data: bytes) -> dict[str, str]:
@@ -139,7 +162,7 @@ def _said(shard: Path, name: str, suffix: str, data: bytes) -> dict[str, str]:
         if suffix == "cls":
             return {CLS_LABEL: data.decode().strip()}
         said: Any = json.loads(data)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{shard}, member {name}: cannot be read as {suffix.upper()}: {error}") from error
     if not isinstance(said, dict):
         raise UserError(f"{shard}, member {name}: must be a JSON object of labels")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import re
 import stat
 import tarfile
 import threading
@@ -18,6 +19,7 @@ from fastmoco.errors import UserError
 # Shards kept open at once, well below the 1024 descriptors that a process may have.
 _OPEN_SHARDS = 128
 _HEADER = tarfile.BLOCKSIZE
+_MEMBER = re.compile(r"(.*?\.tar)/(.*)", re.IGNORECASE | re.DOTALL)
 
 
 class BadFile(UserError):
@@ -107,7 +109,10 @@ class Shards:
                 _compare(path, (stamp[0], found.st_mtime_ns), stamp)
             # The member's header lies just before it, and tells a wrong offset from a right one.
             head = os.pread(descriptor.number, _HEADER + (stamp[0] if stamp is not None else 0), offset - _HEADER)
-            size = tarfile.TarInfo.frombuf(head[:_HEADER], "utf-8", "surrogateescape").size
+            header = tarfile.TarInfo.frombuf(head[:_HEADER], "utf-8", "surrogateescape")
+            if header.islnk() or header.issym():
+                raise BadFile(path, f"a link to {header.linkname}, which is not in its shard")
+            size = header.size
             _compare(path, (size, 0), stamp and (stamp[0], 0))
             data = head[_HEADER:] if stamp is not None else os.pread(descriptor.number, size, offset)
         except tarfile.HeaderError as error:
@@ -182,9 +187,9 @@ class Arrays:
 
 
 def split_member(name: str) -> tuple[str, str]:
-    """The shard and the member of "shard.tar/member"."""
-    shard, _, member = name.partition(".tar/")
-    return f"{shard}.tar", member
+    """The shard and the member of "shard.tar/member" (or .TAR); all of `name` and "" where it is no such name."""
+    match = _MEMBER.fullmatch(name)
+    return (match[1], match[2]) if match else (name, "")
 
 
 def _compare(path: str, found: tuple[int, int], stamp: tuple[int, int] | None) -> None:
