@@ -25,7 +25,7 @@ from fastmoco.errors import UserError
 _SPARE_BYTES = 64 << 20
 # Files in flight: a network file system answers slowly and many at once.
 _THREADS = 16
-_TASKS = 4096
+_LOT = 256
 
 Stamp = tuple[int, int]
 Item = TypeVar("Item")
@@ -132,9 +132,12 @@ def _copy_missing(
 
 
 def _each(pool: ThreadPoolExecutor, work: Callable[[Item], Result], items: Sequence[Item]) -> Iterator[Result]:
-    """`work` of each of `items`, some thousands at a time: a million tasks at once would take a gigabyte."""
-    for first in range(0, len(items), _TASKS):
-        yield from pool.map(work, items[first : first + _TASKS])
+    """`work` of each of `items`, in lots: handing over each by itself takes longer than looking at a file."""
+    lot = max(1, min(_LOT, len(items) // (4 * _THREADS)))
+    for done in pool.map(
+        lambda first: [work(item) for item in items[first : first + lot]], range(0, len(items), lot)
+    ):
+        yield from done
 
 
 def _wanted(original: Path, copy: Path, stamp: Stamp | None) -> int | None:
