@@ -67,7 +67,7 @@ class E2eArgs:
     """Recipe whose method, head and constants are used; the views are MoCo v2's."""
     workers: int = field(default_factory=lambda: os.cpu_count() or 1)
     """Threads, or processes in loaders that use processes."""
-    seconds: float = 3.0
+    seconds: float = 2.0
     """Length of a turn."""
     rounds: int = 3
     """Turns of each way."""

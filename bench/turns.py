@@ -46,14 +46,14 @@ def take_turn(
 ) -> Turn:
     """Open a pipeline, give each item to `use` (which returns its pairs) for about `seconds`, and close it.
 
-    Worker processes hand over their items in bursts of `burst`: two go by untimed, and the time ends with one.
+    Worker processes hand over their items in bursts of `burst`: one goes by untimed, and the time ends with one.
     `finish` waits for what `use` has started.
     """
     began = time.perf_counter()
     with opened as items:
         use(next(items))
         first = time.perf_counter() - began
-        for _ in range(2 * burst - 1):
+        for _ in range(burst - 1):
             use(next(items))
         finish()
         pairs = taken = 0

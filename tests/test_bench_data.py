@@ -72,7 +72,7 @@ def test_a_turn_counts_what_comes_in_its_time() -> None:
     assert closed == [True]
     assert turn.pairs % 8 == 0 and 0.1 <= turn.seconds < 0.1 + 2 * 0.1
     assert turn.first >= 0.05 and turn.waited >= 0.9 * turn.pairs / 4 * 0.01
-    # Two bursts, the opening among them, are outside the time.
+    # The first burst, and the opening with it, is outside the time.
     assert turn.pairs / 4 <= turn.seconds / 0.01 and turn.cpu < turn.seconds and turn.memory > 1 << 20
 
 

@@ -154,6 +154,15 @@ def test_shards_of_other_images_are_refused(source: Manifest, tmp_path: Path) ->
         packed_in(source, out)
 
 
+def test_a_label_that_would_hide_another_field_is_refused_at_once(source: Manifest, tmp_path: Path) -> None:
+    for name in ("split", "packed_from", "bytes"):
+        named = source.select(np.arange(24))
+        named.labels, named.class_names = {name: source.labels["kind"]}, {name: source.class_names["kind"]}
+        with pytest.raises(UserError, match=f"--label {name}: packed images have a field of that name"):
+            packed_in(named, tmp_path / "shards")
+    assert not (tmp_path / "shards").exists()
+
+
 def test_the_check_finds_a_flipped_bit_a_foreign_label_and_a_lost_shard(source: Manifest, tmp_path: Path) -> None:
     out = tmp_path / "shards"
     packed = packed_in(source, out)

@@ -20,7 +20,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 
 from fastmoco.atomic import replacing
 from fastmoco.data.manifest import SHARD_INDEX, Manifest
-from fastmoco.data.manifest_file import write_manifest
+from fastmoco.data.manifest_file import COLUMNS, OFFSET, PATIENT, SPLIT, write_manifest
 from fastmoco.data.members import SOURCE, Member, read_members, record
 from fastmoco.data.sizes import show_bytes
 from fastmoco.data.store import BadFile
@@ -50,10 +50,14 @@ def plan(manifest: Manifest, shard_bytes: int, seed: int | None) -> list[Shard]:
     """Which image goes where: in the order of the manifest, or in one that `seed` decides, about `shard_bytes` each.
 
     Where an image comes depends on those before it only, so that one that is gone does not undo finished shards.
-    Raises UserError where the images are not encoded files.
+    Raises UserError where the images are not encoded files, or a label has a name that the index or a record needs.
     """
     if manifest.stamps is None or manifest.root.suffix.lower() == ".npz":
         raise UserError(f"{manifest.root}: its images are not files of their own, so there is nothing to pack")
+    # Said now, and not when the index is written at the end.
+    reserved = {*COLUMNS, OFFSET, PATIENT, SPLIT, SOURCE} & set(manifest.labels)
+    if reserved:
+        raise UserError(f"--label {min(reserved)}: packed images have a field of that name; give the label another")
     order = list(range(len(manifest)))
     if seed is not None:
         order.sort(key=lambda i: hashlib.sha256(os.fsencode(f"{seed}/{manifest.files[i]}")).digest())
