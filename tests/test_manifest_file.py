@@ -13,7 +13,7 @@ from PIL import Image
 from test_listing import packed
 
 from fastmoco.data.manifest import Manifest, load_manifest
-from fastmoco.data.manifest_file import is_manifest_file, write_manifest
+from fastmoco.data.manifest_file import is_manifest_file, read_manifest_file, write_manifest
 from fastmoco.data.store import BadFile
 from fastmoco.errors import UserError
 
@@ -110,12 +110,41 @@ def test_what_cannot_be_written_is_named(checked: Manifest, tmp_path: Path) -> N
         ("a,1,1,5,0,1,x\na,1,1,5,0,1,y\n", "lists a file more than once"),
         ("a,1,1,5,0,1,x\nb,1,1,5,0,1,\n", "line 3: column 'y' is empty"),
         ("a,1,1,5,0,1,x\nb,1,1,5,0,1,x\n", "every image has the same value"),
+        ('"a\nb",1,1,5,1700000000000000000,1,x\n\n\nc,1,1,5,,1,x\n', "line 6: mtime_ns cannot be ''"),
+        ('"a\r\nb",1,1,5,0,1,x\nc,1,1\n', "line 4: 3 cells"),
+        ("a,1,1,5,-99999999999999999999,1,x\n", "line 2: mtime_ns cannot be"),
+        ("a,1,1,5,0,1,x\na\0b,1,1,5,0,1,y\n", "line 3: no file's name can hold a NUL byte"),
     ],
 )
 def test_bad_rows_are_named_by_their_line(tmp_path: Path, rows: str, reason: str) -> None:
     (tmp_path / "m.csv").write_text(f"{HEADER},y\n{rows}")
     with pytest.raises(UserError, match=reason):
         load_manifest(tmp_path, tmp_path / "m.csv", label=["y"])
+
+
+@pytest.mark.parametrize("text", ["", "\n", HEADER.replace(",", ";") + "\na;1;1;5;0;1\n", "file,height\na,1\n"])
+def test_what_is_no_manifest_file_is_named(tmp_path: Path, text: str) -> None:
+    (tmp_path / "m.csv").write_text(text)
+    assert not is_manifest_file(tmp_path / "m.csv")
+    with pytest.raises(UserError, match=r"m\.csv: is no manifest file: its first line must have .* with commas"):
+        read_manifest_file(tmp_path / "m.csv")
+
+
+def test_odd_names_and_times_are_read_back(tmp_path: Path) -> None:
+    folder = tmp_path / "set"
+    for i, name in enumerate(("cr\rhere/a.png", "cr\r\n/b.png", "\rc/c.png", 'd"/,\n.png')):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (8 + i, 9)).save(folder / name)
+        os.utime(folder / name, ns=(0, -(10**18) + i))
+    found = load_manifest(folder, progress=False)
+    found.patients = np.array(["p\r", "\r\n", "p", "\n"])
+    write_manifest(tmp_path / "m.csv", found)
+    with (tmp_path / "m.csv").open("ab") as stream:
+        stream.write(b"\n\r\n")
+    again = load_manifest(folder, tmp_path / "m.csv", progress=False)
+    assert_same(again, found)
+    assert again.stamps is not None and (again.stamps[:, 1] < 0).all()
+    assert [again.decode(i).shape[1] for i in range(4)] == again.sizes[:, 1].tolist()
 
 
 def test_quantities_are_no_labels(tmp_path: Path) -> None:

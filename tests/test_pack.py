@@ -163,6 +163,44 @@ def test_a_label_that_would_hide_another_field_is_refused_at_once(source: Manife
     assert not (tmp_path / "shards").exists()
 
 
+def test_files_from_before_1970_and_after_2242(source: Manifest, tmp_path: Path) -> None:
+    for i, time in ((0, -(10**18)), (1, 9 * 10**18)):
+        os.utime(source.path(i), ns=(time, time))
+    again = load(source.root)
+    packed_in(again, tmp_path / "shards")
+    assert_packed(tmp_path / "shards", again)
+
+
+def test_large_files_are_read_few_at_a_time(
+    source: Manifest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert source.stamps is not None
+    most = int(source.stamps[:, 0].max())
+    monkeypatch.setattr(pack_module, "_AHEAD_BYTES", 2 * most)
+    held = [0]
+    peak = []
+    read = Manifest.read
+
+    class Taken(bytes):
+        """Bytes that are counted as long as something holds them."""
+
+        def __del__(self) -> None:
+            held[0] -= len(self)
+
+    def counted(manifest: Manifest, index: int) -> bytes:
+        data = Taken(read(manifest, index))  # type: ignore[arg-type]
+        held[0] += len(data)
+        peak.append(held[0])
+        return data
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Manifest, "read", counted)
+        pack(source, tmp_path / "shards", shard_bytes=10**6, workers=2, progress=False)
+    # The one that is being written comes on top.
+    assert len(peak) == 24 and most < max(peak) <= 3 * most + most
+    assert_packed(tmp_path / "shards", source)
+
+
 def test_the_check_finds_a_flipped_bit_a_foreign_label_and_a_lost_shard(source: Manifest, tmp_path: Path) -> None:
     out = tmp_path / "shards"
     packed = packed_in(source, out)

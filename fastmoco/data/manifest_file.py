@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 import numpy as np
 
@@ -24,8 +24,8 @@ PATIENT, SPLIT = "patient", "split"
 RESERVED = frozenset({*COLUMNS, OFFSET, PATIENT, SPLIT})
 # A label column names classes; with more values than this it is something else.
 MOST_CLASSES = 1000
-# The least and the greatest number in a column; in others, any from 0.
-_RANGES = {"height": (1, 2**31 - 1), "width": (1, 2**31 - 1), "dali": (0, 1)}
+# The least and the greatest number in a column; in others, any from 0. Times before 1970 are negative.
+_RANGES = {"height": (1, 2**31 - 1), "width": (1, 2**31 - 1), "dali": (0, 1), "mtime_ns": (-(2**62), 2**63 - 1)}
 # Rows held as text at once: so few that they stay in the processor's cache, and need no memory beside what they become.
 _CHUNK = 2_000
 
@@ -33,7 +33,7 @@ _CHUNK = 2_000
 def is_manifest_file(path: Path) -> bool:
     """Whether `path` begins with a manifest's columns."""
     try:
-        with path.open(newline="", encoding="utf-8-sig", errors="surrogateescape") as stream:
+        with _opened(path) as stream:
             return tuple(next(csv.reader(stream), ())[: len(COLUMNS)]) == COLUMNS
     except (OSError, csv.Error):
         return False
@@ -67,9 +67,20 @@ def write_manifest(path: Path, manifest: Manifest) -> None:
         replacing(path) as temporary,
         temporary.open("w", newline="", encoding="utf-8", errors="surrogateescape") as stream,
     ):
-        writer = csv.writer(stream, lineterminator="\n")
+        writer = csv.writer(_Lines(stream))
         writer.writerow(columns)
         writer.writerows(zip(*columns.values(), strict=True))
+
+
+class _Lines:
+    """Ends lines as text files do. A csv writer told to do so itself would leave a carriage return in a cell bare."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, row: str) -> int:
+        """Write one row, which ends in "\\r\\n"."""
+        return self._stream.write(row[:-2] + "\n")
 
 
 def read_manifest_file(
@@ -78,23 +89,37 @@ def read_manifest_file(
     """What `write_manifest` wrote, as the fields of a Manifest but for its root. Nothing but `path` is looked at.
 
     The label columns are `label`, or every other column that holds no more than 1000 different values. Raises
-    UserError naming the line of a row that is short, or holds something other than its column should.
+    UserError where `path` lacks a manifest's columns, and naming the line of a row that is short, or holds something
+    other than its column should.
     """
     try:
-        with path.open(newline="", encoding="utf-8-sig", errors="surrogateescape") as stream:
+        with _opened(path) as stream:
             return _Reader(path, stream, label, patient_column, split_column).fields()
     except (OSError, csv.Error) as error:
         raise UserError(f"{path}: cannot be read as CSV: {error}") from error
 
 
+def _opened(path: Path) -> TextIO:
+    return path.open(newline="", encoding="utf-8-sig", errors="surrogateescape")
+
+
 class _Reader:
     """Reads the rows in chunks, each turned into numbers before the next is read."""
 
-    def __init__(self, path: Path, stream: Any, label: Sequence[str], patient_column: str, split_column: str) -> None:
+    def __init__(
+        self, path: Path, stream: TextIO, label: Sequence[str], patient_column: str, split_column: str
+    ) -> None:
         self._path = path
-        self._rows = csv.reader(stream)
-        self._header = next(self._rows)
-        self._line = 2
+        rows = csv.reader(stream)
+        self._header = next(rows, [])
+        if not set(COLUMNS) <= set(self._header):
+            raise UserError(
+                f"{path}: is no manifest file: its first line must have the columns {','.join(COLUMNS)}. Write it with "
+                "`fastmoco data scan`; a spreadsheet must save it with commas"
+            )
+        # Blank lines are none.
+        self._rows = filter(None, rows)
+        self._done = 0
         for name in label:
             if name not in self._header:
                 raise UserError(f"{path}: no column {name!r}; its columns are {', '.join(self._header)}")
@@ -113,13 +138,16 @@ class _Reader:
         labels: dict[str, list[np.ndarray]] = {name: [] for name in self._codes}
         for table in self._chunks():
             files += table["file"]
+            at = next((i for i, name in enumerate(table["file"]) if "\0" in name), None)
+            if at is not None:
+                raise self._wrong(at, "no file's name can hold a NUL byte")
             for name, parts in numbers.items():
                 parts.append(self._numbers(name, table[name]))
             for name in list(self._codes):
                 labels[name].append(self._coded(name, table[name]))
             for name, words in self._words.items():
                 words.append(np.array(table[name]))
-            self._line += len(table["file"])
+            self._done += len(table["file"])
         if not files:
             raise UserError(f"{self._path}: has a header and no rows")
         if len(set(files)) < len(files):
@@ -144,34 +172,55 @@ class _Reader:
         while rows := list(islice(self._rows, _CHUNK)):
             if set(map(len, rows)) != {width}:
                 at = next(i for i, row in enumerate(rows) if len(row) != width)
-                raise UserError(f"{self._path}, line {self._line + at}: {len(rows[at])} cells, not {width}")
+                raise self._wrong(at, f"{len(rows[at])} cells, not {width}")
             yield dict(zip(self._header, zip(*rows, strict=True), strict=True))
+
+    def _wrong(self, at: int, what: str) -> UserError:
+        """What to say of row `at` of this chunk. Lines are counted only now, since that would slow every reading."""
+        with _opened(self._path) as stream:
+            rows = csv.reader(stream)
+            left, line = self._done + at + 1, 0
+            for row in rows:
+                # Counted from the header, which is a row too.
+                if row and left == 0:
+                    break
+                left -= bool(row)
+                line = rows.line_num
+        return UserError(f"{self._path}, line {line + 1}: {what}")
 
     def _numbers(self, name: str, cells: tuple[str, ...]) -> np.ndarray:
         """(n,) int64. Raises UserError where a cell is out of its column's range."""
         try:
             values = np.array(list(map(int, cells)), dtype=np.int64)
         except (ValueError, OverflowError):
-            # Too long for 64 bits, or no number: those that are short and are one become what is in order.
-            values = np.array([int(cell) if cell.isdecimal() and len(cell) < 19 else -1 for cell in cells])
-        least, most = _RANGES.get(name, (0, 2**63 - 1))
-        wrong = (values < least) | (values > most)
-        if not wrong.any():
-            return values
-        at = int(np.argmax(wrong))
-        raise UserError(f"{self._path}, line {self._line + at}: {name} cannot be {cells[at]!r}")
+            at = next(i for i, cell in enumerate(cells) if not _fits(cell))
+        else:
+            least, most = _RANGES.get(name, (0, 2**63 - 1))
+            wrong = (values < least) | (values > most)
+            if not wrong.any():
+                return values
+            at = int(np.argmax(wrong))
+        raise self._wrong(at, f"{name} cannot be {cells[at]!r}")
 
     def _coded(self, name: str, cells: tuple[str, ...]) -> np.ndarray:
         codes = self._codes[name]
         for cell in dict.fromkeys(cells):
             codes.setdefault(cell, len(codes))
         if name in self._asked and "" in codes:
-            raise UserError(f"{self._path}, line {self._line + cells.index('')}: column {name!r} is empty")
+            raise self._wrong(cells.index(""), f"column {name!r} is empty")
         if len(codes) > MOST_CLASSES:
             if name in self._asked:
                 raise too_many_classes(name, len(codes))
             del self._codes[name]
         return np.array([codes[cell] for cell in cells], dtype=np.int64)
+
+
+def _fits(cell: str) -> bool:
+    """Whether `cell` is a whole number of 64 bits."""
+    try:
+        return -(2**63) <= int(cell) < 2**63
+    except ValueError:
+        return False
 
 
 def sort_classes(numbers: np.ndarray, names: list[str]) -> tuple[np.ndarray, list[str]]:

@@ -9,6 +9,7 @@ import json
 import os
 import shutil
 import tarfile
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -20,7 +21,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 
 from fastmoco.atomic import replacing
 from fastmoco.data.manifest import SHARD_INDEX, Manifest
-from fastmoco.data.manifest_file import COLUMNS, OFFSET, PATIENT, SPLIT, write_manifest
+from fastmoco.data.manifest_file import RESERVED, write_manifest
 from fastmoco.data.members import SOURCE, Member, read_members, record
 from fastmoco.data.sizes import show_bytes
 from fastmoco.data.store import BadFile
@@ -28,7 +29,10 @@ from fastmoco.errors import UserError
 
 # Bytes that a member takes beside its data, about: two headers, the record of labels, padding.
 _OVERHEAD = 4 * tarfile.BLOCKSIZE
+_LATEST = 8**11 - 1
+# Images read ahead, no more than so many and, but for one, so many bytes.
 _READ_AHEAD = 256
+_AHEAD_BYTES = 64 << 20
 _SPARE_BYTES = 64 << 20
 
 
@@ -55,7 +59,7 @@ def plan(manifest: Manifest, shard_bytes: int, seed: int | None) -> list[Shard]:
     if manifest.stamps is None or manifest.root.suffix.lower() == ".npz":
         raise UserError(f"{manifest.root}: its images are not files of their own, so there is nothing to pack")
     # Said now, and not when the index is written at the end.
-    reserved = {*COLUMNS, OFFSET, PATIENT, SPLIT, SOURCE} & set(manifest.labels)
+    reserved = (RESERVED | {SOURCE}) & set(manifest.labels)
     if reserved:
         raise UserError(f"--label {min(reserved)}: packed images have a field of that name; give the label another")
     order = list(range(len(manifest)))
@@ -152,7 +156,7 @@ def _write(
                 source = {"file": _text(manifest.files[i]), "sha256": hashlib.sha256(data).hexdigest()}
                 beside = json.dumps({**record(manifest, i), SOURCE: source}, sort_keys=True).encode()
                 for name, content in ((f"{key}{suffix or '.bin'}", data), (f"{key}.json", beside)):
-                    _add(tar, name, content, mtime=int(manifest.stamps[i, 1]) // 10**9)  # type: ignore[index]
+                    _add(tar, name, content, mtime_ns=int(manifest.stamps[i, 1]))  # type: ignore[index]
                     digests[name] = hashlib.sha256(content).hexdigest()
                 advance(len(data))
         _compare(temporary, digests)
@@ -160,11 +164,20 @@ def _write(
 
 def _read(manifest: Manifest, indices: Sequence[int], pool: ThreadPoolExecutor) -> Iterator[tuple[int, bytes]]:
     """The bytes of each image in turn, read some way ahead. Raises BadFile."""
-    for first in range(0, len(indices), _READ_AHEAD):
-        some = indices[first : first + _READ_AHEAD]
-        reading: list[Future[Any]] = [pool.submit(manifest.read, int(i)) for i in some]
-        for i, job in zip(some, reading, strict=True):
-            yield int(i), job.result()
+    assert manifest.stamps is not None
+    sizes = manifest.stamps[:, 0].tolist()
+    waiting: deque[tuple[int, Future[Any]]] = deque()
+    held = 0
+    for i in map(int, indices):
+        while waiting and (len(waiting) == _READ_AHEAD or held + sizes[i] > _AHEAD_BYTES):
+            first, job = waiting.popleft()
+            yield first, job.result()
+            held -= sizes[first]
+        waiting.append((i, pool.submit(manifest.read, i)))
+        held += sizes[i]
+    while waiting:
+        first, job = waiting.popleft()
+        yield first, job.result()
 
 
 def _text(name: str) -> str:
@@ -172,10 +185,12 @@ def _text(name: str) -> str:
     return name.encode(errors="surrogateescape").decode(errors="replace")
 
 
-def _add(tar: tarfile.TarFile, name: str, content: bytes, *, mtime: int) -> None:
+def _add(tar: tarfile.TarFile, name: str, content: bytes, *, mtime_ns: int) -> None:
     # Owner and mode are left at their defaults: the same images make the same shard whoever packs them.
     info = tarfile.TarInfo(name)
-    info.size, info.mtime = len(content), mtime
+    info.size = len(content)
+    # The header has room for 1970 to 2242.
+    info.mtime = min(max(mtime_ns // 10**9, 0), _LATEST)
     tar.addfile(info, io.BytesIO(content))
 
 
