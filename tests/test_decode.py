@@ -83,6 +83,25 @@ def test_twelve_bits_reach_white() -> None:
     assert found[0, :, 0].tolist() == [round(v * 65535 / 4095) for v in values[0].tolist()]
 
 
+@pytest.mark.parametrize(("order", "white"), [("<", 0), ("<", 1), (">", 0), (">", 1)])
+def test_white_may_be_zero(order: str, white: int) -> None:
+    """A TIFF of 16-bit samples whose PhotometricInterpretation says which end is white."""
+    values = np.array([[0, 65535, 1000, 40000]])
+    stored = values.astype(f"{order}u2").tobytes()
+    entries = [(256, 4), (257, 1), (258, 16), (259, 1), (262, white), (273, 8), (277, 1), (278, 1), (279, len(stored))]
+    directory = b"".join(struct.pack(f"{order}HHIHH", tag, 3, 1, value, 0) for tag, value in entries)
+    mark = b"II" if order == "<" else b"MM"
+    data = struct.pack(f"{order}2sHI", mark, 42, 8 + len(stored)) + stored
+    data += struct.pack(f"{order}H", len(entries)) + directory + bytes(4)
+    if (order, white) == (">", 0):
+        with pytest.raises(Undecodable, match="not an image of a kind that is read"):
+            decode(data, "x.tif")
+        return
+    found = decode(data, "x.tif")
+    assert found.dtype == np.uint16
+    assert found[0, :, 0].tolist() == (values[0] if white else 65535 - values[0]).tolist()
+
+
 def test_sixteen_bit_colour_is_not_clipped() -> None:
     """Pillow writes no such file, so this one is made by hand; it is read at 8 bits."""
     values = RNG.integers(0, 65536, (9, 12, 3), dtype=np.uint16)

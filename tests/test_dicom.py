@@ -100,6 +100,14 @@ def test_a_window_is_the_range(function: str | None) -> None:
     assert expected.min() < 0.05 and expected.max() > 0.95
 
 
+@pytest.mark.parametrize("function", ["LINEAR_EXACT", "SIGMOID"])
+@pytest.mark.parametrize("width", [0, -3])
+def test_a_window_without_width_is_refused(function: str, width: int) -> None:
+    stored = np.array([[9, 10, 11]], dtype=np.uint16)
+    with pytest.raises(Undecodable, match=f"DICOM whose window is {width} wide"):
+        decode(dicom(stored, WindowCenter=10, WindowWidth=width, VOILUTFunction=function), "x")
+
+
 def test_a_window_of_one_is_a_threshold() -> None:
     stored = np.array([[9, 10, 11]], dtype=np.uint16)
     assert gray(decode(dicom(stored, WindowCenter=11, WindowWidth=1), "x"))[0].tolist() == [0, 0, 1]

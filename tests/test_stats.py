@@ -85,6 +85,7 @@ def test_rows_of_an_array(tmp_path: Path) -> None:
     np.savez(tmp_path / "set.npz", **arrays, **{f"{name}_labels": labels[rows] for name, rows in parts.items()})
     found = statistics(load_manifest(tmp_path / "set.npz", progress=False), progress=False)
     assert found["formats"] == {"array L, 8 bits": 6} and found["splits"] == {"train": 4, "test": 2}
+    assert "bytes" not in found and "bytes" not in dict(summary(found)), "an image has none of its own"
     (group,) = found["same pixels"]
     assert sorted(group) == ["test/000001", "train/000002"] and found["same file"] == found["same pixels"]
 

@@ -26,6 +26,8 @@ _UPRIGHT = {
     8: Image.Transpose.ROTATE_90,
 }
 _BITS_PER_SAMPLE = 258
+_PHOTOMETRIC = 262
+_WHITE_IS_ZERO = 0
 
 # Between its limit and twice as much Pillow warns, on standard error, and decodes; beyond, it refuses. It warns of
 # damaged metadata too, whose pixels are fine.
@@ -36,10 +38,10 @@ warnings.filterwarnings("ignore", module=r"PIL\.TiffImagePlugin")
 def decode(data: bytes, name: str) -> np.ndarray:
     """Decode the file contents `data` to (H, W, 3), upright by its EXIF orientation.
 
-    uint8, or uint16 where gray of more than 8 bits is stored: 65535 is white. 16-bit colour is read at 8 bits (but
-    for DICOM). Gray is repeated, alpha dropped (transparent pixels keep their colour), and of several frames the
-    first is taken. What `data` is, is told by its contents; only DICOM files that lack their mark are known by the
-    suffix of `name`.
+    uint8, or uint16 where gray of more than 8 bits is stored: 65535 is white. 16-bit colour, or gray with alpha, is
+    read at 8 bits (but for DICOM). Gray is repeated, alpha dropped (transparent pixels keep their colour), and of
+    several frames the first is taken. What `data` is, is told by its contents; only DICOM files that lack their mark
+    are known by the suffix of `name`.
 
     Raises Undecodable, and DecoderMissing where a package that is not installed would be needed.
     """
@@ -78,6 +80,9 @@ def _pixels(image: Image.Image) -> np.ndarray:
         if bits < 16:
             most = (1 << bits) - 1
             gray = ((gray.astype(np.uint32) * 65535 + most // 2) // most).astype(np.uint16)
+        if getattr(image, "tag_v2", {}).get(_PHOTOMETRIC) == _WHITE_IS_ZERO:
+            # Pillow sees to that up to 8 bits only.
+            gray = 65535 - gray
         return np.repeat(gray[:, :, None], 3, axis=2)
     # Converted first: RGB can be turned in every way. A copy, so that it can be written to.
     return np.array(_upright(image.convert("RGB"), image))

@@ -215,6 +215,8 @@ def _windowed(values: np.ndarray, voi: Any) -> np.ndarray:
     """(H, W) in [0, 1] by the first window of `voi`; DICOM part 3, C.11.2.1.2 and C.11.2.1.3."""
     centre, width = _first(voi.WindowCenter), _first(voi.WindowWidth)
     function = voi.get("VOILUTFunction") or "LINEAR"
+    if function != "LINEAR" and not width > 0:
+        raise Undecodable(f"DICOM whose window is {width:g} wide")
     if function == "SIGMOID":
         return 1.0 / (1.0 + np.exp(np.clip(-4.0 * (values - centre) / width, -700.0, 700.0)))
     if function == "LINEAR":
