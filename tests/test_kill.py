@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -159,24 +159,19 @@ def test_ctrl_c_saves_first(images: Path, tmp_path: Path, number: signal.Signals
     assert last_checkpoint(out) == rows(out)
 
 
-def test_a_full_disk_stops_with_one_message_and_keeps_the_last_checkpoint(images: Path, tmp_path: Path) -> None:
-    if os.geteuid() != 0:
-        pytest.skip("mounting a small file system needs root")
-    disk = tmp_path / "disk"
-    disk.mkdir()
+def test_a_full_disk_stops_with_one_message_and_keeps_the_last_checkpoint(
+    images: Path, tmp_path: Path, mounted: Callable[[str], Path]
+) -> None:
     # Room for two checkpoints of this model and their metrics, not for the third before the first is removed.
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=330M", "tmpfs", str(disk)], check=True)
-    try:
-        args = command(images, disk / "run", "pillow", "--keep-checkpoints", "5")
-        done = subprocess.run(args, env=environment(tmp_path), capture_output=True, text=True, timeout=300)
-        assert done.returncode == 2, done.stdout + done.stderr
-        assert "could not be written" in done.stderr
-        assert "No space left" in done.stderr
-        assert "Traceback" not in done.stderr
-        last = last_checkpoint(disk / "run")
-        assert last >= 5
-        assert f"last good checkpoint is {disk / 'run' / 'checkpoints'}" in done.stderr
-        assert load_file(disk / "run" / "checkpoints" / f"step-{last:09d}.safetensors")
-        assert not list((disk / "run" / "checkpoints").glob(".step-*"))
-    finally:
-        subprocess.run(["umount", "--lazy", str(disk)], check=True)
+    disk = mounted("330M")
+    args = command(images, disk / "run", "pillow", "--keep-checkpoints", "5")
+    done = subprocess.run(args, env=environment(tmp_path), capture_output=True, text=True, timeout=300)
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert "could not be written" in done.stderr
+    assert "No space left" in done.stderr
+    assert "Traceback" not in done.stderr
+    last = last_checkpoint(disk / "run")
+    assert last >= 5
+    assert f"last good checkpoint is {disk / 'run' / 'checkpoints'}" in done.stderr
+    assert load_file(disk / "run" / "checkpoints" / f"step-{last:09d}.safetensors")
+    assert not list((disk / "run" / "checkpoints").glob(".step-*"))

@@ -10,7 +10,8 @@ import subprocess
 import sys
 import tarfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -74,6 +75,53 @@ def test_copies_are_the_originals_and_are_made_once(tmp_path: Path) -> None:
     with pytest.raises(BadFile, match="changed"):
         original.read(3)
     assert not list(staged.root.glob(".halves/*"))
+
+
+def coarse(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have the disk keep even seconds, as FAT does."""
+    utime = os.utime
+    step = 2 * 10**9
+    monkeypatch.setattr(os, "utime", lambda path, ns: utime(path, ns=(ns[0] // step * step, ns[1] // step * step)))
+
+
+def test_copies_on_a_disk_of_coarse_times(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    original = files(tmp_path / "data")
+    original.path(3).write_bytes(original.path(3).read_bytes())
+    with tarfile.open(tmp_path / "data" / "x.tar", "w", format=tarfile.USTAR_FORMAT) as tar:
+        tar.add(original.path(1), "1.png")
+    found = (tmp_path / "data" / "x.tar").stat()
+    member = Manifest(
+        root=tmp_path / "data", files=["x.tar/1.png"], sizes=np.full((1, 2), 8, np.int32),
+        stamps=np.array([(original.path(1).stat().st_size, found.st_mtime_ns)]), offsets=np.array([512]),
+    )  # fmt: skip
+    coarse(monkeypatch)
+    staged = stage(original, tmp_path / "disk", progress=False)
+    with pytest.raises(BadFile, match="changed since it was checked"):
+        staged.read(3)
+    for i in set(range(20)) - {3}:
+        assert staged.read(i) == original.read(i)
+    before = identities(staged)
+    again = stage(original, tmp_path / "disk", progress=False)
+    kept = identities(again)
+    # The one that had changed is looked for as recorded, each time.
+    assert [i for i in range(20) if kept[i] != before[i]] == [3]
+    assert again.stamps is not None and staged.stamps is not None and np.array_equal(again.stamps, staged.stamps)
+    packed = stage(member, tmp_path / "disk", progress=False)
+    assert packed.read(0) == member.read(0) and packed.stamps[0, 1] % (2 * 10**9) == 0  # type: ignore[index]
+    # A copy of another time is not the one.
+    os.utime(staged.path(5), ns=(0, 10**18))
+    after = identities(stage(original, tmp_path / "disk", progress=False))
+    assert [i for i in range(20) if after[i] != before[i]] == [3, 5]
+
+
+def test_names_that_begin_with_dots_are_inside(tmp_path: Path) -> None:
+    (tmp_path / "data" / "..x").mkdir(parents=True)
+    (tmp_path / "data" / "..x" / "a.png").write_bytes(b"1")
+    original = Manifest(root=tmp_path / "data", files=["..x/a.png"], sizes=np.ones((1, 2), np.int32))
+    assert stage(original, tmp_path / "disk", progress=False).read(0) == b"1"
+    for name in ("..", "a/../..", "../..x"):
+        with pytest.raises(UserError, match="lies outside the data folder"):
+            stage(replace(original, files=[name]), tmp_path / "disk", progress=False)
 
 
 def test_two_sets_of_one_name_do_not_mix(tmp_path: Path) -> None:
@@ -146,21 +194,11 @@ def test_mistakes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert_staged(stage(original, tmp_path / "disk", progress=False), original, tmp_path / "disk")
 
 
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    if os.geteuid() != 0:
-        pytest.skip("mounting a small file system needs root")
-    disk = tmp_path / "small"
-    disk.mkdir()
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1M", "tmpfs", str(disk)], check=True)
-    yield disk
-    subprocess.run(["umount", "--lazy", str(disk)], check=True)
-
-
 def test_a_disk_that_fills_up_keeps_what_was_copied(
-    tmp_path: Path, small_disk: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, mounted: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As when another process fills it meanwhile: the room that was there at the start is not."""
+    small_disk = mounted("1M")
     original = files(tmp_path / "data", 24, 60_000)
     plenty = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(stage_module.shutil, "disk_usage", lambda _: plenty)
@@ -181,12 +219,12 @@ from pathlib import Path
 from test_stage import listed
 from fastmoco.data import stage
 copy = stage._copy
-def slowly(original, copied, half):
-    sys.stdout.write(f"copying {original.name}\\n")
+def slowly(source, target, name, half, times):
+    sys.stdout.write(f"copying {name}\\n")
     sys.stdout.flush()
     half.write_bytes(b"half")
     time.sleep(float(sys.argv[3]))
-    return copy(original, copied, half)
+    return copy(source, target, name, half, times)
 stage._copy = slowly
 stage._THREADS = 2
 staged = stage.stage(listed(Path(sys.argv[1])), Path(sys.argv[2]), progress=False)

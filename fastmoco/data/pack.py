@@ -20,6 +20,7 @@ import numpy as np
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 from fastmoco.atomic import replacing
+from fastmoco.data.lock import alone
 from fastmoco.data.manifest import SHARD_INDEX, Manifest
 from fastmoco.data.manifest_file import RESERVED, write_manifest
 from fastmoco.data.members import SOURCE, Member, read_members, record
@@ -84,32 +85,21 @@ def pack(
 
     Each shard holds, for each image, KEY.SUFFIX with the file's bytes and KEY.json with its labels, patient and split,
     the file it was and the SHA-256 of its bytes. A shard is written under another name, flushed, read back and compared
-    before it gets its own; a shard that is there already is kept, if it holds what it should.
+    before it gets its own; a shard that is there already is kept, if it holds what it should. Of several processes that
+    pack into one folder one works and the others wait for it.
 
     Raises UserError for an image that cannot be read, a folder that cannot be written or is too small, and a finished
     shard that holds something else. Then, as after a kill, the same call goes on where this one ended.
     """
     shards = plan(manifest, shard_bytes, seed)
     members: list[list[Member]] = []
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
-    assert manifest.stamps is not None
     try:
         out.mkdir(parents=True, exist_ok=True)
-        _clear(out, shards)
-        waiting = [shard for shard in shards if not (out / shard.name).exists()]
-        needed = sum(int(manifest.stamps[shard.indices, 0].sum()) + _OVERHEAD * len(shard.indices) for shard in waiting)
-        _need_room(out, needed)
-        with (
-            Progress(*columns, TimeRemainingColumn(), disable=not progress, transient=True) as bar,
-            ThreadPoolExecutor(4 * (workers or os.cpu_count() or 1)) as pool,
-        ):
-            task = bar.add_task("packing", total=needed)
-            for shard in shards:
-                if not (out / shard.name).exists():
-                    _write(manifest, shard, out, pool, lambda size: bar.advance(task, size + _OVERHEAD))
-                members.append(_finished(manifest, shard, out))
-        packed = _index(manifest, shards, members, out)
-        write_manifest(out / SHARD_INDEX, packed)
+        with alone(out, "packing into", required=False):
+            for finished in _write_all(manifest, shards, out, workers=workers, progress=progress):
+                members.append(finished)
+            packed = _index(manifest, shards, members, out)
+            write_manifest(out / SHARD_INDEX, packed)
     except BadFile as bad:
         raise UserError(
             f"{bad}. {len(members)} of {len(shards)} shards are finished in {out}; restore the file or take it out of "
@@ -122,6 +112,27 @@ def pack(
             f"{len(members)} of {len(shards)} shards are finished; run the same command again to go on"
         ) from error
     return packed
+
+
+def _write_all(
+    manifest: Manifest, shards: list[Shard], out: Path, *, workers: int, progress: bool
+) -> Iterator[list[Member]]:
+    """Write the shards that are not there yet; yields the members of each shard as it is finished."""
+    _clear(out, shards)
+    waiting = [shard for shard in shards if not (out / shard.name).exists()]
+    assert manifest.stamps is not None
+    needed = sum(int(manifest.stamps[shard.indices, 0].sum()) + _OVERHEAD * len(shard.indices) for shard in waiting)
+    _need_room(out, needed)
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    with (
+        Progress(*columns, TimeRemainingColumn(), disable=not progress, transient=True) as bar,
+        ThreadPoolExecutor(4 * (workers or os.cpu_count() or 1)) as pool,
+    ):
+        task = bar.add_task("packing", total=needed)
+        for shard in shards:
+            if not (out / shard.name).exists():
+                _write(manifest, shard, out, pool, lambda size: bar.advance(task, size + _OVERHEAD))
+            yield _finished(manifest, shard, out)
 
 
 def _clear(out: Path, shards: list[Shard]) -> None:

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import errno
-import fcntl
 import hashlib
 import os
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
 
+import numpy as np
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
+from fastmoco.data.lock import alone
 from fastmoco.data.manifest import Manifest
 from fastmoco.data.sizes import show_bytes
 from fastmoco.data.store import split_member
@@ -35,9 +36,10 @@ Result = TypeVar("Result")
 def stage(manifest: Manifest, folder: Path, *, progress: bool = True) -> Manifest:
     """Copy what `manifest` lists (files, shards or the .npz) below `folder`; return the manifest of the copies.
 
-    Modification times are kept. What is there already, of the same size and time, is not copied again, so that the
-    next run, or one that was interrupted, copies the rest. Of several processes of this machine one copies and the
-    others wait for it. What cannot be read is left out, and met by training where it would be met without staging.
+    Modification times are kept, as far as the disk can; the manifest has those of the copies. What is there already, of
+    the same size and time, is not copied again, so that the next run, or one that was interrupted, copies the rest. Of
+    several processes of this machine one copies and the others wait for it. What cannot be read is left out, and met by
+    training where it would be met without staging.
 
     Raises UserError where the folder cannot be written, has too little room, or a file lies outside the data folder.
     """
@@ -50,62 +52,91 @@ def stage(manifest: Manifest, folder: Path, *, progress: bool = True) -> Manifes
     names, stamps = _files(manifest, single=single)
     try:
         target.mkdir(parents=True, exist_ok=True)
-        with _alone(target):
-            _copy_missing(source, target, names, stamps, progress=progress)
+        with alone(target, "copying the images to"):
+            times = _copy_missing(source, target, names, stamps, progress=progress)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise UserError(f"--stage {folder}: the disk is full; what was copied is kept for the next try") from error
         raise UserError(f"--stage {folder}: cannot be written: {error.strerror or error}") from error
-    return replace(manifest, root=target / root.name if single else target)
+    copies = replace(manifest, root=target / root.name if single else target)
+    if times.held and manifest.stamps is not None:
+        copies.stamps = times.of_copies(_file_of_each(manifest, single=single), manifest.stamps)
+    return copies
+
+
+def _file_of_each(manifest: Manifest, *, single: bool) -> Iterator[str]:
+    """The file that holds each image, relative to the data folder."""
+    for name in manifest.files:
+        if single:
+            yield manifest.root.name
+        else:
+            yield name if manifest.offsets is None else split_member(name)[0]
 
 
 def _files(manifest: Manifest, *, single: bool) -> tuple[list[str], list[Stamp | None]]:
     """The files that hold the images, relative to the data folder, and each one's (bytes, mtime_ns) where recorded."""
-    if single:
-        return [manifest.root.name], [None]
-    if manifest.offsets is not None:
-        shards = list(dict.fromkeys(split_member(name)[0] for name in manifest.files))
-        return _inside(shards), [None] * len(shards)
-    if manifest.stamps is None:
-        return _inside(manifest.files), [None] * len(manifest)
+    if single or manifest.offsets is not None or manifest.stamps is None:
+        names = list(dict.fromkeys(_file_of_each(manifest, single=single)))
+        return _inside(names), [None] * len(names)
     return _inside(manifest.files), [(int(size), int(mtime)) for size, mtime in manifest.stamps]
 
 
 def _inside(names: list[str]) -> list[str]:
     for name in names:
-        if os.path.isabs(name) or os.path.normpath(name).startswith(".."):
+        if os.path.isabs(name) or os.path.normpath(name).split(os.sep, 1)[0] == "..":
             raise UserError(f"--stage: {name} lies outside the data folder; staging copies only what is below it")
     return names
 
 
-@contextmanager
-def _alone(target: Path) -> Iterator[None]:
-    """Hold the folder's lock, waiting for another process that holds it.
+class _Times:
+    """The times of copies on a disk that keeps coarser ones than the originals have (exFAT, some network disks).
 
-    The kernel lets go of it when its owner ends, however it ends: no lock of a dead process is left to be broken.
+    `held` maps a file's name to (its original's time, its copy's), in ns, where these differ. Safe to use from several
+    threads.
     """
-    with (target / ".lock").open("a") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            print(f"waiting for another process, which is copying the images to {target}", flush=True)
-            fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self.held: dict[str, tuple[int, int]] = {}
+
+    def same(self, name: str, original: int, copy: int) -> bool:
+        """Whether a copy of time `copy` is what this disk makes of `original`."""
+        if original == copy:
+            return True
+        probe = self._folder / f"time-{threading.get_ident()}"
+        probe.open("ab").close()
+        os.utime(probe, ns=(original, original))
+        if probe.stat().st_mtime_ns != copy:
+            return False
+        self.held[name] = original, copy
+        return True
+
+    def of_copies(self, names: Iterable[str], stamps: np.ndarray) -> np.ndarray:
+        """`stamps` (n, 2) of the originals, with the times of the copies where they have others; of files `names`."""
+        stamps = stamps.copy()
+        for i, name in enumerate(names):
+            original, copy = self.held.get(name, (0, 0))
+            # A file that had another time than is recorded stays one that has changed.
+            if original and stamps[i, 1] == original:
+                stamps[i, 1] = copy
+        return stamps
 
 
 def _copy_missing(
     source: Path, target: Path, names: Sequence[str], stamps: Sequence[Stamp | None], *, progress: bool
-) -> None:
+) -> _Times:
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
     halves = target / ".halves"
     # Of a process that was killed.
     shutil.rmtree(halves, ignore_errors=True)
+    halves.mkdir()
+    times = _Times(halves)
     with (
         Progress(*columns, TimeRemainingColumn(), disable=not progress, transient=True) as bar,
         ThreadPoolExecutor(_THREADS) as pool,
     ):
         pairs = list(zip(names, stamps, strict=True))
-        wanted = _each(pool, lambda pair: _wanted(source / pair[0], target / pair[0], pair[1]), pairs)
+        wanted = _each(pool, lambda pair: _wanted(source, target, *pair, times), pairs)
         missing = [(name, size) for name, size in zip(names, wanted, strict=True) if size is not None]
         needed = sum(size for _, size in missing)
         free = shutil.disk_usage(target).free
@@ -116,12 +147,11 @@ def _copy_missing(
             )
         for folder in {(target / name).parent for name, _ in missing}:
             folder.mkdir(parents=True, exist_ok=True)
-        halves.mkdir()
         task = bar.add_task("copying images", total=needed)
 
         def copy(numbered: tuple[int, tuple[str, int]]) -> str | None:
             number, (name, size) = numbered
-            reason = _copy(source / name, target / name, halves / str(number))
+            reason = _copy(source, target, name, halves / str(number), times)
             bar.advance(task, size)
             return reason and f"{source / name}: {reason}"
 
@@ -129,6 +159,7 @@ def _copy_missing(
     shutil.rmtree(halves)
     if unread:
         print(f"warning: {len(unread)} files could not be copied, the first {unread[0]}")
+    return times
 
 
 def _each(pool: ThreadPoolExecutor, work: Callable[[Item], Result], items: Sequence[Item]) -> Iterator[Result]:
@@ -140,26 +171,27 @@ def _each(pool: ThreadPoolExecutor, work: Callable[[Item], Result], items: Seque
         yield from done
 
 
-def _wanted(original: Path, copy: Path, stamp: Stamp | None) -> int | None:
-    """Bytes to copy, or None where `copy` is as recorded (or, where nothing is recorded, as `original` is now)."""
+def _wanted(source: Path, target: Path, name: str, stamp: Stamp | None, times: _Times) -> int | None:
+    """Bytes to copy, or None where the copy is as recorded (or, where nothing is recorded, as the original is now)."""
     try:
-        found = original.stat() if stamp is None or not stamp[1] else None
+        found = (source / name).stat() if stamp is None or not stamp[1] else None
     except OSError:
         # Copying will say what is wrong with it.
         return 0
     expected = (found.st_size, found.st_mtime_ns) if found is not None else stamp
     assert expected is not None
     try:
-        there = copy.stat()
+        there = (target / name).stat()
     except FileNotFoundError:
         return expected[0]
-    return None if (there.st_size, there.st_mtime_ns) == expected else expected[0]
+    size, time = expected
+    return None if there.st_size == size and times.same(name, time, there.st_mtime_ns) else size
 
 
-def _copy(original: Path, copy: Path, half: Path) -> str | None:
+def _copy(source: Path, target: Path, name: str, half: Path, times: _Times) -> str | None:
     """Copy a file with its times, whole or not at all; returns why the original could not be read, or None."""
     try:
-        with original.open("rb") as stream:
+        with (source / name).open("rb") as stream:
             stamp = os.fstat(stream.fileno())
             with half.open("wb") as out:
                 shutil.copyfileobj(stream, out, 1 << 20)
@@ -168,8 +200,9 @@ def _copy(original: Path, copy: Path, half: Path) -> str | None:
         # A read error carries the original's name only where opening failed; a full disk is told by its number.
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
             raise
-        copy.unlink(missing_ok=True)
+        (target / name).unlink(missing_ok=True)
         return error.strerror or str(error)
     os.utime(half, ns=(stamp.st_atime_ns, stamp.st_mtime_ns))
-    os.replace(half, copy)
+    times.same(name, stamp.st_mtime_ns, half.stat().st_mtime_ns)
+    os.replace(half, target / name)
     return None
