@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import os
+import sys
 import threading
 from dataclasses import replace
 from itertools import islice
@@ -179,6 +180,24 @@ def test_a_dropped_loader_ends_its_threads(kind: LoaderKind, manifest: Manifest)
     # The pool in which torchvision's transforms run is kept for the next loader.
     left = [thread for thread in threading.enumerate() if not thread.name.startswith("views_")]
     assert len(left) <= before
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere a thread has no priority of its own")
+def test_training_goes_first(kind: LoaderKind, manifest: Manifest) -> None:
+    """A loader's threads, DALI's too, leave the cores to those that train; what trains stays as it is."""
+
+    def priorities() -> dict[int, int]:
+        threads = [int(name) for name in os.listdir("/proc/self/task")]
+        return {thread: os.getpriority(os.PRIO_PROCESS, thread) for thread in threads}
+
+    before = priorities()
+    order = Order(len(manifest), 4, seed=2)
+    with make_loader(kind, manifest, VIEWS, order, start=0, stop=50, workers=2) as batches:
+        next(batches)
+        during = priorities()
+    added = {thread: nice for thread, nice in during.items() if thread not in before}
+    assert len(added) >= 3 and min(added.values()) >= min(19, before[os.getpid()] + 1)
+    assert {thread: during[thread] for thread in before if thread in during} == before
 
 
 def test_auto_is_dali_where_it_is_installed(manifest: Manifest) -> None:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import queue
 import threading
 import weakref
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
+from functools import partial
 from types import TracebackType
 from typing import Literal
 
@@ -28,6 +30,8 @@ LoaderKind = Literal["auto", "dali", "pillow", "torchvision"]
 
 # Batches that are ready before they are asked for.
 _PREFETCH = 2
+# Of the threads that make batches, against 0 of those that train.
+_NICE = 10
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +65,7 @@ class _Maker:
         self._thread.join()
 
     def _make(self) -> None:
+        _give_way()
         try:
             with torch.cuda.stream(self._stream), contextlib.closing(self._batches):
                 for made in self._batches:
@@ -80,6 +85,15 @@ class _Maker:
             except queue.Full:
                 continue
         return False
+
+
+def _give_way() -> None:
+    """Let training go first where this thread, and those that it starts, want a core that training wants too.
+
+    The threads of a convolution wait for each other: one that lost its core for a time slice holds up all of them.
+    """
+    with contextlib.suppress(OSError, AttributeError):
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICE)
 
 
 class Loader(Iterator[Batch]):
@@ -163,16 +177,16 @@ def make_loader(
     if kind == "dali":
         require_dali()
     where = torch.device(device)
-    decoder: Decoder
+    decoder: Callable[[], Decoder]
     if kind == "dali" or (kind == "auto" and dali_installed()):
-        decoder = MixedDecoder(manifest, batch_size=order.local_size, threads=workers, device=where)
+        decoder = partial(MixedDecoder, manifest, batch_size=order.local_size, threads=workers, device=where)
     else:
-        decoder = HostDecoder(manifest, threads=workers)
+        decoder = partial(HostDecoder, manifest, threads=workers)
     stream = ViewStream(
         manifest=manifest,
         views=views,
         order=order,
-        decoder=decoder,
+        make_decoder=decoder,
         quarantine=Quarantine(0) if quarantine is None else quarantine,
         threads=workers,
         device=where,

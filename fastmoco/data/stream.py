@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 
@@ -33,13 +33,14 @@ _BUFFERS = 6
 class ViewStream:
     """Makes micro-batches of `order` from the images of `manifest`, one after the other.
 
+    make_decoder: called in the thread that makes the batches, so that the decoder's threads have its priority.
     implementation: of the views; None takes the fastest that can run. device: where the views are made.
     """
 
     manifest: Manifest
     views: ViewConfig
     order: Order
-    decoder: Decoder
+    make_decoder: Callable[[], Decoder]
     quarantine: Quarantine
     threads: int
     device: torch.device
@@ -54,6 +55,7 @@ class ViewStream:
         decoding: deque[tuple[int, Slots]] = deque()
         readers = ThreadPoolExecutor(_READERS_PER_WORKER * max(self.threads, 1), thread_name_prefix="read")
         ahead = iter(range(start, stop))
+        decoder = self.make_decoder()
         try:
             for _ in range(start, stop):
                 # One batch more than the decoder holds has been read by the time that it is needed.
@@ -65,14 +67,14 @@ class ViewStream:
                         break
                     t, slots, futures = reading.popleft()
                     slots, encoded = self._settle(t, slots, [future.result() for future in futures])
-                    self.decoder.submit(slots.indices.tolist(), encoded)
+                    decoder.submit(slots.indices.tolist(), encoded)
                     decoding.append((t, slots))
                 t, slots = decoding.popleft()
-                slots, images = self._checked(t, slots, self.decoder.result())
+                slots, images = self._checked(t, slots, decoder.result())
                 yield (*self._cut(slots, images), slots.indices)
         finally:
             readers.shutdown(wait=True, cancel_futures=True)
-            self.decoder.close()
+            decoder.close()
 
     def _read(self, index: int) -> Encoded | BadFile:
         try:
