@@ -75,6 +75,9 @@ def test_the_folder_is_the_set(source: Manifest, tmp_path: Path) -> None:
     # The same again is the same to the bit, and another order is another order.
     packed_in(source, tmp_path / "again")
     assert contents(tmp_path / "again") == contents(out)
+    # Shards may be packed anew.
+    packed_in(load_manifest(out, progress=False), tmp_path / "anew")
+    assert_packed(tmp_path / "anew", source)
     packed_in(source, tmp_path / "mixed", seed=1)
     order = [i for shard in plan(source, SHARD, 1) for i in shard.indices]
     assert sorted(order) == list(range(24)) and order != sorted(order)

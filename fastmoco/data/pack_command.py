@@ -21,7 +21,7 @@ class PackArgs(Source):
     network file system, and some thousands of large ones are not. Interrupted, the same command goes on."""
 
     data: tyro.conf.Positional[Path | None] = None
-    """Folder of images; sub-folders are searched."""
+    """Folder of images, sub-folders included; or folder of tar shards, or one, to be packed anew."""
     out: Path
     """Folder for the shards and index.csv; train on it with --data."""
     shard_size: str = "1GB"

@@ -22,7 +22,7 @@ class StatsArgs(Source):
     """Sizes, formats, brightness and classes of a set of images; duplicates, empty ones, patients in several splits."""
 
     data: Path
-    """Folder of images; sub-folders are searched."""
+    """Folder of images, sub-folders included; folder of tar shards, or one; or .npz file as MedMNIST's."""
     out: Path | None = None
     """JSON file to write all of it to, every duplicate included."""
 

@@ -6,7 +6,7 @@ import os
 import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 
@@ -22,6 +22,8 @@ from fastmoco.data.verdicts import Verdict, VerdictFile
 
 # Files that a thread checks before it says what it found: no more is lost when the check is interrupted.
 _AT_ONCE = 16
+# Bytes of pixels that a thread keeps before it asks DALI about them; a larger image is asked about by itself.
+_HELD_BYTES = 64 << 20
 # Files that a thread looks up before it is handed more: an errand for each would cost more than the look.
 _STAMPED_AT_ONCE = 256
 
@@ -120,14 +122,26 @@ class _Check:
 
     def verdicts(self, places: Sequence[int]) -> list[Verdict]:
         """The verdict on each of the images at `places`."""
-        images = [self._image(i) for i in places]
-        agreed: dict[int, bool] = {}
-        if self._dali:
-            agreed = self._agreed({i: image for i, image in enumerate(images) if not isinstance(image, Verdict)})
-        return [
-            image if isinstance(image, Verdict) else Verdict(image[1].shape[0], image[1].shape[1], agreed.get(i))
-            for i, image in enumerate(images)
-        ]
+        found: list[Verdict] = []
+        waiting: dict[int, tuple[bytes, np.ndarray]] = {}
+        held = 0
+        for i, place in enumerate(places):
+            image = self._image(place)
+            if isinstance(image, Verdict):
+                found.append(image)
+                continue
+            pixels = image[1]
+            found.append(Verdict(*pixels.shape[:2]))
+            if not self._dali:
+                continue
+            if waiting and held + pixels.nbytes > _HELD_BYTES:
+                self._ask(waiting, found)
+                waiting, held = {}, 0
+            waiting[i] = image
+            held += pixels.nbytes
+        if waiting:
+            self._ask(waiting, found)
+        return found
 
     def _image(self, place: int) -> tuple[bytes, np.ndarray] | Verdict:
         """The bytes and pixels, or why there are none."""
@@ -145,11 +159,12 @@ class _Check:
         except MemoryError:
             return Verdict(reason="not enough memory", passing=True)
 
-    def _agreed(self, images: dict[int, tuple[bytes, np.ndarray]]) -> dict[int, bool]:
-        """Whether DALI decodes each to the same pixels."""
+    def _ask(self, images: dict[int, tuple[bytes, np.ndarray]], found: list[Verdict]) -> None:
+        """Say in the verdicts `found` of `images`, by their places in it, whether DALI decodes each to its pixels."""
         if not hasattr(self._own, "dali"):
             self._own.dali = DaliCheck(_AT_ONCE)
-        return dict(zip(images, self._own.dali.agreed(list(images.values())), strict=True))
+        for i, agrees in zip(images, self._own.dali.agreed(list(images.values())), strict=True):
+            found[i] = replace(found[i], dali=agrees)
 
 
 def _stamps(root: Path, files: Sequence[str]) -> np.ndarray:

@@ -21,12 +21,14 @@ class DataConfig:
     """Images and their labels."""
 
     data: Path
-    """Folder of images; sub-folders are searched."""
+    """Folder of images, sub-folders included; folder of tar shards, or one; or .npz file as MedMNIST's."""
     labels: Path | None = None
-    """CSV file that lists the images (paths relative to the data folder) with labels, patient and split; without one,
-    every image in the folder is used, labelled by its class folder where there are such."""
+    """CSV file, manifest file or list of findings that lists the images (paths relative to the data folder) with
+    labels, patient and split; without one, every image is used, with what its folders, the shards or the .npz file
+    say."""
     label: tuple[str, ...] = ()
-    """Label columns of the CSV file; training never sees them, the kNN monitor uses the first."""
+    """Label columns; of a CSV file none if not given, otherwise all. Training never sees them, the kNN monitor uses the
+    first."""
     split: str | None = None
     """Pretrain only on the rows whose split column holds this; all rows if not given."""
     file_column: str = "file"
