@@ -6,7 +6,10 @@ import io
 import json
 import os
 import tarfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
@@ -110,22 +113,44 @@ def test_labels_named_as_a_manifests_columns_are_left_out(
     assert "left out" not in capsys.readouterr().out
 
 
-def test_a_folder_that_may_not_be_read_is_named(tmp_path: Path) -> None:
-    folder = tmp_path / "set"
-    folder.mkdir()
-    (folder / "a.png").write_bytes(png())
-    folder.chmod(0)
+@contextmanager
+def without_rights(folder: Path) -> Iterator[None]:
+    """As nobody, to whom folders are not all open as they are to root."""
     root = os.geteuid() == 0
     if root:
-        # To root every folder is open.
-        tmp_path.chmod(0)
         os.seteuid(65534)
     try:
-        for path in (folder, folder / "a.png", folder / "s.tar"):
-            with pytest.raises(UserError, match=rf"--data {path}: cannot be (read|listed): Permission denied"):
-                load(path)
+        yield
     finally:
         if root:
             os.seteuid(0)
-        tmp_path.chmod(0o700)
         folder.chmod(0o700)
+
+
+def test_a_folder_that_may_not_be_read_is_named(tmp_path: Path) -> None:
+    folder = tmp_path / "set"
+    folder.mkdir()
+    (folder / "s.txt").write_bytes(b"")
+    folder.chmod(0)
+    tmp_path.chmod(0)
+    with without_rights(tmp_path):
+        for path in (folder, folder / "s.txt", folder / "s.tar"):
+            with pytest.raises(UserError, match=rf"--data {path}: cannot be read: Permission denied"):
+                load(path)
+    folder.chmod(0o700)
+
+
+@pytest.mark.parametrize("mode", [0, 0o444, 0o111])
+def test_a_folder_that_may_be_found_but_not_listed_is_named(mode: int) -> None:
+    # Not below pytest's own folder, which only its owner may enter.
+    with TemporaryDirectory() as base:
+        folder = Path(base) / "set"
+        folder.mkdir()
+        (folder / "s.txt").write_bytes(b"")
+        Path(base).chmod(0o755)
+        folder.chmod(mode)
+        with (
+            without_rights(folder),
+            pytest.raises(UserError, match=rf"--data {folder}: cannot be listed: Permission denied"),
+        ):
+            load(folder)

@@ -29,24 +29,21 @@ Row = tuple[str, int, int, dict[str, str]]
 
 
 def find_shards(data: Path) -> list[Path]:
-    """The shards that `data` stands for: itself, or the .tar files of a folder that holds no images beside them."""
+    """The shards that `data` stands for: itself, or the .tar files of a folder that holds no images beside them.
+
+    Raises UserError where the folder may not be read.
+    """
     if data.suffix.lower() == ".tar" and data.is_file():
         return [data]
     if not data.is_dir():
         return []
-    shards = []
     try:
-        entries = sorted(data.iterdir())
+        entries = sorted(entry for entry in data.iterdir() if not entry.name.startswith("."))
+        if any(entry.is_dir() or entry.suffix.lower() in IMAGE_SUFFIXES for entry in entries):
+            return []
     except OSError as error:
         raise UserError(f"--data {data}: cannot be listed: {error.strerror or error}") from error
-    for entry in entries:
-        if entry.name.startswith("."):
-            continue
-        if entry.is_dir() or entry.suffix.lower() in IMAGE_SUFFIXES:
-            return []
-        if entry.suffix.lower() == ".tar":
-            shards.append(entry)
-    return shards
+    return [entry for entry in entries if entry.suffix.lower() == ".tar"]
 
 
 def list_shards(shards: Sequence[Path], *, patient_column: str, split_column: str, progress: bool = True) -> Listing:
@@ -93,7 +90,7 @@ def _rows_of(shard: Path) -> tuple[tuple[int, int], list[Row]]:
     except OSError as error:
         raise UserError(f"{shard}: cannot be read: {error.strerror or error}") from error
     stamp = (found.st_size, found.st_mtime_ns)
-    cache = cache_file("shard", shard)
+    cache = cache_file("members", shard)
     try:
         known = json.loads(cache.read_text())
         if tuple(known["stamp"]) == stamp:
