@@ -14,6 +14,7 @@ from fastmoco.data import verify
 from fastmoco.data.dali import dali_installed
 from fastmoco.data.decode import decode
 from fastmoco.data.manifest import Manifest, load_manifest
+from fastmoco.data.manifest_file import write_manifest
 from fastmoco.data.store import BadFile
 from fastmoco.errors import UserError
 
@@ -212,3 +213,19 @@ def test_words_that_parse_as_odd_numbers_are_words(tmp_path: Path) -> None:
         rows.append({"file": f"{i}.png", "y": value})
     found = load_manifest(tmp_path, table(tmp_path / "l.csv", rows), label=["y"], progress=False)
     assert found.class_names["y"] == ["2", "10", "b", "inf", "nan"]
+
+
+@pytest.mark.parametrize("option", ["patient_column", "split_column"])
+def test_a_column_that_is_named_must_be_there(tmp_path: Path, option: str) -> None:
+    picture(tmp_path / "a.png")
+    listed = table(tmp_path / "l.csv", [{"file": "a.png", "fold": "train"}])
+    findings = tmp_path / "list.txt"
+    findings.write_text("a.png" + " 0" * 14 + "\n")
+    found = load_manifest(tmp_path, listed, progress=False, **{option: "fold"})
+    assert (found.splits if option == "split_column" else found.patients).tolist() == ["train"]
+    write_manifest(tmp_path / "m.csv", found)
+    said = f"--{option.replace('_', '-')} flod: .* has no such column; its columns are "
+    for path, columns in ((listed, "file, fold"), (tmp_path / "m.csv", "file, height"), (findings, "none")):
+        assert load_manifest(tmp_path, path, progress=False).files == ["a.png"], "the usual names may be missing"
+        with pytest.raises(UserError, match=said + rf"\(?{columns}"):
+            load_manifest(tmp_path, path, progress=False, **{option: "flod"})

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from fastmoco.data.decode import IMAGE_SUFFIXES
+from fastmoco.data.manifest_file import require_columns
 from fastmoco.errors import UserError
 
 FOLDER_LABEL = "folder"
@@ -85,13 +86,15 @@ def list_table(
     """The images below `data` that the file `path` lists: CSV with a header, or lines "name 0 0 1 ..." without one.
 
     Of a CSV, the columns `label` are taken, `file_column` has the paths, and `patient_column` and `split_column` are
-    used where they are there. A line without a header has 14 numbers, 0 or 1, for the FINDINGS; the patient is taken
-    from names such as 00000231_013.png.
+    used where they are there; only under their usual names, "patient" and "split", may they be missing. A line
+    without a header has 14 numbers, 0 or 1, for the FINDINGS; the patient is taken from names such as
+    00000231_013.png.
 
     Raises UserError for a missing or empty column, a file listed twice, or one that is not there.
     """
     lines = _findings(path)
     if lines is not None:
+        require_columns(path, (), patient_column=patient_column, split_column=split_column)
         files = [line[0] for line in lines]
         columns: dict[str, Sequence[str]] = {
             name: [line[i] for line in lines] for i, name in enumerate(FINDINGS, start=1)
@@ -198,6 +201,7 @@ def _read_csv(path: Path, *, required: Sequence[str], optional: Sequence[str]) -
             for name in required:
                 if name not in header:
                     raise UserError(f"{path}: no column {name!r}; its columns are {', '.join(header) or '(none)'}")
+            require_columns(path, header, patient_column=optional[0], split_column=optional[1])
             places = {name: header.index(name) for name in (*required, *optional) if name in header}
             table: dict[str, list[str]] = {name: [] for name in places}
             for row in reader:

@@ -30,6 +30,18 @@ _RANGES = {"height": (1, 2**31 - 1), "width": (1, 2**31 - 1), "dali": (0, 1), "m
 _CHUNK = 2_000
 
 
+def require_columns(path: Path, columns: Sequence[str], *, patient_column: str, split_column: str) -> None:
+    """Raise UserError where a patient or split column of another name than the usual is not among `columns`."""
+    for option, name, usual in (
+        ("--patient-column", patient_column, PATIENT),
+        ("--split-column", split_column, SPLIT),
+    ):
+        if name != usual and name not in columns:
+            raise UserError(
+                f"{option} {name}: {path} has no such column; its columns are {', '.join(columns) or '(none)'}"
+            )
+
+
 def is_manifest_file(path: Path) -> bool:
     """Whether `path` begins with a manifest's columns."""
     try:
@@ -89,8 +101,8 @@ def read_manifest_file(
     """What `write_manifest` wrote, as the fields of a Manifest but for its root. Nothing but `path` is looked at.
 
     The label columns are `label`, or every other column that holds no more than 1000 different values. Raises
-    UserError where `path` lacks a manifest's columns, and naming the line of a row that is short, or holds something
-    other than its column should.
+    UserError where `path` lacks a manifest's columns or one that is asked for, and naming the line of a row that is
+    short, or holds something other than its column should.
     """
     try:
         with _opened(path) as stream:
@@ -123,6 +135,7 @@ class _Reader:
         for name in label:
             if name not in self._header:
                 raise UserError(f"{path}: no column {name!r}; its columns are {', '.join(self._header)}")
+        require_columns(path, self._header, patient_column=patient_column, split_column=split_column)
         self._words: dict[str, list[np.ndarray]] = {
             name: [] for name in (patient_column, split_column) if name in self._header
         }
