@@ -229,3 +229,15 @@ def test_a_column_that_is_named_must_be_there(tmp_path: Path, option: str) -> No
         assert load_manifest(tmp_path, path, progress=False).files == ["a.png"], "the usual names may be missing"
         with pytest.raises(UserError, match=said + rf"\(?{columns}"):
             load_manifest(tmp_path, path, progress=False, **{option: "flod"})
+
+
+def test_listed_files_that_are_not_there_are_left_out(tmp_path: Path) -> None:
+    for name in ("a.png", "c.png"):
+        picture(tmp_path / name)
+    rows = [{"file": name, "y": y} for name, y in (("a.png", "1"), ("b.png", "2"), ("c.png", "3"))]
+    found = load_manifest(tmp_path, table(tmp_path / "l.csv", rows), label=["y"], progress=False)
+    assert found.files == ["a.png", "c.png"] and [str(item) for item in found.skipped] == ["b.png: no such file"]
+    assert [found.class_names["y"][i] for i in found.labels["y"]] == ["1", "3"]
+    bare = table(tmp_path / "bare.csv", [{"file": "c"}, {"file": "a"}])
+    with pytest.raises(UserError, match=r"none of its 2 files .* first 'c'; .*with their suffix: c\.png is there"):
+        load_manifest(tmp_path, bare, progress=False)

@@ -90,7 +90,8 @@ def list_table(
     without a header has 14 numbers, 0 or 1, for the FINDINGS; the patient is taken from names such as
     00000231_013.png.
 
-    Raises UserError for a missing or empty column, a file listed twice, or one that is not there.
+    Files that are not there stay in the listing: reading them says so. Raises UserError for a missing or empty column,
+    a file listed twice, or where no listed file is there.
     """
     lines = _findings(path)
     if lines is not None:
@@ -112,13 +113,22 @@ def list_table(
             splits=table.get(split_column),
         )
     _refuse_repeated(path, listing.files)
-    absent = [name for name in listing.files if not os.path.isfile(os.path.join(data, name))]
-    if absent:
+    if not any(os.path.isfile(os.path.join(data, name)) for name in listing.files):
+        first = listing.files[0]
         raise UserError(
-            f"{path}: {len(absent)} of its {len(listing.files)} files are not under {data}, first {absent[0]!r}; "
-            "names must be paths relative to --data"
+            f"{path}: none of its {len(listing.files):,} files is under {data}, first {first!r}; "
+            f"names must be paths relative to --data{_unlike(data, first)}"
         )
     return listing
+
+
+def _unlike(data: Path, name: str) -> str:
+    """What to add where `name` is in folder `data` but for its suffix."""
+    for suffix in sorted(IMAGE_SUFFIXES):
+        for end in (suffix, suffix.upper()):
+            if os.path.isfile(os.path.join(data, name + end)):
+                return f", with their suffix: {name + end} is there"
+    return ""
 
 
 def _refuse_repeated(path: Path, files: Sequence[str]) -> None:

@@ -145,9 +145,9 @@ def load_manifest(
     `label` chooses among the label columns; of CSV files it names them.
 
     `decoder` is "pillow", or "dali" to find out which files DALI may decode; images that do not decode on the host
-    are left out and listed in `skipped`. `workers` threads check them; 0: one a core.
+    and listed files that are not there are left out, and are in `skipped`. `workers` threads check them; 0: one a core.
 
-    Raises UserError for a missing folder, an empty one, a missing column, or a listed file that is not there.
+    Raises UserError for a missing folder, an empty one, a missing column, or where none of the listed files is there.
     """
     try:
         there = data.exists()
