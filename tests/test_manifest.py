@@ -241,3 +241,21 @@ def test_listed_files_that_are_not_there_are_left_out(tmp_path: Path) -> None:
     bare = table(tmp_path / "bare.csv", [{"file": "c"}, {"file": "a"}])
     with pytest.raises(UserError, match=r"none of its 2 files .* first 'c'; .*with their suffix: c\.png is there"):
         load_manifest(tmp_path, bare, progress=False)
+
+
+def test_every_column_that_may_be_a_label_where_all_are_asked_for(tmp_path: Path) -> None:
+    rows = []
+    for i in range(3):
+        picture(tmp_path / f"{i}.png")
+        rows.append({"": str(i), "path": f"{i}.png", "site": "x", "y": "ab"[i > 1], "z": ("", "u", "v")[i]})
+        rows[i] |= {"patient": f"p{i}", "fold": "train" if i else "test"}
+    listed = table(tmp_path / "l.csv", rows)
+    columns = {"file_column": "path", "split_column": "fold", "progress": False}
+    found = load_manifest(tmp_path, listed, all_labels=True, **columns)
+    assert found.class_names == {"y": ["a", "b"], "z": ["", "u", "v"]}
+    assert found.patients is not None and found.patients.tolist() == ["p0", "p1", "p2"]
+    assert set(load_manifest(tmp_path, listed, label=["y"], all_labels=True, **columns).labels) == {"y"}
+    assert load_manifest(tmp_path, listed, **columns).labels == {}, "training and evaluation take what they are told"
+    many = [{"file": "0.png", "n": "0"}, *({"file": f"gone{i}.png", "n": str(i)} for i in range(1, 1001))]
+    assert load_manifest(tmp_path, table(tmp_path / "m.csv", many[:1000]), all_labels=True, progress=False).labels
+    assert not load_manifest(tmp_path, table(tmp_path / "m.csv", many), all_labels=True, progress=False).labels

@@ -98,8 +98,10 @@ def test_the_command(
     monkeypatch.setattr("sys.argv", ["fastmoco", "data", "stats", *map(str, args)])
     assert cli.main() == 0
     shown = capsys.readouterr().out
-    assert "PNG RGB, 8 bits: 6" in shown and "blank.png" in shown and "same pixels" in shown
+    assert "class kind" in shown and "PNG RGB, 8 bits: 6" in shown and "blank.png" in shown and "same pixels" in shown
     assert json.loads(out.read_text())["nearly empty"] == ["blank.png"]
+    monkeypatch.setattr("sys.argv", ["fastmoco", "data", "stats", *map(str, args[:4])])
+    assert cli.main() == 0 and "kind" in capsys.readouterr().out, "a label that is not named is taken too"
     monkeypatch.setattr("sys.argv", ["fastmoco", "data", "stats", *map(str, [*args[:-1], tmp_path / "no/such"])])
     assert cli.main() == 2
     assert "cannot be written" in capsys.readouterr().err

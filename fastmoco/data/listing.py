@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from fastmoco.data.decode import IMAGE_SUFFIXES
-from fastmoco.data.manifest_file import require_columns
+from fastmoco.data.manifest_file import MOST_CLASSES, require_columns
 from fastmoco.errors import UserError
 
 FOLDER_LABEL = "folder"
@@ -81,13 +81,21 @@ def said_by_folders(files: Sequence[str]) -> dict[str, Any]:
 
 
 def list_table(
-    data: Path, path: Path, *, label: Sequence[str], file_column: str, patient_column: str, split_column: str
+    data: Path,
+    path: Path,
+    *,
+    label: Sequence[str],
+    file_column: str,
+    patient_column: str,
+    split_column: str,
+    all_labels: bool = False,
 ) -> Listing:
     """The images below `data` that the file `path` lists: CSV with a header, or lines "name 0 0 1 ..." without one.
 
-    Of a CSV, the columns `label` are taken, `file_column` has the paths, and `patient_column` and `split_column` are
-    used where they are there; only under their usual names, "patient" and "split", may they be missing. A line
-    without a header has 14 numbers, 0 or 1, for the FINDINGS; the patient is taken from names such as
+    Of a CSV, the columns `label` are taken, or with `all_labels` and no `label` every other column that holds 2 to 1000
+    different values, as those of a list without a header are; `file_column` has the paths, and `patient_column` and
+    `split_column` are used where they are there; only under their usual names, "patient" and "split", may they be
+    missing. A line without a header has 14 numbers, 0 or 1, for the FINDINGS; the patient is taken from names such as
     00000231_013.png.
 
     Files that are not there stay in the listing: reading them says so. Raises UserError for a missing or empty column,
@@ -104,11 +112,17 @@ def list_table(
         patients = [match["patient"] for match in xrays if match] if all(xrays) else None
         listing = Listing(root=data, files=files, columns=columns, patients=patients)
     else:
-        table = _read_csv(path, required=(file_column, *label), optional=(patient_column, split_column))
+        said = (patient_column, split_column)
+        table = _read_csv(path, required=(file_column, *label), optional=said, others=all_labels and not label)
+        taken = label or [
+            name
+            for name, cells in table.items()
+            if name not in (file_column, *said) and 2 <= len(set(cells)) <= MOST_CLASSES
+        ]
         listing = Listing(
             root=data,
             files=table[file_column],
-            columns={name: table[name] for name in label},
+            columns={name: table[name] for name in taken},
             patients=table.get(patient_column),
             splits=table.get(split_column),
         )
@@ -202,8 +216,13 @@ def _findings(path: Path) -> list[list[str]] | None:
     return lines or None
 
 
-def _read_csv(path: Path, *, required: Sequence[str], optional: Sequence[str]) -> dict[str, list[str]]:
-    """The cells of the columns `required`, none of them empty, and of those in `optional` that there are."""
+def _read_csv(
+    path: Path, *, required: Sequence[str], optional: Sequence[str], others: bool
+) -> dict[str, list[str]]:
+    """The cells of the columns `required`, none of them empty, of those in `optional` that there are, and of `others`.
+
+    Others are all that have a name.
+    """
     try:
         with path.open(newline="", encoding="utf-8-sig") as stream:
             reader = csv.reader(stream)
@@ -212,7 +231,8 @@ def _read_csv(path: Path, *, required: Sequence[str], optional: Sequence[str]) -
                 if name not in header:
                     raise UserError(f"{path}: no column {name!r}; its columns are {', '.join(header) or '(none)'}")
             require_columns(path, header, patient_column=optional[0], split_column=optional[1])
-            places = {name: header.index(name) for name in (*required, *optional) if name in header}
+            more = filter(None, header) if others else ()
+            places = {name: header.index(name) for name in (*required, *optional, *more) if name in header}
             table: dict[str, list[str]] = {name: [] for name in places}
             for row in reader:
                 if not row:

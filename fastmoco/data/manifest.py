@@ -132,6 +132,7 @@ def load_manifest(
     file_column: str = "file",
     patient_column: str = "patient",
     split_column: str = "split",
+    all_labels: bool = False,
     decoder: str = "pillow",
     workers: int = 0,
     progress: bool = True,
@@ -142,7 +143,8 @@ def load_manifest(
     these say of labels, patients and splits is taken (see `list_folder`, `list_arrays`, `list_shards`), unless the
     file `labels` lists images below folder `data` and says it: a CSV file or a list of findings (see `list_table`).
     If `labels` is a manifest file, or an index.csv beside the shards is one, it is trusted, and nothing is opened.
-    `label` chooses among the label columns; of CSV files it names them.
+    `label` chooses among the label columns; of CSV files it names them, and where it is empty none are taken, or with
+    `all_labels` every column that holds 2 to 1000 different values.
 
     `decoder` is "pillow", or "dali" to find out which files DALI may decode; images that do not decode on the host
     and listed files that are not there are left out, and are in `skipped`. `workers` threads check them; 0: one a core.
@@ -177,6 +179,7 @@ def load_manifest(
                 file_column=file_column,
                 patient_column=patient_column,
                 split_column=split_column,
+                all_labels=all_labels,
             )
         )
     elif data.suffix.lower() == ".npz" and labels is None:

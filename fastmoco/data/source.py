@@ -19,7 +19,7 @@ class Source:
     labels, patient and split; without one, every image is used, with what its folders, the shards or the .npz file
     say."""
     label: tuple[str, ...] = ()
-    """Label columns; of a CSV file none if not given, otherwise all."""
+    """Label columns; if not given all, of a CSV file those of 2 to 1000 different values."""
     file_column: str = "file"
     """Name of the CSV column with the path of the image."""
     patient_column: str = "patient"
@@ -45,6 +45,7 @@ class Source:
             file_column=self.file_column,
             patient_column=self.patient_column,
             split_column=self.split_column,
+            all_labels=True,
             decoder=decoder,
             workers=self.workers,
         )
