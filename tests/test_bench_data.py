@@ -126,6 +126,7 @@ def test_what_loads_other_views_disagrees() -> None:
     assert deviations(np.full((9, 6), np.nan), right[0]) == np.inf
 
 
+@pytest.mark.system
 def test_every_row_is_whole(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "data.md"
     assert data.main(DataArgs(quick=True, workers=1, out=out)) == 0

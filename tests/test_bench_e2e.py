@@ -38,6 +38,7 @@ def test_a_loss_that_is_off_is_said() -> None:
     assert not disagreements({PAPER: 8.0, "fastmoco": math.nan}, said.append)["fastmoco"] <= LOSS_TOLERANCE
 
 
+@pytest.mark.system
 def test_every_row_is_whole(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "e2e.md"
     assert e2e.main(E2eArgs(quick=True, workers=1, out=out)) == 0

@@ -13,7 +13,7 @@ import pytest
 from test_pretrain import LOADERS, final_tensors, loss_columns, resumed, stop_after
 
 from fastmoco.data.order import Order
-from fastmoco.data.quarantine import TooManyBad
+from fastmoco.data.quarantine import ImagesGone, TooManyBad
 from fastmoco.errors import UserError
 from fastmoco.train.config import Config
 from fastmoco.train.images import MANIFEST
@@ -94,7 +94,7 @@ def test_too_many_bad_files_stop_the_run_which_can_go_on(images: Path, tmp_path:
     name = sorted(path.name for path in images.iterdir())[int(order.batch(6).indices[0])]
     with pytest.MonkeyPatch.context() as patch:
         at_step(1, lambda: (images / name).write_bytes(b""), patch)
-        with pytest.raises(TooManyBad, match=rf"1 image.*--max-bad 0:\n  {name}.*\nsaved .*higher --max-bad"):
+        with pytest.raises(TooManyBad, match=rf"1 image.*--max-bad 0:\n  {name}.*\n.*higher --max-bad.*\nsaved "):
             pretrain(config)
     with pytest.raises(TooManyBad, match=rf"1 image.*--max-bad 0:\n  {name}"):
         pretrain(resumed(config))
@@ -125,34 +125,41 @@ def test_when_all_images_are_gone_the_run_is_saved(
 ) -> None:
     config = small_config(images, tmp_path / "run", steps=60, checkpoint_every=1000)
     at_step(3, lambda: images.rename(tmp_path / "unmounted"), monkeypatch)
-    with pytest.raises(TooManyBad, match=r"24 image.*all 24 there are:\n(.*\n){24}saved .*"):
+    with pytest.raises(ImagesGone, match=r"of 20 images looked for .* none is there .*no such file(.*\n)*saved .*"):
         pretrain(config)
-    assert len(read_rows(config.run.out / "metrics.jsonl")) >= 3
-    assert len((config.run.out / "bad_files.txt").read_text().splitlines()) == 24
+    done = len(read_rows(config.run.out / "metrics.jsonl"))
+    assert done >= 3 and not (config.run.out / "bad_files.txt").exists()
+    # Nothing was set aside: with the disk mounted again the run goes on as if nothing had been.
+    with pytest.raises(ImagesGone, match="Is the disk mounted"):
+        pretrain(resumed(config))
+    (tmp_path / "unmounted").rename(images)
+    monkeypatch.undo()
+    stopped_at(3, resumed(config), monkeypatch)
+    assert len(read_rows(config.run.out / "metrics.jsonl")) == done + 3
+    assert not (config.run.out / "bad_files.txt").exists()
 
 
-@pytest.mark.parametrize("max_bad", [0, 1])
-def test_a_file_that_the_knn_monitor_meets(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, max_bad: int
-) -> None:
-    """The data folder is named relatively, whose paths pathlib and os.path write differently."""
+def test_the_knn_monitor_leaves_out_what_it_cannot_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A score at the end of a run sets nothing aside and stops nothing."""
     images = draw_images(tmp_path / "data")
     for number, path in enumerate(sorted(images.iterdir())):
         (images / str(number % 2)).mkdir(exist_ok=True)
         path.rename(images / str(number % 2) / path.name)
     monkeypatch.chdir(images)
-    config = small_config(Path("."), tmp_path / "run", max_bad=max_bad, knn_every=1, checkpoint_every=1000)
+    config = small_config(Path("."), tmp_path / "run", max_bad=0, knn_every=1, checkpoint_every=1000)
     # Every image has been read for the last time.
     at_step(6, lambda: (images / "0" / "004.jpg").unlink(), monkeypatch)
-    if max_bad:
-        pretrain(config)
-        row = read_rows(config.run.out / "metrics.jsonl")[-1]
-        assert row["bad_files"] == 1 and 0 <= row["knn_accuracy"] <= 1
-    else:
-        with pytest.raises(TooManyBad, match=r"0/004\.jpg: no such file .*\nsaved .*step-000000006"):
+    pretrain(config)
+    row = read_rows(config.run.out / "metrics.jsonl")[-1]
+    assert row["step"] == 6 and row["bad_files"] == 0 and 0 <= row["knn_accuracy"] <= 1
+
+
+def test_a_run_among_the_images_is_refused(images: Path) -> None:
+    for changes, option in (({"out": images / "run"}, "--out"), ({"stage": images / "disk"}, "--stage")):
+        out = images.parent / "run"
+        config = small_config(images, changes.pop("out", out), steps=1, **changes)
+        with pytest.raises(UserError, match=f"{option} .* lies inside --data"):
             pretrain(config)
-    assert (config.run.out / "bad_files.txt").read_text().startswith("0/004.jpg: no such file")
-    assert len(read_rows(config.run.out / "metrics.jsonl")) == 6
 
 
 def test_a_run_on_one_shard_goes_on(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

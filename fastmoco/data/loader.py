@@ -168,7 +168,8 @@ def make_loader(
     its place (see `Order.substitute`). Without a quarantine, one such image is too many.
 
     Raises UserError where `order` was made for another number of images, where DALI is asked for and not
-    installed, and, while iterating, TooManyBad with the list of what could not be read.
+    installed, and, while iterating, TooManyBad with the list of what could not be read, and ImagesGone where that is
+    nearly everything.
     """
     if order.samples != len(manifest):
         raise UserError(f"the order is of {order.samples} images, but the manifest lists {len(manifest)}")

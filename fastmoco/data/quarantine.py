@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import numpy as np
+
+from fastmoco.data.manifest import Manifest
+from fastmoco.data.store import BadFile
 from fastmoco.errors import UserError
 
 
@@ -27,6 +30,32 @@ class TooManyBad(UserError):
     """More images went bad than the run puts up with; the message lists them."""
 
 
+class ImagesGone(UserError):
+    """So many images cannot be read that it is their folder that is wrong; none of them was set aside for that."""
+
+
+# So many images are looked at where one is bad, or a run begins with a list that was made before.
+_LOOKED_AT = 20
+
+
+def check_there(manifest: Manifest) -> None:
+    """Raise ImagesGone where of some images, spread over the whole of `manifest`, none can be read: a disk that is not
+    mounted, a folder that was moved, or copies whose times are not those on record."""
+    problem = None
+    places = np.unique(np.linspace(0, len(manifest) - 1, _LOOKED_AT).astype(int))
+    for index in places.tolist():
+        try:
+            manifest.read(index)
+            return
+        except BadFile as bad:
+            problem = problem or bad
+    raise ImagesGone(
+        f"of {len(places)} images looked for under {manifest.root} none is there as it was when it was checked, the "
+        f"first {problem}. Is the disk mounted, and is this the folder? For a copy with other times, scan it again "
+        "(fastmoco data scan), or go on with a run by naming the copy with --data"
+    )
+
+
 class Quarantine:
     """The images that went bad, of which there may be `limit`; TooManyBad where `entries` are more already.
 
@@ -38,8 +67,6 @@ class Quarantine:
         self.limit = limit
         self.entries = [Bad(**entry) for entry in entries]
         self._indices = {bad.index for bad in self.entries}
-        # The loader's thread and the kNN monitor both add.
-        self._lock = threading.Lock()
         self.check()
 
     def __contains__(self, index: object) -> bool:
@@ -50,12 +77,10 @@ class Quarantine:
 
     def add(self, bad: Bad) -> None:
         """Set an image aside. Raises TooManyBad, with the list, where that is one too many."""
-        with self._lock:
-            if bad.index in self._indices:
-                return
+        if bad.index not in self._indices:
             self._indices.add(bad.index)
             self.entries.append(bad)
-        self.check()
+            self.check()
 
     def check(self, *, of: int | None = None) -> None:
         """Raise TooManyBad, with the list, where there are more than the limit, or all `of` a set's images."""
@@ -63,7 +88,10 @@ class Quarantine:
         if count > self.limit or count == of:
             more = f"all {of} there are" if count == of else f"more than --max-bad {self.limit}"
             listed = "\n  ".join(str(entry) for entry in self.entries)
-            raise TooManyBad(f"{count} image(s) could not be read any more, {more}:\n  {listed}")
+            raise TooManyBad(
+                f"{count} image(s) could not be read any more, {more}:\n  {listed}\n"
+                "What was set aside stays aside: go on with --resume and a higher --max-bad, or start anew"
+            )
 
     def state(self) -> list[dict[str, Any]]:
         """The entries as plain JSON values."""

@@ -16,7 +16,7 @@ from fastmoco.data.decoders import Decoded, Decoder, Encoded
 from fastmoco.data.draws import draw
 from fastmoco.data.manifest import Manifest
 from fastmoco.data.order import Order, Slots
-from fastmoco.data.quarantine import Bad, Quarantine
+from fastmoco.data.quarantine import Bad, Quarantine, check_there
 from fastmoco.data.store import BadFile
 from fastmoco.data.views import ViewConfig
 from fastmoco.ops.views import make_views
@@ -49,7 +49,7 @@ class ViewStream:
 
     def batches(self, start: int, stop: int) -> Generator[tuple[Tensor, Tensor, np.ndarray], None, None]:
         """Yield micro-batches `start` to `stop` - 1: the two views, (N, size, size, 3) float16 each, and the indices
-        (N,) int64 of the images that they show. Raises TooManyBad.
+        (N,) int64 of the images that they show. Raises TooManyBad, and ImagesGone.
         """
         reading: deque[tuple[int, Slots, list[Future[Encoded | BadFile]]]] = deque()
         decoding: deque[tuple[int, Slots]] = deque()
@@ -137,6 +137,7 @@ class ViewStream:
             return bad
 
     def _set_aside(self, t: int, index: int, bad: BadFile) -> None:
+        check_there(self.manifest)
         self.quarantine.add(Bad(index, self.manifest.files[index], bad.reason, t))
 
     def _cut(self, slots: Slots, images: list[Decoded]) -> tuple[Tensor, Tensor]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from fastmoco.data.manifest import Manifest
-from fastmoco.data.quarantine import Bad, Quarantine
+from fastmoco.data.quarantine import Quarantine
 from fastmoco.data.store import BadFile
 from fastmoco.evaluate.features import BadImage, extract
 from fastmoco.evaluate.knn import monitor
@@ -16,18 +16,19 @@ from fastmoco.train.trainer import Trainer
 MONITOR_IMAGES = 2000
 
 
-def knn_row(trainer: Trainer, manifest: Manifest, quarantine: Quarantine, *, batch: int) -> Row:
+def knn_row(trainer: Trainer, manifest: Manifest, quarantine: Quarantine) -> Row:
     """Leave-one-out kNN scores of the query encoder's pooled stage-4 feature on some of the training images.
 
-    An image that cannot be read joins `quarantine`, as found at micro-batch `batch`. Raises TooManyBad.
+    Images in `quarantine` and others that cannot be read are left out: a score is no reason to set them aside, nor to
+    stop. {} where fewer than two are left.
     """
     name = next(iter(manifest.labels))
     rng = np.random.Generator(np.random.Philox(key=[trainer.config.run.seed, 0x5A37]))
-    chosen = np.sort(rng.permutation(len(manifest))[:MONITOR_IMAGES])
+    drawn = np.sort(rng.permutation(len(manifest))[:MONITOR_IMAGES]).tolist()
+    chosen = [index for index in drawn if index not in quarantine and _readable(manifest, index)]
     views = trainer.config.views
-    while True:
-        chosen = np.array([index for index in chosen.tolist() if index not in quarantine], dtype=np.int64)
-        some = manifest.select(chosen)
+    while len(chosen) > 1:
+        some = manifest.select(np.array(chosen))
         try:
             features = extract(
                 trainer.module.query,
@@ -39,19 +40,17 @@ def knn_row(trainer: Trainer, manifest: Manifest, quarantine: Quarantine, *, bat
                 precision=trainer.engine.precision,
                 progress=False,
             )
-            break
         except BadImage as bad:
-            _set_aside(int(chosen[bad.index]), bad, manifest, quarantine, batch)
-            # Where one is bad others may be, and looking is quicker than another extraction for each.
-            for index in chosen.tolist():
-                try:
-                    manifest.read(index)
-                except BadFile as other:
-                    _set_aside(index, other, manifest, quarantine, batch)
-    scores = monitor(features["stage4"], some.labels[name], some.patients)
-    return {f"knn_{score}": value for score, value in scores.items() if value is not None}
+            del chosen[bad.index]
+            continue
+        scores = monitor(features["stage4"], some.labels[name], some.patients)
+        return {f"knn_{score}": value for score, value in scores.items() if value is not None}
+    return {}
 
 
-def _set_aside(index: int, bad: BadFile, manifest: Manifest, quarantine: Quarantine, batch: int) -> None:
-    quarantine.add(Bad(index, manifest.files[index], bad.reason, batch))
-    quarantine.check(of=len(manifest))
+def _readable(manifest: Manifest, index: int) -> bool:
+    try:
+        manifest.read(index)
+    except BadFile:
+        return False
+    return True

@@ -16,7 +16,7 @@ from fastmoco.data.dali import dali_installed
 from fastmoco.data.loader import make_loader
 from fastmoco.data.manifest import Manifest
 from fastmoco.data.order import Order
-from fastmoco.data.quarantine import Quarantine, TooManyBad
+from fastmoco.data.quarantine import ImagesGone, Quarantine, TooManyBad
 from fastmoco.device import find_device
 from fastmoco.errors import UserError
 from fastmoco.models.weights import EXPORTED, save_encoder
@@ -26,7 +26,7 @@ from fastmoco.train.clock import Clock
 from fastmoco.train.config import Config, to_json
 from fastmoco.train.curves import draw_curves
 from fastmoco.train.folder import BAD_FILES, find_checkpoint, write_description
-from fastmoco.train.images import find_images, fingerprint, list_images, root_of, staged
+from fastmoco.train.images import find_images, fingerprint, list_images, refuse_out_inside, root_of, staged
 from fastmoco.train.metrics import MetricsFile, Row, read_rows
 from fastmoco.train.monitor import knn_row
 from fastmoco.train.progress import ProgressLine
@@ -58,6 +58,7 @@ def pretrain(config: Config) -> Path:
     store = Store(config.run.out, config.run.keep_checkpoints)
     saved = find_checkpoint(config, store)
     manifest = find_images(config, saved)
+    refuse_out_inside(config, manifest)
     # torch seeds each process at random.
     torch.manual_seed(config.run.seed)
     trainer = Trainer(config, precision=config.run.precision, device=device, initialise=saved is None)
@@ -108,7 +109,7 @@ class _Run:
             self.board = _tensorboard(self.out / "tensorboard", start)
             try:
                 self._steps(start)
-            except (Stopped, NonFiniteLoss, TooManyBad):
+            except (Stopped, NonFiniteLoss, TooManyBad, ImagesGone):
                 self._finish()
                 raise
             self._finish()
@@ -149,24 +150,27 @@ class _Run:
                 try:
                     trainer.step(islice(batches, accumulate), self._lr(step))
                     done = step + 1
-                    knn = self._knn(done) if self._knn_due(step) else {}
-                except TooManyBad as error:
-                    raise TooManyBad(f"{error}\n{self._saved_before(done, clock)}") from error
+                except (TooManyBad, ImagesGone) as error:
+                    raise type(error)(f"{error}\n{self._saved_before(done, clock)}") from error
                 finally:
                     self._report_bad()
                 progress.advance(done)
                 # Read once: a signal may come between any two lines.
                 asked = stop.signal
                 save = done % config.run.checkpoint_every == 0 or done == total or asked is not None
-                if save or knn or done % config.run.log_every == 0:
-                    rows = self._rows(done, clock)
-                    rows[-1] |= knn
-                    self._write(rows)
-                    clock.restart(trainer.pushed)
+                knn = self._knn_due(step)
+                if not (save or knn or done % config.run.log_every == 0):
+                    continue
+                rows = self._rows(done, clock)
+                if knn:
+                    rows[-1] |= knn_row(trainer, self.manifest, self.quarantine)
+                self._write(rows)
                 if save:
                     path = self._save(done)
                     if asked is not None and done < total:
                         raise Stopped(f"stopped at step {done} of {total}; saved {path}; go on with --resume", asked)
+                # Neither a score nor a checkpoint counts in the speed.
+                clock.restart(trainer.pushed)
 
     def _lr(self, step: int) -> float:
         optim = self.config.optim
@@ -205,12 +209,11 @@ class _Run:
 
     def _saved_before(self, step: int, clock: Clock) -> str:
         """What was saved of the `step` steps done when the images of the next could not be had."""
-        saved = self.store.last_good()
         if self.trainer.between_steps and step > 0:
             if rows := self._rows(step, clock):
                 self._write(rows)
-            saved = f"saved {self._save(step)}"
-        return f"{saved}; what was set aside stays aside: go on with --resume and a higher --max-bad, or start anew"
+            return f"saved {self._save(step)}"
+        return self.store.last_good()
 
     def _write(self, rows: list[Row]) -> None:
         self.metrics.write(rows)
@@ -240,9 +243,6 @@ class _Run:
         accumulate = self.config.optim.accumulate
         return (step + 1) * accumulate // every > step * accumulate // every or step + 1 == self.plan.total
 
-    def _knn(self, step: int) -> Row:
-        return knn_row(self.trainer, self.manifest, self.quarantine, batch=step * self.config.optim.accumulate)
-
     def _describe(self, start: int) -> None:
         config, engine = self.config, self.trainer.engine
         skipped = self.manifest.skipped
@@ -254,6 +254,8 @@ class _Run:
             f"{self.plan.total} steps of {config.optim.accumulate} x {config.optim.batch_size}, {engine.precision} on "
             f"{engine.device}, loading with {config.data.loader}; run folder {self.out}"
         )
+        if self.quarantine:
+            print(f"{len(self.quarantine)} of the images were set aside before, as {self.out / BAD_FILES} says")
         if start == self.plan.total:
             print(f"finished already at step {start}: nothing to train; --init {self.out} starts another run from it")
         elif start:
