@@ -40,6 +40,10 @@ class PreviewArgs:
 
 def preview_command(args: list[str]) -> int:
     """Draw the picture. Returns the exit status, 0; raises UserError for a mistake."""
+    if args[:1] in (["-h"], ["--help"]):
+        print("usage: fastmoco data preview RECIPE --data FOLDER [--out FILE] [OPTIONS]\n")
+        print("`fastmoco data preview RECIPE --help` lists every option; `fastmoco recipes` lists the recipes.")
+        return 0
     if not args or args[0].startswith("-"):
         raise UserError("name a recipe first: fastmoco data preview RECIPE --data FOLDER (see fastmoco recipes)")
     name = args[0]

@@ -20,7 +20,7 @@ from fastmoco.ops.views import BRIGHTNESS, CONTRAST, HUE, NEUTRAL, SATURATION
 
 _NAMES = {BRIGHTNESS: "brightness", CONTRAST: "contrast", SATURATION: "saturation"}
 _COLOURS = ("tab:cyan", "tab:orange")
-_CELL_INCHES, _WORDS_INCHES, _DPI = 2.4, 1.05, 100
+_CELL_INCHES, _WORDS_INCHES, _DPI = 2.4, 1.3, 100
 
 
 @dataclass(frozen=True)
