@@ -250,7 +250,7 @@ def test_damaged_members_are_left_out_and_a_shard_cut_short_is_refused(tmp_path:
         ({"a.png": png(), "a.json": b"{"}, r"s.tar, member a.json: cannot be read as JSON"),
         ({"a.png": png(), "a.json": b"[1]"}, "must be a JSON object"),
         ({"a.png": png(), "a.json": b" " * 2_000_000}, "2,000,000 bytes are too many"),
-        ({"a.txt": b"1"}, "no images in its 1 shards"),
+        ({"a.txt": b"1"}, "no images in its 1 shard$"),
     ],
 )
 def test_bad_shards_are_named(tmp_path: Path, members: dict[str, bytes], reason: str) -> None:

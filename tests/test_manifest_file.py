@@ -188,3 +188,23 @@ def test_a_million_lines_load_in_seconds_and_half_a_gigabyte(tmp_path: Path) -> 
     assert done.returncode == 0, done.stderr
     seconds, megabytes = map(float, done.stdout.split())
     assert 0.1 < seconds < 5 and 50 < megabytes < 500
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_shards_that_are_missing_or_short_are_named(tmp_path: Path, named: bool) -> None:
+    shards = packed(tmp_path / "shards")
+    listed = tmp_path / "m.csv" if named else shards / "index.csv"
+    found = load_manifest(shards, progress=False)
+    write_manifest(listed, found)
+    labels = listed if named else None
+    assert found.offsets is not None and found.stamps is not None
+    end = int((found.offsets + found.stamps[:, 0])[3])
+    victim = shards / "shard-000001.tar"
+    os.truncate(victim, end)
+    assert len(load_manifest(shards, labels, progress=False)) == 6, "as long as its images need"
+    os.truncate(victim, end - 1)
+    with pytest.raises(UserError, match=rf"shard-000001\.tar has {end - 1:,} bytes, .* ends at {end:,} by {listed}"):
+        load_manifest(shards, labels, progress=False)
+    victim.unlink()
+    with pytest.raises(UserError, match=r"shard-000001\.tar, which .* lists, is not there"):
+        load_manifest(shards, labels, progress=False)

@@ -36,14 +36,19 @@ def test_strict_fails_where_something_is_left_out(images: Path, capsys: pytest.C
     assert "left out: d.png: empty" in capsys.readouterr().out
 
 
-def test_the_manifest_that_it_writes_is_trusted(images: Path, tmp_path: Path) -> None:
+def test_the_manifest_that_it_writes_is_trusted(
+    images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     out = tmp_path / "m.csv"
     assert cli.dispatch(["data", "scan", str(images), "--out", str(out)]) == 0
+    assert "trusted" not in capsys.readouterr().out
     found = load_manifest(images, out, progress=False)
     assert found.files == ["a.png", "b.png", "c.jpg"] and found.decode(2).shape == (9, 12, 3)
     assert found.dali.all() == (dali_version() is not None)
     (images / "c.jpg").unlink()
     assert cli.dispatch(["data", "scan", str(images), "--labels", str(out), "--strict"]) == 0
+    shown = capsys.readouterr().out
+    assert f"{out} is trusted: no image was read" in shown and "--check" not in shown
     with pytest.raises(UserError, match=r"--out .*: no such folder"):
         cli.dispatch(["data", "scan", str(images), "--out", str(tmp_path / "none" / "m.csv")])
 
@@ -55,3 +60,16 @@ def test_mistakes_are_named(images: Path, capsys: pytest.CaptureFixture[str]) ->
         cli.dispatch(["data", "scan", str(images / "none")])
     assert cli.dispatch(["data"]) == 2
     assert "scan" in capsys.readouterr().out
+
+
+def test_an_index_that_is_trusted_is_said_to_be(
+    images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "shards"
+    assert cli.dispatch(["data", "pack", str(images), "--out", str(out)]) == 0
+    assert cli.dispatch(["data", "scan", str(out)]) == 0
+    shown = capsys.readouterr().out
+    assert f"{out / 'index.csv'} is trusted: no image was read" in shown
+    assert f"fastmoco data pack --out {out} --check" in shown
+    assert cli.dispatch(["data", "scan", str(out / "shard-000000.tar")]) == 0
+    assert "trusted" not in capsys.readouterr().out, "a shard by itself is read"

@@ -19,7 +19,7 @@ from fastmoco.data.manifest_file import (
     too_many_classes,
 )
 from fastmoco.data.npz import list_arrays
-from fastmoco.data.shards import find_shards, list_shards
+from fastmoco.data.shards import find_shards, list_shards, require_shards
 from fastmoco.data.store import BadFile, Store, open_store
 from fastmoco.data.undecodable import Undecodable
 from fastmoco.data.verify import Skipped, verify
@@ -124,6 +124,14 @@ class Manifest:
         return self.select(mask)
 
 
+def trusted_list(data: Path, labels: Path | None = None) -> Path | None:
+    """The manifest file that is taken on trust for these: `labels`, or the index.csv of a folder of shards; or None."""
+    if labels is None and find_shards(data) in ([], [data]):
+        return None
+    written = labels or data / SHARD_INDEX
+    return written if is_manifest_file(written) else None
+
+
 def load_manifest(
     data: Path,
     labels: Path | None = None,
@@ -142,14 +150,16 @@ def load_manifest(
     `data` is a folder of images, an .npz file in MedMNIST's layout, or tar shards: one, or a folder of them. What
     these say of labels, patients and splits is taken (see `list_folder`, `list_arrays`, `list_shards`), unless the
     file `labels` lists images below folder `data` and says it: a CSV file or a list of findings (see `list_table`).
-    If `labels` is a manifest file, or an index.csv beside the shards is one, it is trusted, and nothing is opened.
+    If `labels` is a manifest file, or an index.csv beside the shards is one (see `trusted_list`), it is trusted, and
+    nothing is opened; only the lengths of shards are looked at.
     `label` chooses among the label columns; of CSV files it names them, and where it is empty none are taken, or with
     `all_labels` every column that holds 2 to 1000 different values.
 
     `decoder` is "pillow", or "dali" to find out which files DALI may decode; images that do not decode on the host
     and listed files that are not there are left out, and are in `skipped`. `workers` threads check them; 0: one a core.
 
-    Raises UserError for a missing folder, an empty one, a missing column, or where none of the listed files is there.
+    Raises UserError for a missing folder, an empty one, a missing column, a listed shard that is missing or too short,
+    or where none of the listed files is there.
     """
     try:
         there = data.exists()
@@ -159,12 +169,12 @@ def load_manifest(
         kind = "file" if data.suffix.lower() in (".npz", ".tar") else "folder"
         raise UserError(f"--data {data}: no such {kind}")
     shards = find_shards(data)
-    written = labels
-    if labels is None and shards and shards != [data] and is_manifest_file(data / SHARD_INDEX):
-        written = data / SHARD_INDEX
-    if written is not None and is_manifest_file(written):
+    written = trusted_list(data, labels)
+    if written is not None:
         root = data.parent if shards == [data] else data
         fields = read_manifest_file(written, label=label, patient_column=patient_column, split_column=split_column)
+        if fields["offsets"] is not None:
+            require_shards(root, fields["files"], (fields["offsets"] + fields["stamps"][:, 0]).tolist(), written)
         return _without_constants(Manifest(root=root, **fields), label)
     if shards and labels is None:
         listing = list_shards(shards, patient_column=patient_column, split_column=split_column, progress=progress)

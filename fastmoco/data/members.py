@@ -75,8 +75,12 @@ def compare(packed: Manifest, *, workers: int = 0, progress: bool = True) -> lis
 def _compare_shard(packed: Manifest, shard: str, rows: list[int]) -> list[str]:
     try:
         members = read_members(packed.root / shard)
-    except (UserError, OSError) as error:
-        return [f"{shard}: {error}"]
+    except UserError as error:
+        return [str(error)]
+    except FileNotFoundError:
+        return [f"{shard}: no such shard"]
+    except OSError as error:
+        return [f"{shard}: cannot be read: {error.strerror or error}"]
     wrong = []
     assert packed.stamps is not None and packed.offsets is not None
     indexed = [(packed.files[i], int(packed.offsets[i]), int(packed.stamps[i, 0]), record(packed, i)) for i in rows]

@@ -24,7 +24,7 @@ from fastmoco.data.lock import alone
 from fastmoco.data.manifest import SHARD_INDEX, Manifest
 from fastmoco.data.manifest_file import RESERVED, write_manifest
 from fastmoco.data.members import SOURCE, Member, read_members, record
-from fastmoco.data.sizes import show_bytes
+from fastmoco.data.sizes import show_bytes, show_count
 from fastmoco.data.store import BadFile
 from fastmoco.errors import UserError
 
@@ -102,14 +102,14 @@ def pack(
             write_manifest(out / SHARD_INDEX, packed)
     except BadFile as bad:
         raise UserError(
-            f"{bad}. {len(members)} of {len(shards)} shards are finished in {out}; restore the file or take it out of "
-            "the set, and run the same command again"
+            f"{bad}. {len(members)} of {show_count(len(shards), 'shard')} finished in {out}; restore the file or "
+            "take it out of the set, and run the same command again"
         ) from bad
     except OSError as error:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
         raise UserError(
             f"--out {out}: {'the disk is full' if full else f'cannot be written: {error.strerror or error}'}. "
-            f"{len(members)} of {len(shards)} shards are finished; run the same command again to go on"
+            f"{len(members)} of {show_count(len(shards), 'shard')} finished; run the same command again to go on"
         ) from error
     return packed
 
@@ -142,7 +142,8 @@ def _clear(out: Path, shards: list[Shard]) -> None:
     extra = sorted({path.name for path in out.glob("shard-*.tar")} - {shard.name for shard in shards})
     if extra:
         raise UserError(
-            f"--out {out}: {extra[0]} is there, but the images make only {len(shards)} shards; name another folder"
+            f"--out {out}: {extra[0]} is there, but the images make only {show_count(len(shards), 'shard')}; name "
+            "another folder"
         )
 
 

@@ -7,10 +7,11 @@ from pathlib import Path
 
 import tyro
 
-from fastmoco.data.manifest import SHARD_INDEX, load_manifest
+from fastmoco.data.manifest import SHARD_INDEX, Manifest
+from fastmoco.data.manifest_file import read_manifest_file
 from fastmoco.data.members import compare
 from fastmoco.data.pack import pack
-from fastmoco.data.sizes import parse_bytes
+from fastmoco.data.sizes import parse_bytes, show_count
 from fastmoco.data.source import Source
 from fastmoco.errors import UserError
 
@@ -43,19 +44,31 @@ def pack_command(args: list[str]) -> int:
     shard_bytes = parse_bytes(options.shard_size, "--shard-size")
     manifest = options.manifest(options.data)
     if manifest.skipped:
-        print(f"left out {len(manifest.skipped)} files that cannot be decoded, the first {manifest.skipped[0]}")
+        print(f"left out {show_count(len(manifest.skipped), 'file')}, the first {manifest.skipped[0]}")
     packed = pack(manifest, options.out, shard_bytes=shard_bytes, seed=options.seed, workers=options.workers)
     shards = {name.split("/", 1)[0] for name in packed.files}
-    print(f"{options.out}: {len(packed):,} images in {len(shards):,} shards, read back and compared, and index.csv")
+    held = f"{show_count(len(packed), 'image')} in {show_count(len(shards), 'shard')}"
+    print(f"{options.out}: {held}, read back and compared, and {SHARD_INDEX}")
     return 0
 
 
 def _check(options: PackArgs) -> int:
-    if not (options.out / SHARD_INDEX).is_file():
-        raise UserError(f"--out {options.out}: no {SHARD_INDEX} in it, so packing has not ended; run it again")
-    packed = load_manifest(options.out, options.out / SHARD_INDEX)
+    index = options.out / SHARD_INDEX
+    if not options.out.is_dir():
+        raise UserError(f"--out {options.out}: no such folder")
+    if not index.is_file():
+        if any(options.out.glob("*.tar")):
+            raise UserError(
+                f"--out {options.out}: no {SHARD_INDEX} in it, so packing has not ended; pack again, without --check"
+            )
+        raise UserError(f"--out {options.out}: no {SHARD_INDEX}, no shard in it; name a folder that was packed into")
+    # Not as for training, which the first shard that is missing or too short stops: here all are to be named.
+    packed = Manifest(root=options.out, **read_manifest_file(index))
+    if packed.offsets is None:
+        raise UserError(f"{index}: lists no members of shards; name a folder that was packed into")
     wrong = compare(packed, workers=options.workers)
     for line in wrong:
         print(line)
-    print(f"{options.out}: {len(packed):,} images" + (f", {len(wrong):,} things wrong" if wrong else ", all right"))
+    found = f"{show_count(len(wrong), 'thing')} wrong" if wrong else "all right"
+    print(f"{options.out}: {show_count(len(packed), 'image')}, {found}")
     return 1 if wrong else 0

@@ -9,7 +9,7 @@ from typing import Literal
 
 import tyro
 
-from fastmoco.data.manifest import Manifest
+from fastmoco.data.manifest import SHARD_INDEX, Manifest, trusted_list
 from fastmoco.data.manifest_file import write_manifest
 from fastmoco.data.source import Source
 from fastmoco.errors import UserError
@@ -36,6 +36,9 @@ def scan_command(args: list[str]) -> int:
         raise UserError(f"--out {options.out}: no such folder")
     manifest = options.manifest(options.data, options.decoder)
     print(report(manifest))
+    trusted = trusted_list(options.data, options.labels)
+    if trusted is not None:
+        print(untested(options.data, trusted))
     if options.out is not None:
         write_manifest(options.out, manifest)
         print(f"written: {options.out}")
@@ -51,3 +54,11 @@ def report(manifest: Manifest) -> str:
     by_dali = int(manifest.dali.sum())
     lines.append(f"decoded by DALI: {by_dali:,}; on the host: {len(manifest) - by_dali:,}; left out: {len(skipped):,}")
     return "\n".join(lines)
+
+
+def untested(data: Path, trusted: Path) -> str:
+    """What a scan that read nothing must say: the list `trusted` was believed."""
+    said = f"{trusted} is trusted: no image was read"
+    if trusted == data / SHARD_INDEX:
+        return f"{said}. To read and compare every image: fastmoco data pack --out {data} --check"
+    return f"{said}; without it every image is"

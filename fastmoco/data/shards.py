@@ -18,6 +18,8 @@ from fastmoco.atomic import write_text
 from fastmoco.data.cache import cache_file
 from fastmoco.data.decode import IMAGE_SUFFIXES
 from fastmoco.data.listing import Listing, said_by_folders
+from fastmoco.data.sizes import show_count
+from fastmoco.data.store import split_member
 from fastmoco.data.tars import Damaged, read_headers
 from fastmoco.errors import UserError
 
@@ -61,7 +63,7 @@ def list_shards(shards: Sequence[Path], *, patient_column: str, split_column: st
     read_from = zip(shards, tables, strict=True)
     named = [(f"{shard.name}/{row[0]}", row, stamp) for shard, (stamp, rows) in read_from for row in rows]
     if not named:
-        raise UserError(f"--data {shards[0].parent}: no images in its {len(shards)} shards")
+        raise UserError(f"--data {shards[0].parent}: no images in its {show_count(len(shards), 'shard')}")
     files = [name for name, _, _ in named]
     listing = Listing(
         root=shards[0].parent,
@@ -81,6 +83,35 @@ def list_shards(shards: Sequence[Path], *, patient_column: str, split_column: st
     listing.splits = columns.pop(split_column, None)
     listing.columns = dict(columns)
     return listing
+
+
+def require_shards(root: Path, files: Sequence[str], ends: Sequence[int], said_by: Path) -> None:
+    """Raise UserError naming the first shard below `root` that is missing, or shorter than its members need.
+
+    `files` are "shard.tar/member", `ends` the byte of the shard behind each, and `said_by` the file that says so. Each
+    shard is looked up once, and none is opened.
+    """
+    needed: dict[str, int] = {}
+    shard = ""
+    for name, end in zip(files, ends, strict=True):
+        # Members lie together, and a comparison is cheaper than taking a million names apart.
+        if not shard or not name.startswith(shard + "/"):
+            shard = split_member(name)[0]
+        needed[shard] = max(end, needed.get(shard, 0))
+    for shard, end in needed.items():
+        try:
+            size = os.stat(root / shard).st_size
+        except FileNotFoundError:
+            raise UserError(
+                f"--data {root}: {shard}, which {said_by} lists, is not there; restore it, or copy the folder again"
+            ) from None
+        except OSError as error:
+            raise UserError(f"--data {root}: {shard} cannot be read: {error.strerror or error}") from error
+        if size < end:
+            raise UserError(
+                f"--data {root}: {shard} has {size:,} bytes, and its last image ends at {end:,} by {said_by}: it was "
+                "cut short or written again; copy it again"
+            )
 
 
 def _rows_of(shard: Path) -> tuple[tuple[int, int], list[Row]]:

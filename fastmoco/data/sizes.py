@@ -1,4 +1,4 @@
-"""Amounts of bytes as people write them."""
+"""Amounts of bytes, and numbers of things, as people write them."""
 
 from __future__ import annotations
 
@@ -25,3 +25,8 @@ def show_bytes(size: float) -> str:
             return f"{size:.3g} {unit}"
         size /= 1000
     return f"{size:,.3g} TB"
+
+
+def show_count(number: int, thing: str) -> str:
+    """For a person: "1 shard", "1,024 shards"."""
+    return f"{number:,} {thing}" + ("" if number == 1 else "s")
