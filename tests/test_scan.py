@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import numpy as np
@@ -58,6 +59,14 @@ def test_mistakes_are_named(images: Path, capsys: pytest.CaptureFixture[str]) ->
         cli.dispatch(["data", "scna"])
     with pytest.raises(UserError, match="no such folder"):
         cli.dispatch(["data", "scan", str(images / "none")])
+    for command in (["scan"], ["stats"], ["pack", "--out", str(images / "out")]):
+        for words, reason in (
+            ([], "name the folder of images: as PATH, or with --data PATH"),
+            ([str(images), "--data", "b"], "--data b: .* is named as well"),
+            (["--data", str(images), "--workers", "-3"], "--workers -3: give a number of threads"),
+        ):
+            with pytest.raises(UserError, match=reason):
+                cli.dispatch(["data", *command, *words])
     assert cli.dispatch(["data"]) == 2
     assert "scan" in capsys.readouterr().out
 
@@ -73,3 +82,12 @@ def test_an_index_that_is_trusted_is_said_to_be(
     assert f"fastmoco data pack --out {out} --check" in shown
     assert cli.dispatch(["data", "scan", str(out / "shard-000000.tar")]) == 0
     assert "trusted" not in capsys.readouterr().out, "a shard by itself is read"
+
+
+def test_all_take_the_images_with_and_without_an_option(
+    images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for named in ([str(images)], ["--data", str(images)]):
+        for command in (["scan"], ["stats"], ["pack", "--out", str(tmp_path / "shards")]):
+            assert cli.dispatch(["data", command[0], *named, *command[1:]]) == 0
+            assert re.search(r"3 images|images +│ 3 ", capsys.readouterr().out)

@@ -21,8 +21,6 @@ class PackArgs(Source):
     """Pack images into tar shards (WebDataset's layout) with an index: millions of small files are slow to read from a
     network file system, and some thousands of large ones are not. Interrupted, the same command goes on."""
 
-    data: tyro.conf.Positional[Path | None] = None
-    """Folder of images, sub-folders included; or folder of tar shards, or one, to be packed anew."""
     out: Path
     """Folder for the shards and index.csv; train on it with --data."""
     shard_size: str = "1GB"
@@ -39,13 +37,11 @@ def pack_command(args: list[str]) -> int:
     options = tyro.cli(PackArgs, prog="fastmoco data pack", args=args)
     if options.check:
         return _check(options)
-    if options.data is None:
-        raise UserError("name the folder of images: fastmoco data pack IMAGES --out FOLDER")
     shard_bytes = parse_bytes(options.shard_size, "--shard-size")
-    manifest = options.manifest(options.data)
+    manifest = options.manifest()
     if manifest.skipped:
         print(f"left out {show_count(len(manifest.skipped), 'file')}, the first {manifest.skipped[0]}")
-    packed = pack(manifest, options.out, shard_bytes=shard_bytes, seed=options.seed, workers=options.workers)
+    packed = pack(manifest, options.out, shard_bytes=shard_bytes, seed=options.seed, workers=options.threads())
     shards = {name.split("/", 1)[0] for name in packed.files}
     held = f"{show_count(len(packed), 'image')} in {show_count(len(shards), 'shard')}"
     print(f"{options.out}: {held}, read back and compared, and {SHARD_INDEX}")
@@ -66,7 +62,7 @@ def _check(options: PackArgs) -> int:
     packed = Manifest(root=options.out, **read_manifest_file(index))
     if packed.offsets is None:
         raise UserError(f"{index}: lists no members of shards; name a folder that was packed into")
-    wrong = compare(packed, workers=options.workers)
+    wrong = compare(packed, workers=options.threads())
     for line in wrong:
         print(line)
     found = f"{show_count(len(wrong), 'thing')} wrong" if wrong else "all right"

@@ -11,6 +11,7 @@ import tyro
 
 from fastmoco.data.manifest import SHARD_INDEX, Manifest, trusted_list
 from fastmoco.data.manifest_file import write_manifest
+from fastmoco.data.sizes import show_count
 from fastmoco.data.source import Source
 from fastmoco.errors import UserError
 
@@ -19,8 +20,6 @@ from fastmoco.errors import UserError
 class ScanArgs(Source):
     """Check that every image decodes; list those that are left out, and why. What is found is remembered."""
 
-    data: tyro.conf.Positional[Path]
-    """Folder of images, sub-folders included; folder of tar shards, or one; or .npz file as MedMNIST's."""
     decoder: Literal["auto", "dali", "pillow"] = "auto"
     """Whether DALI's decoder is tried too, beside Pillow; auto: where DALI is installed."""
     strict: bool = False
@@ -34,11 +33,11 @@ def scan_command(args: list[str]) -> int:
     options = tyro.cli(ScanArgs, prog="fastmoco data scan", args=args)
     if options.out is not None and not options.out.parent.is_dir():
         raise UserError(f"--out {options.out}: no such folder")
-    manifest = options.manifest(options.data, options.decoder)
+    manifest = options.manifest(options.decoder)
     print(report(manifest))
-    trusted = trusted_list(options.data, options.labels)
+    trusted = trusted_list(options.images(), options.labels)
     if trusted is not None:
-        print(untested(options.data, trusted))
+        print(untested(options.images(), trusted))
     if options.out is not None:
         write_manifest(options.out, manifest)
         print(f"written: {options.out}")
@@ -50,7 +49,7 @@ def report(manifest: Manifest) -> str:
     skipped = manifest.skipped
     lines = [f"left out: {item}" for item in skipped]
     kinds = Counter(PurePath(name).suffix[1:].lower() or "without suffix" for name in manifest.files)
-    lines.append(f"{len(manifest):,} images ({', '.join(f'{n:,} {kind}' for kind, n in kinds.most_common())})")
+    lines.append(f"{show_count(len(manifest), 'image')} ({', '.join(f'{n:,} {kind}' for kind, n in kinds.most_common())})")
     by_dali = int(manifest.dali.sum())
     lines.append(f"decoded by DALI: {by_dali:,}; on the host: {len(manifest) - by_dali:,}; left out: {len(skipped):,}")
     return "\n".join(lines)

@@ -21,8 +21,6 @@ from fastmoco.errors import UserError
 class StatsArgs(Source):
     """Sizes, formats, brightness and classes of a set of images; duplicates, empty ones, patients in several splits."""
 
-    data: Path
-    """Folder of images, sub-folders included; folder of tar shards, or one; or .npz file as MedMNIST's."""
     out: Path | None = None
     """JSON file to write all of it to, every duplicate included."""
 
@@ -30,8 +28,8 @@ class StatsArgs(Source):
 def stats_command(args: list[str]) -> int:
     """Print the table and write the file. Returns the exit status, 0."""
     options = tyro.cli(StatsArgs, prog="fastmoco data stats", args=args)
-    found = statistics(options.manifest(options.data), workers=options.workers)
-    table = Table(title=str(options.data), show_header=False)
+    found = statistics(options.manifest(), workers=options.threads())
+    table = Table(title=str(options.images()), show_header=False)
     table.add_column(no_wrap=True)
     table.add_column(overflow="fold")
     for what, value in summary(found):
