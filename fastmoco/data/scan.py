@@ -49,7 +49,8 @@ def report(manifest: Manifest) -> str:
     skipped = manifest.skipped
     lines = [f"left out: {item}" for item in skipped]
     kinds = Counter(PurePath(name).suffix[1:].lower() or "without suffix" for name in manifest.files)
-    lines.append(f"{show_count(len(manifest), 'image')} ({', '.join(f'{n:,} {kind}' for kind, n in kinds.most_common())})")
+    by_kind = ", ".join(f"{n:,} {kind}" for kind, n in kinds.most_common())
+    lines.append(f"{show_count(len(manifest), 'image')} ({by_kind})")
     by_dali = int(manifest.dali.sum())
     lines.append(f"decoded by DALI: {by_dali:,}; on the host: {len(manifest) - by_dali:,}; left out: {len(skipped):,}")
     return "\n".join(lines)
