@@ -35,6 +35,11 @@ def table(path: Path, rows: list[dict[str, str]]) -> Path:
     return path
 
 
+def text(path: Path, content: str) -> Path:
+    path.write_text(content)
+    return path
+
+
 def test_class_folders_become_labels(tmp_path: Path) -> None:
     for name in ("b/2.png", "a/1.jpg", "a/deep/3.PNG"):
         picture(tmp_path / "set" / name)
@@ -148,6 +153,10 @@ def test_a_damaged_cache_is_ignored(tmp_path: Path) -> None:
         (lambda p: load_manifest(p), "no images in it"),
         (lambda p: load_manifest(picture(p / "x.png").parent, label=["idc"]), "--labels"),
         (lambda p: load_manifest(p, p / "none.csv"), "no such file"),
+        (lambda p: load_manifest(p, p), "--labels .*: a folder; name the file"),
+        (lambda p: load_manifest(p, text(p / "l.csv", "id;file\n1;a")), "columns are separated by ';'; save it"),
+        (lambda p: load_manifest(p, text(p / "l.csv", '"file"\t"a,b"\nx\t1')), r"columns are separated by '\\t'"),
+        (lambda p: load_manifest(text(p / "x.npz", "").parent), r"an \.npz file is given by itself: --data .*x\.npz"),
         (lambda p: load_manifest(p, table(p / "l.csv", [{"path": "a"}])), "no column 'file'; its columns are path"),
         (lambda p: load_manifest(p, table(p / "l.csv", [{"file": "a"}]), label=["x"]), "no column 'x'"),
         (lambda p: load_manifest(p, table(p / "l.csv", [{"file": "gone.png"}])), "'gone.png'"),

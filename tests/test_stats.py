@@ -59,7 +59,7 @@ def test_every_peculiarity_is_found(images: Path) -> None:
     np.testing.assert_allclose(found["mean"], mean, atol=1e-4)
     np.testing.assert_allclose(found["std"], std, atol=1e-4)
     lines = dict(summary(found))
-    assert lines["patients in several splits"] == "1, the first p4" and lines["class kind"] == "a: 7; b: 2"
+    assert lines["patients in several splits"] == "1, the first p4" and lines["label kind"] == "a: 7; b: 2"
 
 
 def test_threads_change_nothing(images: Path) -> None:
@@ -98,7 +98,7 @@ def test_the_command(
     monkeypatch.setattr("sys.argv", ["fastmoco", "data", "stats", *map(str, args)])
     assert cli.main() == 0
     shown = capsys.readouterr().out
-    assert "class kind" in shown and "PNG RGB, 8 bits: 6" in shown and "blank.png" in shown and "same pixels" in shown
+    assert "label kind" in shown and "PNG RGB, 8 bits: 6" in shown and "blank.png" in shown and "same pixels" in shown
     assert json.loads(out.read_text())["nearly empty"] == ["blank.png"]
     monkeypatch.setattr("sys.argv", ["fastmoco", "data", "stats", *map(str, args[:4])])
     assert cli.main() == 0 and "kind" in capsys.readouterr().out, "a label that is not named is taken too"

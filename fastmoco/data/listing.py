@@ -58,6 +58,9 @@ def list_folder(data: Path) -> Listing:
     """
     files = _walk(data)
     if not files:
+        arrays = sorted(data.glob("*.npz"))
+        if arrays:
+            raise UserError(f"--data {data}: no images in it; an .npz file is given by itself: --data {arrays[0]}")
         kinds = " ".join(sorted(IMAGE_SUFFIXES))
         raise UserError(f"--data {data}: no images in it (looked for {kinds}, sub-folders included)")
     return Listing(root=data, files=files, **said_by_folders(files))
@@ -216,6 +219,12 @@ def _findings(path: Path) -> list[list[str]] | None:
     return lines or None
 
 
+def _separator(header: Sequence[str], name: str) -> str | None:
+    """What separates the columns, other than a comma, if that makes `name` one of them."""
+    line = ",".join(header)
+    return next((each for each in ";\t|" if name in (cell.strip(' "') for cell in line.split(each))), None)
+
+
 def _read_csv(
     path: Path, *, required: Sequence[str], optional: Sequence[str], others: bool
 ) -> dict[str, list[str]]:
@@ -229,6 +238,11 @@ def _read_csv(
             header = next(reader, [])
             for name in required:
                 if name not in header:
+                    other = _separator(header, name)
+                    if other is not None:
+                        raise UserError(
+                            f"--labels {path}: its columns are separated by {other!r}; save it with commas between them"
+                        )
                     raise UserError(f"{path}: no column {name!r}; its columns are {', '.join(header) or '(none)'}")
             require_columns(path, header, patient_column=optional[0], split_column=optional[1])
             more = filter(None, header) if others else ()
@@ -244,6 +258,8 @@ def _read_csv(
                     table[name].append(cell)
     except FileNotFoundError:
         raise UserError(f"--labels {path}: no such file") from None
+    except IsADirectoryError:
+        raise UserError(f"--labels {path}: a folder; name the file in it that lists the images") from None
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise UserError(f"--labels {path}: cannot be read as CSV: {error}") from error
     if not all(table.values()):

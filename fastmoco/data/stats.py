@@ -173,7 +173,7 @@ def summary(found: dict[str, Any]) -> list[tuple[str, str]]:
     ]
     if "mean" in found:
         lines += [(f"{what} of R, G, B", ", ".join(f"{v:.3f}" for v in found[what])) for what in ("mean", "std")]
-    lines += [(f"class {name}", _several(classes)) for name, classes in found["classes"].items()]
+    lines += [(f"label {name}", _several(classes)) for name, classes in found["classes"].items()]
     if found["patients"] is not None:
         lines.append(("patients", f"{found['patients']:,}"))
     if found["splits"] is not None:
