@@ -201,6 +201,8 @@ def test_shards(tmp_path: Path) -> None:
     assert found.patients is not None and found.patients.tolist() == ["p0", "p0", "p1", "p1", "p2", "p2"]
     assert [found.decode(i)[0, 0, 0] for i in range(6)] == list(range(6))
     assert found.only_split("test").decode(1)[0, 0, 0] == 5
+    with pytest.raises(UserError, match=r"--split-column fold: .* its columns are grade, patient, split"):
+        load(tmp_path / "shard-000001.tar", split_column="fold")
     one = load(tmp_path / "shard-000001.tar")
     assert one.files == found.files[2:4] and one.decode(1)[0, 0, 0] == 3
 

@@ -234,7 +234,9 @@ def test_a_column_that_is_named_must_be_there(tmp_path: Path, option: str) -> No
     assert (found.splits if option == "split_column" else found.patients).tolist() == ["train"]
     write_manifest(tmp_path / "m.csv", found)
     said = f"--{option.replace('_', '-')} flod: .* has no such column; its columns are "
-    for path, columns in ((listed, "file, fold"), (tmp_path / "m.csv", "file, height"), (findings, "none")):
+    for path, columns in (
+        (None, "none"), (listed, "file, fold"), (tmp_path / "m.csv", "file, height"), (findings, "none")
+    ):  # fmt: skip
         assert load_manifest(tmp_path, path, progress=False).files == ["a.png"], "the usual names may be missing"
         with pytest.raises(UserError, match=said + rf"\(?{columns}"):
             load_manifest(tmp_path, path, progress=False, **{option: "flod"})

@@ -15,6 +15,7 @@ from fastmoco.data.manifest_file import (
     RESERVED,
     is_manifest_file,
     read_manifest_file,
+    require_columns,
     sort_classes,
     too_many_classes,
 )
@@ -178,21 +179,21 @@ def load_manifest(
         return _without_constants(Manifest(root=root, **fields), label)
     if shards and labels is None:
         listing = list_shards(shards, patient_column=patient_column, split_column=split_column, progress=progress)
-    elif data.is_dir():
-        listing = (
-            list_folder(data)
-            if labels is None
-            else list_table(
-                data,
-                labels,
-                label=label,
-                file_column=file_column,
-                patient_column=patient_column,
-                split_column=split_column,
-                all_labels=all_labels,
-            )
+    elif data.is_dir() and labels is not None:
+        listing = list_table(
+            data,
+            labels,
+            label=label,
+            file_column=file_column,
+            patient_column=patient_column,
+            split_column=split_column,
+            all_labels=all_labels,
         )
+    elif data.is_dir():
+        require_columns(data, (), patient_column=patient_column, split_column=split_column)
+        listing = list_folder(data)
     elif data.suffix.lower() == ".npz" and labels is None:
+        require_columns(data, (), patient_column=patient_column, split_column=split_column)
         listing = list_arrays(data)
     elif labels is not None:
         raise UserError(f"--labels {labels}: {data} brings its own labels; leave --labels out, or give a manifest file")

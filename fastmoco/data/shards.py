@@ -18,6 +18,7 @@ from fastmoco.atomic import write_text
 from fastmoco.data.cache import cache_file
 from fastmoco.data.decode import IMAGE_SUFFIXES
 from fastmoco.data.listing import Listing, said_by_folders
+from fastmoco.data.manifest_file import require_columns
 from fastmoco.data.sizes import show_count
 from fastmoco.data.store import split_member
 from fastmoco.data.tars import Damaged, read_headers
@@ -55,7 +56,8 @@ def list_shards(shards: Sequence[Path], *, patient_column: str, split_column: st
     holds its label "cls", and `key.json` an object whose members are labels, but for its patient and split. Where
     neither is there, folders inside the shards say as much as they do outside. What the headers tell is remembered
     for each shard. A member that is a link stands for the one that it names. Raises UserError for a shard that is no
-    tar file or is damaged (see `read_headers`), or where there are no images in any.
+    tar file or is damaged (see `read_headers`), where there are no images in any, and for a patient or split column of
+    another name than the usual that not every image has.
     """
     with ThreadPoolExecutor() as pool:
         read = pool.map(_rows_of, shards)
@@ -72,12 +74,13 @@ def list_shards(shards: Sequence[Path], *, patient_column: str, split_column: st
         stamps=np.array([(row[2], mtime) for _, row, (_, mtime) in named], dtype=np.int64),
     )
     said = [row[3] for _, row, _ in named]
+    # What some images lack is no column: its gaps would be a class of their own.
+    complete = [name for name in said[0] if all(name in words for words in said)]
+    require_columns(listing.root, complete, patient_column=patient_column, split_column=split_column)
     if not any(said):
         for name, value in said_by_folders([row[0] for _, row, _ in named]).items():
             setattr(listing, name, value)
         return listing
-    # What some images lack is no column: its gaps would be a class of their own.
-    complete = [name for name in said[0] if all(name in words for words in said)]
     columns = {name: [words[name] for words in said] for name in complete}
     listing.patients = columns.pop(patient_column, None)
     listing.splits = columns.pop(split_column, None)
