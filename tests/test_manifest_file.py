@@ -208,3 +208,7 @@ def test_shards_that_are_missing_or_short_are_named(tmp_path: Path, named: bool)
     victim.unlink()
     with pytest.raises(UserError, match=r"shard-000001\.tar, which .* lists, is not there"):
         load_manifest(shards, labels, progress=False)
+    for path in shards.glob("*.tar"):
+        path.unlink()
+    with pytest.raises(UserError, match=r"shard-000000\.tar.* not there|nothing .* first shard-000000\.tar/dir/key0"):
+        load_manifest(shards, labels, progress=False)

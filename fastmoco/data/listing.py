@@ -14,7 +14,13 @@ from typing import Any
 import numpy as np
 
 from fastmoco.data.decode import IMAGE_SUFFIXES
-from fastmoco.data.manifest_file import MOST_CLASSES, require_columns
+from fastmoco.data.manifest_file import (
+    MOST_CLASSES,
+    SHARD_INDEX,
+    is_manifest_file,
+    read_manifest_file,
+    require_columns,
+)
 from fastmoco.errors import UserError
 
 FOLDER_LABEL = "folder"
@@ -58,6 +64,13 @@ def list_folder(data: Path) -> Listing:
     """
     files = _walk(data)
     if not files:
+        index = data / SHARD_INDEX
+        if is_manifest_file(index):
+            first = read_manifest_file(index)["files"][0]
+            raise UserError(
+                f"--data {data}: nothing that its {SHARD_INDEX} lists is there, first {first}; restore it, or copy the "
+                "folder again"
+            )
         arrays = sorted(data.glob("*.npz"))
         if arrays:
             raise UserError(f"--data {data}: no images in it; an .npz file is given by itself: --data {arrays[0]}")

@@ -13,6 +13,7 @@ from fastmoco.data.listing import Listing, list_folder, list_table
 from fastmoco.data.manifest_file import (
     MOST_CLASSES,
     RESERVED,
+    SHARD_INDEX,
     is_manifest_file,
     read_manifest_file,
     require_columns,
@@ -25,9 +26,6 @@ from fastmoco.data.store import BadFile, Store, open_store
 from fastmoco.data.undecodable import Undecodable
 from fastmoco.data.verify import Skipped, verify
 from fastmoco.errors import UserError
-
-# A manifest file of this name beside tar shards says what is in them.
-SHARD_INDEX = "index.csv"
 
 
 @dataclass(kw_only=True)

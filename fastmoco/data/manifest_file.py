@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 COLUMNS = ("file", "height", "width", "bytes", "mtime_ns", "dali")
 OFFSET = "offset"
 PATIENT, SPLIT = "patient", "split"
+# A manifest file of this name beside tar shards says what is in them.
+SHARD_INDEX = "index.csv"
 # What no label can be called in a file.
 RESERVED = frozenset({*COLUMNS, OFFSET, PATIENT, SPLIT})
 # A label column names classes; with more values than this it is something else.

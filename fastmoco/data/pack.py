@@ -21,8 +21,8 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 
 from fastmoco.atomic import replacing
 from fastmoco.data.lock import alone
-from fastmoco.data.manifest import SHARD_INDEX, Manifest
-from fastmoco.data.manifest_file import RESERVED, write_manifest
+from fastmoco.data.manifest import Manifest
+from fastmoco.data.manifest_file import RESERVED, SHARD_INDEX, write_manifest
 from fastmoco.data.members import SOURCE, Member, read_members, record
 from fastmoco.data.sizes import show_bytes, show_count
 from fastmoco.data.store import BadFile

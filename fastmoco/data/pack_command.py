@@ -7,8 +7,8 @@ from pathlib import Path
 
 import tyro
 
-from fastmoco.data.manifest import SHARD_INDEX, Manifest
-from fastmoco.data.manifest_file import read_manifest_file
+from fastmoco.data.manifest import Manifest
+from fastmoco.data.manifest_file import SHARD_INDEX, read_manifest_file
 from fastmoco.data.members import compare
 from fastmoco.data.pack import pack
 from fastmoco.data.sizes import parse_bytes, show_count

@@ -9,8 +9,8 @@ from typing import Literal
 
 import tyro
 
-from fastmoco.data.manifest import SHARD_INDEX, Manifest, trusted_list
-from fastmoco.data.manifest_file import write_manifest
+from fastmoco.data.manifest import Manifest, trusted_list
+from fastmoco.data.manifest_file import SHARD_INDEX, write_manifest
 from fastmoco.data.sizes import show_count
 from fastmoco.data.source import Source
 from fastmoco.errors import UserError
