@@ -248,7 +248,7 @@ class _Run:
         skipped = self.manifest.skipped
         if skipped:
             first = str(skipped[0]).encode(errors="backslashreplace").decode()
-            print(f"left out {len(skipped)} files that cannot be decoded, the first {first}; see skipped.txt")
+            print(f"left out {len(skipped)} files, the first {first}; see skipped.txt")
         print(
             f"{config.recipe}: {config.model.arch} at {config.views.size} px on {len(self.manifest)} images, "
             f"{self.plan.total} steps of {config.optim.accumulate} x {config.optim.batch_size}, {engine.precision} on "
