@@ -30,6 +30,7 @@ def test_every_block_and_thread_does_its_part(tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.system
 @pytest.mark.skipif(shutil.which("g++") is None, reason="no g++")
 def test_every_step_of_the_views_does_its_part(tmp_path: Path) -> None:
     """The kernels' and the CPU's loops in every instruction set, none of them out of bounds."""

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+# A minute of compiling.
+pytestmark = pytest.mark.system
 ROOT = Path(__file__).resolve().parents[1]
 # Bytes of shared memory that a block may have (CUDA C++ Programming Guide, compute capabilities).
 SHARED = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
