@@ -207,7 +207,7 @@ from test_data_system import VIEWS
 manifest = load_manifest(Path({str(folder)!r}), decoder={kind!r}, progress=False)
 order = Order(len(manifest), 16, seed=0)
 sizes = []
-with make_loader({kind!r}, manifest, VIEWS, order, start=0, stop=2000, workers=2) as loader:
+with make_loader({kind!r}, manifest, VIEWS, order, start=0, stop=3000, workers=2) as loader:
     for batch in loader:
         pages = int(Path("/proc/self/statm").read_text().split()[1])
         sizes.append(pages * resource.getpagesize())
@@ -218,7 +218,8 @@ print(json.dumps(sizes))
     )
     assert done.returncode == 0, done.stderr
     sizes = json.loads(done.stdout)
-    assert len(sizes) == 2000
-    early, late = statistics.median(sizes[100:300]), statistics.median(sizes[1800:])
-    print(f"{kind}: {early / 1e6:.1f} MB after 200 batches, {late / 1e6:.1f} MB after 1900")
+    assert len(sizes) == 3000
+    # Allocators reach their high-water marks in the first thousand; how many batches are in flight always changes.
+    early, late = statistics.median(sizes[800:1000]), statistics.median(sizes[2800:])
+    print(f"{kind}: {early / 1e6:.1f} MB after 900 batches, {late / 1e6:.1f} MB after 2900")
     assert late < 1.02 * early
