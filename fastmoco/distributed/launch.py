@@ -1,0 +1,94 @@
+"""How the processes of a run find each other: started by torchrun, by srun, or one alone."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from fastmoco.device import find_device
+from fastmoco.distributed.world import World
+from fastmoco.errors import UserError
+
+
+@dataclass(frozen=True)
+class Launch:
+    """What the launcher `by` ("torchrun", "srun" or "alone") says of this process, and where rank 0 listens."""
+
+    by: str
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+    local_size: int = 1
+    address: str = "127.0.0.1"
+    port: int = 29500
+
+
+def find_launch(environ: Mapping[str, str] = os.environ) -> Launch:
+    """How this process was started, from its environment. Raises UserError where that is incomplete."""
+    if "RANK" in environ and "WORLD_SIZE" in environ:
+        return _read("torchrun", environ, "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+    # A job step, started by srun; the batch script itself has the job's variables without these.
+    if int(environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1 and "SLURM_PROCID" in environ:
+        return _read("srun", environ, "SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", None)
+    return Launch("alone")
+
+
+def _read(by: str, environ: Mapping[str, str], rank: str, size: str, local_rank: str, local_size: str | None) -> Launch:
+    missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in environ]
+    if missing and int(environ[size]) > 1:
+        raise UserError(f"started by {by}, but {' and '.join(missing)} is not set: name rank 0's host and a free port")
+    return Launch(
+        by,
+        int(environ[rank]),
+        int(environ[size]),
+        int(environ.get(local_rank, "0")),
+        int(environ.get(local_size or "", "1")),
+        environ.get("MASTER_ADDR", "127.0.0.1"),
+        int(environ.get("MASTER_PORT", "29500")),
+    )
+
+
+@contextmanager
+def joined(device: str, *, timeout: float = 300.0, launch: Launch | None = None) -> Iterator[World]:
+    """The world of this process while it is open; `device` as --device names it, on several GPUs the local rank's.
+
+    timeout: seconds that a collective may take, and that processes wait for each other at the start.
+
+    Raises UserError where the device cannot be used or the others do not come.
+    """
+    launch = launch or find_launch()
+    if launch.size == 1:
+        yield World(device=find_device(device))
+        return
+    where = find_device(f"cuda:{launch.local_rank}" if _wants_gpu(device) else device)
+    backend = "nccl" if where.type == "cuda" else "gloo"
+    if where.type == "cuda":
+        torch.cuda.set_device(where)
+    wait = timedelta(seconds=timeout)
+    try:
+        dist.init_process_group(
+            backend, init_method=f"tcp://{launch.address}:{launch.port}", rank=launch.rank, world_size=launch.size,
+            timeout=wait,
+        )  # fmt: skip
+    except (RuntimeError, ValueError, OSError) as error:
+        raise UserError(
+            f"rank {launch.rank} of {launch.size}, started by {launch.by}, could not meet the others at "
+            f"{launch.address}:{launch.port}: {error}"
+        ) from error
+    try:
+        control = dist.new_group(backend="gloo", timeout=wait)
+        yield World(
+            launch.rank, launch.size, launch.local_rank, launch.local_size, where, dist.group.WORLD, control
+        )
+    finally:
+        dist.destroy_process_group()
+
+
+def _wants_gpu(device: str) -> bool:
+    return device == "cuda" or (device == "auto" and torch.cuda.is_available())

@@ -1,0 +1,61 @@
+"""Several processes that run one function of a test, each as a rank of one world."""
+
+from __future__ import annotations
+
+import multiprocessing
+import socket
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from fastmoco.distributed.launch import Launch, joined
+
+
+def free_port() -> int:
+    """A TCP port of this machine that nothing listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def in_world(size: int, function: Callable[..., Any], *args: Any, timeout: float = 120.0) -> list[Any]:
+    """What `function(world, *args)` returns in each of `size` processes, by rank, over gloo on this machine.
+
+    `function` is one of a module's own, its arguments and results can be pickled. AssertionError, with the tracebacks,
+    where any process fails.
+    """
+    # Torch is imported once, by the server that all processes are forked from.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["worlds", "fastmoco.train.trainer"])
+    results = context.Queue()
+    port = free_port()
+    processes = [
+        context.Process(target=_run, args=(rank, size, port, timeout, results, function, args), daemon=True)
+        for rank in range(size)
+    ]
+    for process in processes:
+        process.start()
+    try:
+        found = dict(results.get(timeout=timeout) for _ in range(size))
+    finally:
+        for process in processes:
+            process.join(timeout=10)
+            process.kill()
+    failures = [f"rank {rank}:\n{error}" for rank, (error, _) in sorted(found.items()) if error]
+    assert not failures, "\n".join(failures)
+    return [found[rank][1] for rank in range(size)]
+
+
+def _run(
+    rank: int, size: int, port: int, timeout: float, results: Any, function: Callable[..., Any], args: tuple[Any, ...]
+) -> None:
+    torch.set_num_threads(1)
+    try:
+        launch = Launch("test", rank, size, rank, size, port=port)
+        with joined("cpu", timeout=timeout, launch=launch) as world:
+            result = function(world, *args)
+        results.put((rank, ("", result)))
+    except BaseException:
+        results.put((rank, (traceback.format_exc(), None)))
