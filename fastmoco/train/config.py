@@ -123,18 +123,24 @@ class LossConfig:
 
 @dataclass(kw_only=True, slots=True)
 class OptimConfig:
-    """SGD and its schedule."""
+    """The optimiser and its schedule."""
 
+    optimizer: Literal["sgd", "lars"] = "sgd"
+    """SGD, or LARS for batches of thousands: it gives each weight tensor a step in proportion to its length, and leaves
+    biases and BatchNorm without that and without weight decay. Its learning rate is a different one: 0.2 times the
+    batch over 256 is Barlow Twins'."""
+    lars_trust: float = 0.001
+    """Of LARS: a tensor's step as a share of its length, before the learning rate."""
     lr: float = 0.03
     """Learning rate at its highest."""
     sgd_momentum: float = 0.9
-    """Momentum of SGD."""
+    """Momentum of SGD or LARS."""
     weight_decay: float = 1e-4
-    """Weight decay, on every parameter."""
+    """Weight decay: with SGD on every parameter, with LARS on weights alone."""
     update: Literal["fused", "torch"] = "fused"
-    """What steps the weights: SGD and the key encoder's average in one pass over memory, or torch.optim.SGD and then
-    the average, which agree to rounding, so that a run may go on with the other. Fused is the default as the faster:
-    measured on two CPU cores, it takes half the time for a ResNet-50's."""
+    """What steps the weights under SGD: SGD and the key encoder's average in one pass over memory, or torch.optim.SGD
+    and then the average, which agree to rounding, so that a run may go on with the other. Fused is the default as the
+    faster: measured on two CPU cores, it takes half the time for a ResNet-50's."""
     schedule: Literal["constant", "cosine"] = "constant"
     """Learning rate after the warm-up: constant, or half a cosine falling towards 0 at the end."""
     warmup_epochs: float = 0.0
@@ -156,7 +162,7 @@ class OptimConfig:
                 raise UserError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(self, name)}")
         if self.steps is not None and self.steps < 1:
             raise UserError(f"--steps must be at least 1, not {self.steps}")
-        for name in ("lr", "sgd_momentum", "weight_decay", "warmup_epochs"):
+        for name in ("lr", "lars_trust", "sgd_momentum", "weight_decay", "warmup_epochs"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise UserError(f"--{name.replace('_', '-')} must be 0 or more, not {getattr(self, name)}")
 

@@ -1,4 +1,4 @@
-"""How an optimiser step reaches the weights: SGD on those that are trained, and the average that follows them."""
+"""How an optimiser step reaches the weights: SGD or LARS on those that are trained, and the average that follows."""
 
 from __future__ import annotations
 
@@ -12,14 +12,15 @@ from fastmoco.ops.ema import ema_update_
 from fastmoco.ops.sgd_ema import sgd_ema_update_
 from fastmoco.train.config import OptimConfig
 from fastmoco.train.copies import Copies
+from fastmoco.train.lars import lars_update_
 
 Parameters = Mapping[str, nn.Parameter]
 
 
 class Update(Protocol):
-    """SGD with momentum on parameters by name, and averages of some of them.
+    """SGD or LARS with momentum on parameters by name, and averages of some of them.
 
-    `buffers` is SGD's momentum by the parameter's name; empty where momentum is 0. Parameters without a gradient are
+    `buffers` is the momentum by the parameter's name; empty where momentum is 0. Parameters without a gradient are
     left alone.
     """
 
@@ -29,7 +30,7 @@ class Update(Protocol):
         """The gradients that `step` will use, by the parameter's name."""
 
     def step(self, lr: float, ema: float) -> None:
-        """One step of SGD at `lr`, unless blocked; then average <- ema * average + (1 - ema) * parameter."""
+        """One optimiser step at `lr`, unless blocked; then average <- ema * average + (1 - ema) * parameter."""
 
 
 class TorchUpdate:
@@ -70,10 +71,10 @@ class TorchUpdate:
         ema_update_(self.averages, self.sources, ema)
 
 
-class FusedUpdate:
-    """Both in one pass over memory (ops/sgd_ema.py); arguments as TorchUpdate's, and the same to rounding.
+class _ThroughCopies:
+    """What the updates share that take gradients from `copies` of some parameters, and write those of some averages.
 
-    `copies` are those of some parameters, which then have the gradients, and of some averages.
+    The other arguments are TorchUpdate's.
     """
 
     def __init__(
@@ -97,6 +98,18 @@ class FusedUpdate:
         made = {name: self.copies.get(name, p).grad for name, p in self.parameters.items()}
         return {name: gradient for name, gradient in made.items() if gradient is not None}
 
+    def _follow(self, names: list[str], ema: float) -> None:
+        """Move the averages called `names` to where their parameters are, and their shadows with them."""
+        ema_update_([self.averages[name] for name in names], [self.parameters[name] for name in names], ema)
+        for name in names:
+            shadow = self.shadows[name]
+            if shadow is not None:
+                shadow.copy_(self.averages[name])
+
+
+class FusedUpdate(_ThroughCopies):
+    """SGD and the average in one pass over memory (ops/sgd_ema.py), the same as TorchUpdate to rounding."""
+
     def step(self, lr: float, ema: float) -> None:
         gradients = self.gradients()
         # A pass has shadows for all its averages or for none.
@@ -117,19 +130,35 @@ class FusedUpdate:
             )
         self._follow([name for name in self.averages if name not in gradients], ema)
 
-    def _follow(self, names: list[str], ema: float) -> None:
-        """Move the averages of parameters that had no gradient."""
-        ema_update_([self.averages[name] for name in names], [self.parameters[name] for name in names], ema)
-        for name in names:
-            shadow = self.shadows[name]
-            if shadow is not None:
-                shadow.copy_(self.averages[name])
+
+class LarsUpdate(_ThroughCopies):
+    """LARS (lars.py), then the average."""
+
+    @torch.no_grad()
+    def step(self, lr: float, ema: float) -> None:
+        gradients = self.gradients()
+        lars_update_(
+            [self.parameters[name] for name in gradients],
+            list(gradients.values()),
+            [self.buffers[name] for name in gradients] if self.buffers else [],
+            lr=lr,
+            momentum=self.optim.sgd_momentum,
+            weight_decay=self.optim.weight_decay,
+            trust=self.optim.lars_trust,
+            blocked=self.blocked,
+        )
+        for name, copy in self.copies.items():
+            if name in gradients:
+                copy.copy_(self.parameters[name])
+        self._follow(list(self.averages), ema)
 
 
 def make_update(
     parameters: Parameters, averages: Mapping[str, Tensor], copies: Copies, optim: OptimConfig, blocked: Tensor
 ) -> Update:
-    """The one that `optim.update` names."""
+    """The one that `optim.optimizer` and `optim.update` name."""
+    if optim.optimizer == "lars":
+        return LarsUpdate(parameters, averages, copies, optim, blocked)
     if optim.update == "fused":
         return FusedUpdate(parameters, averages, copies, optim, blocked)
     return TorchUpdate(parameters, averages, optim, blocked)
