@@ -142,7 +142,7 @@ def test_ten_kills_change_nothing(
     assert not list((broken / "checkpoints").glob(".step-*"))
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
 def test_ctrl_c_saves_first(images: Path, tmp_path: Path, number: signal.Signals) -> None:
     out = tmp_path / "run"
     with started(command(images, out, "pillow", "--checkpoint-every", "1000"), tmp_path) as process:

@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 
 from fastmoco.device import find_device
+from fastmoco.distributed import slurm
 from fastmoco.distributed.world import World
 from fastmoco.errors import UserError
 
@@ -32,25 +33,41 @@ class Launch:
 def find_launch(environ: Mapping[str, str] = os.environ) -> Launch:
     """How this process was started, from its environment. Raises UserError where that is incomplete."""
     if "RANK" in environ and "WORLD_SIZE" in environ:
-        return _read("torchrun", environ, "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+        return _of_torchrun(environ)
     # A job step, started by srun; the batch script itself has the job's variables without these.
-    if int(environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1 and "SLURM_PROCID" in environ:
-        return _read("srun", environ, "SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", None)
+    if "SLURM_PROCID" in environ and slurm.integer(environ, "SLURM_STEP_NUM_TASKS", 1) > 1:
+        return _of_srun(environ)
     return Launch("alone")
 
 
-def _read(by: str, environ: Mapping[str, str], rank: str, size: str, local_rank: str, local_size: str | None) -> Launch:
+def _of_torchrun(environ: Mapping[str, str]) -> Launch:
+    size = slurm.integer(environ, "WORLD_SIZE", 1)
     missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in environ]
-    if missing and int(environ[size]) > 1:
-        raise UserError(f"started by {by}, but {' and '.join(missing)} is not set: name rank 0's host and a free port")
+    if missing and size > 1:
+        raise UserError(
+            f"started by torchrun without {' and '.join(missing)}: set rank 0's host and a port that is free there"
+        )
     return Launch(
-        by,
-        int(environ[rank]),
-        int(environ[size]),
-        int(environ.get(local_rank, "0")),
-        int(environ.get(local_size or "", "1")),
+        "torchrun",
+        slurm.integer(environ, "RANK", 0),
+        size,
+        slurm.integer(environ, "LOCAL_RANK", 0),
+        slurm.integer(environ, "LOCAL_WORLD_SIZE", 1),
         environ.get("MASTER_ADDR", "127.0.0.1"),
-        int(environ.get("MASTER_PORT", "29500")),
+        slurm.integer(environ, "MASTER_PORT", 29500),
+    )
+
+
+def _of_srun(environ: Mapping[str, str]) -> Launch:
+    """The rendezvous is that of MASTER_ADDR and MASTER_PORT where they are set, else taken from the job step."""
+    return Launch(
+        "srun",
+        slurm.integer(environ, "SLURM_PROCID", 0),
+        slurm.integer(environ, "SLURM_STEP_NUM_TASKS", 1),
+        slurm.integer(environ, "SLURM_LOCALID", 0),
+        slurm.tasks_on_node(environ),
+        environ.get("MASTER_ADDR") or slurm.rendezvous_address(environ),
+        slurm.integer(environ, "MASTER_PORT", 0) or slurm.rendezvous_port(environ),
     )
 
 
@@ -66,7 +83,7 @@ def joined(device: str, *, timeout: float = 300.0, launch: Launch | None = None)
     if launch.size == 1:
         yield World(device=find_device(device))
         return
-    where = find_device(f"cuda:{launch.local_rank}" if _wants_gpu(device) else device)
+    where = find_device(f"cuda:{_own_gpu(launch)}" if _wants_gpu(device) else device)
     backend = "nccl" if where.type == "cuda" else "gloo"
     if where.type == "cuda":
         torch.cuda.set_device(where)
@@ -92,3 +109,9 @@ def joined(device: str, *, timeout: float = 300.0, launch: Launch | None = None)
 
 def _wants_gpu(device: str) -> bool:
     return device == "cuda" or (device == "auto" and torch.cuda.is_available())
+
+
+def _own_gpu(launch: Launch) -> int:
+    # With --gpus-per-task and the like, SLURM shows each process one GPU, which is number 0 there.
+    bound = launch.by == "srun" and torch.cuda.device_count() == 1
+    return 0 if bound else launch.local_rank

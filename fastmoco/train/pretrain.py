@@ -50,8 +50,8 @@ class Stopped(Exception):
 def pretrain(config: Config) -> Path:
     """Run `config` to its end, or on from its last checkpoint with `run.resume`; return the run folder.
 
-    Raises UserError for anything the user can mend, NonFiniteLoss where training diverged, Stopped on SIGINT or
-    SIGTERM once the state is saved.
+    Raises UserError for anything the user can mend, NonFiniteLoss where training diverged, Stopped on SIGINT,
+    SIGTERM or SIGUSR1 once the state is saved.
     """
     device = find_device(config.run.device)
     config = _resolve(config, device)

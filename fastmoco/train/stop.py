@@ -8,8 +8,9 @@ from types import FrameType, TracebackType
 
 
 class StopRequest:
-    """While entered, the first SIGINT or SIGTERM is remembered in `signal`; a second SIGINT interrupts at once.
+    """While entered, the first SIGINT, SIGTERM or SIGUSR1 is kept in `signal`; a second SIGINT interrupts at once.
 
+    SIGUSR1 is what SLURM is asked to send some minutes before a job's time is up; unhandled it would end the process.
     Outside the main thread, where Python handles no signals, it does nothing.
     """
 
@@ -20,7 +21,7 @@ class StopRequest:
     def __enter__(self) -> StopRequest:
         if threading.current_thread() is not threading.main_thread():
             return self
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
             self._before[number] = signal.signal(number, self._handle)
         return self
 
