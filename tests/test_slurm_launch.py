@@ -81,7 +81,8 @@ def test_a_name_that_the_network_does_not_know(tmp_path: Path, monkeypatch: pyte
     with pytest.raises(UserError, match=r"nowhere3\.invalid, has no address .* set MASTER_ADDR"):
         find_launch(step)
     scontrol = tmp_path / "scontrol"
-    scontrol.write_text('#!/bin/sh\n[ "$*" = "show node nowhere3.invalid" ] && echo "NodeName=n NodeAddr=10.1.2.3 Port=1"')
+    answer = '[ "$*" = "show node nowhere3.invalid" ] && echo "NodeName=n NodeAddr=10.1.2.3 Port=1"'
+    scontrol.write_text(f"#!/bin/sh\n{answer}\n")
     scontrol.chmod(0o755)
     assert find_launch(step).address == "10.1.2.3"
 
