@@ -159,17 +159,20 @@ def test_ctrl_c_saves_first(images: Path, tmp_path: Path, number: signal.Signals
     assert last_checkpoint(out) == rows(out)
 
 
-def test_a_full_disk_stops_with_one_message_and_keeps_the_last_checkpoint(
+def test_a_full_disk_is_warned_of_and_after_the_stated_number_ends_the_run_with_the_last_checkpoint(
     images: Path, tmp_path: Path, mounted: Callable[[str], Path]
 ) -> None:
     # Room for two checkpoints of this model and their metrics, not for the third before the first is removed.
     disk = mounted("330M")
-    args = command(images, disk / "run", "pillow", "--keep-checkpoints", "5")
+    args = command(images, disk / "run", "pillow", "--keep-checkpoints", "5", "--max-failed-saves", "3")
     done = subprocess.run(args, env=environment(tmp_path), capture_output=True, text=True, timeout=300)
     assert done.returncode == 2, done.stdout + done.stderr
     assert "could not be written" in done.stderr
     assert "No space left" in done.stderr
     assert "Traceback" not in done.stderr
+    assert "3 in a row were missed" in done.stderr
+    # The first two were only warned of, each naming the file.
+    assert done.stdout.count("training goes on to the next checkpoint") + done.stdout.count("is slow") == 2, done.stdout
     last = last_checkpoint(disk / "run")
     assert last >= 5
     assert f"last good checkpoint is {disk / 'run' / 'checkpoints'}" in done.stderr

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import resource
 from pathlib import Path
 
 import pytest
@@ -14,7 +13,6 @@ import fastmoco
 from fastmoco.errors import UserError
 from fastmoco.models.encoder import Encoder
 from fastmoco.models.weights import infer_arch, initial_backbone, load_encoder, save_encoder
-from fastmoco.train.checkpoint import Checkpoint, Store
 
 
 def shaken(arch: str) -> Encoder:
@@ -110,60 +108,3 @@ def test_files_that_hold_no_encoder(tmp_path: Path) -> None:
     (tmp_path / "e.safetensors").write_bytes(whole[: len(whole) // 2])
     with pytest.raises(UserError, match=r"e\.safetensors is truncated or damaged"):
         load_encoder(tmp_path / "e.safetensors")
-
-
-def checkpoint(step: int, size: int = 5) -> Checkpoint:
-    return Checkpoint({"x": torch.full((size,), float(step))}, {"step": step})
-
-
-def test_the_newest_checkpoints_are_kept(tmp_path: Path) -> None:
-    store = Store(tmp_path, keep=2)
-    assert store.latest() is None
-    for step in (5, 10, 20, 100):
-        store.save(checkpoint(step))
-    assert [path.name for path in store.paths()] == ["step-000000020.safetensors", "step-000000100.safetensors"]
-    latest = store.latest()
-    assert latest is not None
-    assert (latest.step, latest.tensors["x"].tolist()) == (100, [100.0] * 5)
-
-
-def test_a_write_that_fails_leaves_the_one_before(tmp_path: Path) -> None:
-    """The system refuses to write past a file size limit, as it does past a full disk."""
-    store = Store(tmp_path, keep=1)
-    store.save(checkpoint(1))
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
-    try:
-        with pytest.raises(UserError, match=r"step-000000002.*could not be written.*last good.*step-000000001"):
-            store.save(checkpoint(2, size=1_000_000))
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert [path.name for path in store.folder.iterdir()] == ["step-000000001.safetensors"]
-    latest = store.latest()
-    assert latest is not None
-    assert latest.step == 1
-
-
-def test_a_truncated_checkpoint_is_named(tmp_path: Path) -> None:
-    store = Store(tmp_path)
-    store.save(checkpoint(1))
-    path = store.save(checkpoint(2, size=1000))
-    path.write_bytes(path.read_bytes()[:-7])
-    with pytest.raises(UserError, match=r"step-000000002\.safetensors is truncated.*remove it"):
-        store.latest()
-
-
-def test_a_foreign_file_is_no_checkpoint(tmp_path: Path) -> None:
-    store = Store(tmp_path)
-    store.folder.mkdir()
-    save_file({"x": torch.zeros(1)}, store.folder / "step-000000001.safetensors")
-    with pytest.raises(UserError, match="not a checkpoint"):
-        store.latest()
-
-
-def test_leftovers_of_a_killed_write_are_removed(tmp_path: Path) -> None:
-    store = Store(tmp_path)
-    store.save(checkpoint(1))
-    (store.folder / ".step-000000002.safetensors.tmp-123").write_bytes(b"half")
-    store.remove_leftovers()
-    assert [path.name for path in store.folder.iterdir()] == ["step-000000001.safetensors"]

@@ -190,15 +190,23 @@ class RunConfig:
     """Steps between checkpoints; one is always written at the end and on Ctrl-C."""
     keep_checkpoints: int = 2
     """Newest checkpoints kept; older ones are removed once a newer one is complete."""
+    max_failed_saves: int = 3
+    """Checkpoints missed in a row that end the run: a folder that is full or read-only, or so slow that the one before
+    is still being written, is only warned of until then. A slow folder then makes training wait instead."""
+    watchdog: float = 300.0
+    """Seconds that a step may take, from one step's end to the next one's, before the run is ended as hung and each
+    process says where it stands."""
     knn_every: int = 10
     """Epochs between kNN scores of the training images, where they have labels; 0 for never."""
 
     def __post_init__(self) -> None:
-        for name in ("log_every", "checkpoint_every", "keep_checkpoints"):
+        for name in ("log_every", "checkpoint_every", "keep_checkpoints", "max_failed_saves"):
             if getattr(self, name) < 1:
                 raise UserError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(self, name)}")
         if self.knn_every < 0:
             raise UserError(f"--knn-every must be 0 (never) or more, not {self.knn_every}")
+        if not 0 < self.watchdog < math.inf:
+            raise UserError(f"--watchdog must be more than 0 seconds, not {self.watchdog}")
         if not 0 <= self.seed < 2**63:
             raise UserError(f"--seed must be from 0 to 2^63 - 1, not {self.seed}")
 
@@ -243,7 +251,10 @@ def _plain(value: Any) -> Any:
 FREE_ON_RESUME = {
     "data": {"data", "labels", "workers", "stage", "max_bad"},
     "optim": {"update"},
-    "run": {"out", "resume", "log_every", "checkpoint_every", "keep_checkpoints", "knn_every"},
+    "run": {
+        "out", "resume", "log_every", "checkpoint_every", "keep_checkpoints", "max_failed_saves", "watchdog",
+        "knn_every",
+    },
 }
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Mapping, Sequence
+import threading
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -55,30 +56,53 @@ class History:
 
 
 class MetricsFile:
-    """`metrics.jsonl` of a run: one line a step, in the order of the steps."""
+    """`metrics.jsonl` of a run: one line a step, in the order of the steps.
 
-    def __init__(self, path: Path, *, resume_at: int) -> None:
+    Rows that cannot be written, to a full disk say, are kept and written with later ones; `warn` is told once.
+    """
+
+    def __init__(self, path: Path, *, resume_at: int, warn: Callable[[str], None] = print) -> None:
         self.path = path
+        self.warn = warn
         # A killed run may have written rows past the checkpoint that it resumes from.
         kept = [row for row in read_rows(path) if row["step"] <= resume_at]
         write_text(path, "".join(json.dumps(row) + "\n" for row in kept))
-        self._stream = path.open("a", encoding="utf-8")
+        # Unbuffered: what a failed write left over is known, and nothing is written twice.
+        self._stream = path.open("ab", buffering=0)
+        self._left = b""
+        self._lock = threading.Lock()
+        self._warned = False
 
     def write(self, rows: Sequence[Row]) -> None:
         """Append `rows`."""
-        for row in rows:
-            # JSON knows no NaN or infinity: null stands for both.
-            finite = {name: value if math.isfinite(value) else None for name, value in row.items()}
-            self._stream.write(json.dumps(finite) + "\n")
-        self._stream.flush()
+        with self._lock:
+            for row in rows:
+                # JSON knows no NaN or infinity: null stands for both.
+                finite = {name: value if math.isfinite(value) else None for name, value in row.items()}
+                self._left += json.dumps(finite).encode() + b"\n"
+        try:
+            self._write_left()
+        except OSError as error:
+            if not self._warned:
+                self.warn(f"warning: {self.path} could not be written: {error}; its rows are kept and written later")
+            self._warned = True
+
+    def _write_left(self) -> None:
+        with self._lock:
+            while self._left:
+                self._left = self._left[self._stream.write(self._left) :]
 
     def sync(self) -> None:
-        """Bring what was written to the disk."""
+        """Bring what was written to the disk, from any thread. Raises OSError where that fails."""
+        self._write_left()
         os.fsync(self._stream.fileno())
 
     def close(self) -> None:
-        """Close the file."""
-        self._stream.close()
+        """Close the file. Raises OSError where rows are left that cannot be written."""
+        try:
+            self._write_left()
+        finally:
+            self._stream.close()
 
 
 def read_rows(path: Path) -> list[Row]:

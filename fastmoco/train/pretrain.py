@@ -7,7 +7,6 @@ import math
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -21,6 +20,7 @@ from fastmoco.device import find_device
 from fastmoco.errors import UserError
 from fastmoco.models.weights import EXPORTED, save_encoder
 from fastmoco.precision import default_precision
+from fastmoco.train.board import Board
 from fastmoco.train.checkpoint import Checkpoint, Store, non_finite
 from fastmoco.train.clock import Clock
 from fastmoco.train.config import Config, to_json
@@ -55,7 +55,7 @@ def pretrain(config: Config) -> Path:
     """
     device = find_device(config.run.device)
     config = _resolve(config, device)
-    store = Store(config.run.out, config.run.keep_checkpoints)
+    store = Store(config.run.out, config.run.keep_checkpoints, max_failed=config.run.max_failed_saves)
     saved = find_checkpoint(config, store)
     manifest = find_images(config, saved)
     refuse_out_inside(config, manifest)
@@ -106,7 +106,7 @@ class _Run:
                 list_images(self.config, self.listed)
             self._describe(start)
             self.metrics = MetricsFile(self.out / "metrics.jsonl", resume_at=start)
-            self.board = _tensorboard(self.out / "tensorboard", start)
+            self.board = Board(self.out / "tensorboard", start)
             try:
                 self._steps(start)
             except (Stopped, NonFiniteLoss, TooManyBad, ImagesGone):
@@ -121,7 +121,8 @@ class _Run:
         return self.out
 
     def _finish(self) -> None:
-        """Close the metrics, TensorBoard's included, and draw them."""
+        """Wait for the checkpoint being written, close the metrics, TensorBoard's included, and draw them."""
+        self.store.finish()
         self.metrics.close()
         self.board.close()
         draw_curves(read_rows(self.out / "metrics.jsonl"), self.out / "curves.png")
@@ -165,9 +166,11 @@ class _Run:
                 if knn:
                     rows[-1] |= knn_row(trainer, self.manifest, self.quarantine)
                 self._write(rows)
-                if save:
-                    path = self._save(done)
-                    if asked is not None and done < total:
+                if save and done < total and asked is None:
+                    self.store.save(self._checkpoint(done), before=self.metrics.sync)
+                elif save:
+                    path = self._save_now(done)
+                    if done < total and asked is not None:
                         raise Stopped(f"stopped at step {done} of {total}; saved {path}; go on with --resume", asked)
                 # Neither a score nor a checkpoint counts in the speed.
                 clock.restart(trainer.pushed)
@@ -212,19 +215,19 @@ class _Run:
         if self.trainer.between_steps and step > 0:
             if rows := self._rows(step, clock):
                 self._write(rows)
-            return f"saved {self._save(step)}"
+            return f"saved {self._save_now(step)}"
         return self.store.last_good()
 
     def _write(self, rows: list[Row]) -> None:
         self.metrics.write(rows)
-        for row in rows:
-            for name, value in row.items():
-                if name != "step":
-                    self.board.add_scalar(name, value, row["step"])
+        self.board.write(rows)
         if "pairs_per_s" in rows[-1]:
             self.progress.show(rows[-1])
 
-    def _save(self, step: int) -> Path:
+    def _save_now(self, step: int) -> Path:
+        return self.store.save_now(self._checkpoint(step), before=self.metrics.sync)
+
+    def _checkpoint(self, step: int) -> Checkpoint:
         checkpoint = self.trainer.checkpoint(step, self.data)
         broken = non_finite(checkpoint.tensors)
         if broken:
@@ -233,8 +236,7 @@ class _Run:
                 f"written; {self.store.last_good()}. A lower --lr or a longer --warmup-epochs may help"
             )
         checkpoint.meta |= {"root": root_of(self.listed), "quarantine": self.quarantine.state()}
-        self.metrics.sync()
-        return self.store.save(checkpoint)
+        return checkpoint
 
     def _knn_due(self, step: int) -> bool:
         every = self.config.run.knn_every * self.plan.per_epoch
@@ -274,10 +276,3 @@ def _resolve(config: Config, device: torch.device) -> Config:
         data=replace(config.data, loader=loader),
         run=replace(config.run, precision=precision, device=str(device)),
     )
-
-
-def _tensorboard(folder: Path, start: int) -> Any:
-    from torch.utils.tensorboard import SummaryWriter
-
-    # Points past the checkpoint, written by a run that was killed, are not shown.
-    return SummaryWriter(str(folder), purge_step=start + 1)
