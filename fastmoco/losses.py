@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import adaptive_avg_pool2d
 
+from fastmoco.distributed.collectives import gather_for_shared_loss
+from fastmoco.distributed.world import World
 from fastmoco.models.projector import Projector
 from fastmoco.ops.crosscorr import crosscorr
 from fastmoco.ops.infonce import infonce_ranked
 from fastmoco.ops.pooled_mse import pooled_mse
 
-Stages = Sequence[Tensor]
+# Maps by the stage's number less one; where there are not all four, those that a loss is given.
+Stages = Sequence[Tensor] | Mapping[int, Tensor]
 
 
 class InfoNCE(nn.Module):
@@ -54,6 +57,9 @@ class StageBarlow(nn.Module):
 
     Each map is averaged to (N, C) and projected by the stage's own projector, which both views go through and both
     train. Returns {"stage1": loss, ...}, weighted as they enter the sum. `widths` are the four stages' channels.
+
+    The correlation is that of this process's images, or, `over_all`, of those of all processes of `world`: each then
+    gathers the projections and has the same losses.
     """
 
     def __init__(
@@ -65,16 +71,23 @@ class StageBarlow(nn.Module):
         scale: float,
         off_diagonal: float,
         projector_width: int,
+        over_all: bool = False,
+        world: World | None = None,
     ) -> None:
         super().__init__()
+        # Stage s's map is pooled to so many places a side.
+        self.grids = dict.fromkeys(stages, 1)
         self.projectors = nn.ModuleDict({f"stage{s}": Projector(widths[s - 1], projector_width) for s in stages})
         self.weight = weight
         self.scale = scale
         self.off_diagonal = off_diagonal
+        self.world = world if over_all and world is not None else World()
 
     def forward(self, query: Stages, key: Stages) -> dict[str, Tensor]:
-        # One call for all stages: their projections share a width.
-        z1, z2 = (torch.stack(side) for side in zip(*self._projections(query, key), strict=True))
+        # One call for all stages, and one gather for all stages and both views: their projections share a width.
+        own = torch.stack([z for views in self._projections(query, key) for z in views], dim=1)
+        z = gather_for_shared_loss(self.world, own, kind="projections").transpose(0, 1)
+        z1, z2 = z[0::2], z[1::2]
         losses = self.weight * crosscorr(z1, z2, off_diagonal=self.off_diagonal, scale=self.scale)
         return dict(zip(self.projectors, losses.unbind(), strict=True))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -58,6 +59,29 @@ def test_a_queue_smaller_than_the_batch() -> None:
     config = find("mocov2")(Path(), Path())
     with pytest.raises(UserError, match=r"--queue-size 100 is smaller than --batch-size 256"):
         dataclasses.replace(config, loss=dataclasses.replace(config.loss, queue_size=100))
+
+
+@pytest.mark.parametrize(
+    ("model", "loss", "said"),
+    [
+        ({"norm_groups": 2}, {"key_shuffle": "local"}, None),
+        ({"norm": "sync"}, {"key_shuffle": "global"}, None),
+        ({}, {"key_shuffle": "local"}, "give --norm-groups 2 or more"),
+        ({"norm_groups": 3}, {}, "--batch-size 32 cannot be shared out evenly to --norm-groups 3"),
+        ({"norm_groups": 0}, {}, "--norm-groups must be at least 1"),
+        ({"norm": "sync", "norm_groups": 2}, {}, "with --norm sync leave it at 1"),
+    ],
+)
+def test_norms_and_shuffling_that_fit_each_other(
+    model: dict[str, object], loss: dict[str, object], said: str | None
+) -> None:
+    config = find("histology-mse")(Path(), Path())
+    with pytest.raises(UserError, match=said) if said else contextlib.nullcontext():
+        dataclasses.replace(
+            config,
+            model=dataclasses.replace(config.model, **model),  # type: ignore[arg-type]
+            loss=dataclasses.replace(config.loss, **loss),  # type: ignore[arg-type]
+        )
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import pickle
 import socket
 import traceback
 from collections.abc import Callable
@@ -45,7 +46,7 @@ def in_world(size: int, function: Callable[..., Any], *args: Any, timeout: float
             process.kill()
     failures = [f"rank {rank}:\n{error}" for rank, (error, _) in sorted(found.items()) if error]
     assert not failures, "\n".join(failures)
-    return [found[rank][1] for rank in range(size)]
+    return [pickle.loads(found[rank][1]) for rank in range(size)]
 
 
 def _run(
@@ -56,6 +57,7 @@ def _run(
         launch = Launch("test", rank, size, rank, size, port=port)
         with joined("cpu", timeout=timeout, launch=launch) as world:
             result = function(world, *args)
-        results.put((rank, ("", result)))
+        # As bytes: the queue itself would leave tensors in memory that goes with this process.
+        results.put((rank, ("", pickle.dumps(result))))
     except BaseException:
-        results.put((rank, (traceback.format_exc(), None)))
+        results.put((rank, (traceback.format_exc(), b"")))

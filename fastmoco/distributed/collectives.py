@@ -26,28 +26,28 @@ def gather(world: World, rows: Tensor, *, kind: str) -> Tensor:
     return start_gather(world, rows, kind=kind).wait()
 
 
-class Gathering:
-    """A gather under way; `wait` gives the gathered rows (W N, ...)."""
+class Arriving:
+    """Rows on their way to this process, by torch's `work`, None where they are there; `wait` gives them."""
 
-    def __init__(self, work: Any, out: Tensor) -> None:
-        self._work, self._out = work, out
+    def __init__(self, work: Any, rows: Tensor) -> None:
+        self._work, self._rows = work, rows
 
     def wait(self) -> Tensor:
-        """The rows of every process, once they are there; on a GPU the stream waits, not the host."""
+        """The rows, once they are there; on a GPU the stream waits, not the host."""
         if self._work is not None:
             self._work.wait()
-        return self._out
+        return self._rows
 
 
 @torch.no_grad()
-def start_gather(world: World, rows: Tensor, *, kind: str) -> Gathering:
+def start_gather(world: World, rows: Tensor, *, kind: str) -> Arriving:
     """Begin `gather`, to be waited for when the rows are needed."""
     if world.alone:
-        return Gathering(None, rows)
+        return Arriving(None, rows)
     rows = rows.detach().contiguous()
     out = rows.new_empty((world.size * len(rows), *rows.shape[1:]))
     world.sent[kind] += (world.size - 1) * rows.nbytes
-    return Gathering(dist.all_gather_into_tensor(out, rows, group=world.group, async_op=True), out)
+    return Arriving(dist.all_gather_single(out, rows, group=world.group, async_op=True), out)
 
 
 def start_sum(world: World, x: Tensor, *, kind: str, op: Any = None) -> Any:

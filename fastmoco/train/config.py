@@ -70,11 +70,23 @@ class ModelConfig:
     init: str | None = None
     """Starting weights of the backbone: "torchvision" (ImageNet), or a run folder, checkpoint, .safetensors or .pth
     file; random if not given."""
-
+    norm: Literal["batch", "sync", "frozen"] = "batch"
+    """Statistics that the BatchNorms of both encoders and of the projectors use in training: batch, those of each
+    process's images; sync, those of all processes' together, so that their number makes no difference; frozen, the
+    running ones of --init's weights, which then stay as they are."""
+    norm_groups: int = 1
+    """Groups of consecutive images that --norm batch normalises each on its own, on every process."""
 
     def __post_init__(self) -> None:
         if self.dim < 1:
             raise UserError(f"--dim must be at least 1, not {self.dim}")
+        if self.norm_groups < 1:
+            raise UserError(f"--norm-groups must be at least 1, not {self.norm_groups}")
+        if self.norm_groups > 1 and self.norm != "batch":
+            raise UserError(
+                f"--norm-groups {self.norm_groups} splits the statistics that --norm batch takes; with --norm "
+                f"{self.norm} leave it at 1"
+            )
 
 
 @dataclass(kw_only=True, slots=True)
@@ -103,8 +115,15 @@ class LossConfig:
     """Scale of the cross-correlation loss."""
     barlow_off_diagonal: float = 1.0
     """Weight of the off-diagonal terms: 1 is the intermediate-layer paper's form, 0.005 Barlow Twins'."""
+    barlow_correlation: Literal["per_rank", "global"] = "per_rank"
+    """Images that the cross-correlation is of: each process's, or all processes' together, which gathers their
+    projections. One process alone has all."""
     projector_width: int = 2048
     """Width of each stage's projector in front of the cross-correlation."""
+    key_shuffle: Literal["none", "local", "global"] = "none"
+    """Which images go through the key encoder together, so that BatchNorm's statistics do not tell which key is a
+    query's: those of the queries' batch; the same in random order, which tells apart the --norm-groups; or random ones
+    of all processes, each sent there and its features back."""
 
     def __post_init__(self) -> None:
         if not self.temperature > 0:
@@ -232,6 +251,17 @@ class Config:
             )
         if self.loss.method == "barlow" and self.optim.batch_size < 2:
             raise UserError("--batch-size 1 has no cross-correlation: give --method barlow at least 2")
+        groups = self.model.norm_groups
+        if self.optim.batch_size % groups:
+            raise UserError(
+                f"--batch-size {self.optim.batch_size} cannot be shared out evenly to --norm-groups {groups}: choose a "
+                "number that divides it"
+            )
+        if self.loss.key_shuffle == "local" and groups == 1:
+            raise UserError(
+                "--key-shuffle local makes no difference where a process's images are normalised together: give "
+                "--norm-groups 2 or more, or use --key-shuffle global or none"
+            )
 
 
 def to_json(config: Config) -> dict[str, Any]:

@@ -6,9 +6,12 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import normalize
+from torch.nn.functional import adaptive_avg_pool2d, normalize
 
-from fastmoco.losses import InfoNCE, StageBarlow, StageMSE
+from fastmoco.distributed.exchange import Exchange
+from fastmoco.distributed.world import World
+from fastmoco.losses import InfoNCE, StageBarlow, StageMSE, Stages
+from fastmoco.models.batch_norms import convert_norms
 from fastmoco.models.encoder import Encoder
 from fastmoco.ops.precision import wide
 from fastmoco.train.config import LossConfig, ModelConfig
@@ -31,10 +34,16 @@ class MomentumContrast(nn.Module):
 
     Gradients reach the query encoder and the stage losses' projectors, never the key encoder. The key encoder's
     BatchNorm statistics are its own: they come from its forward passes and are not averaged with the query's.
+
+    Every process of `world` has its part of a micro-batch, of the same size. The mean over the processes of a loss, and
+    of its gradients, is that of the micro-batch, but for what --norm and --barlow-correlation leave to each process.
     """
 
-    def __init__(self, model: ModelConfig, loss: LossConfig, *, seed: int) -> None:
+    def __init__(self, model: ModelConfig, loss: LossConfig, *, seed: int, world: World | None = None) -> None:
         super().__init__()
+        world = world or World()
+        self.key_shuffle = loss.key_shuffle
+        self.shuffled_over = world if loss.key_shuffle == "global" else World()
         self.query, self.key = (
             Encoder(
                 model.arch, head=model.head, dim=model.dim, zero_init_residual=model.zero_init_residual, seed=seed
@@ -43,7 +52,7 @@ class MomentumContrast(nn.Module):
         )
         self.key.requires_grad_(False)
         self.infonce = InfoNCE(loss.temperature)
-        self.stage_loss: nn.Module | None = None
+        self.stage_loss: StageMSE | StageBarlow | None = None
         if loss.method == "mse":
             self.stage_loss = StageMSE(loss.stages, loss.grids, loss.stage_weight)
         elif loss.method == "barlow":
@@ -56,16 +65,15 @@ class MomentumContrast(nn.Module):
                     scale=loss.barlow_scale,
                     off_diagonal=loss.barlow_off_diagonal,
                     projector_width=loss.projector_width,
+                    over_all=loss.barlow_correlation == "global",
+                    world=world,
                 )
+        convert_norms(self, model.norm, groups=model.norm_groups, world=world)
 
     @property
     def loss_names(self) -> list[str]:
         """The names of the losses that forward returns, in its order."""
-        if isinstance(self.stage_loss, StageMSE):
-            return ["infonce", *(f"stage{s}" for s in self.stage_loss.grids)]
-        if isinstance(self.stage_loss, StageBarlow):
-            return ["infonce", *self.stage_loss.projectors]
-        return ["infonce"]
+        return ["infonce", *(f"stage{s}" for s in self.stage_loss.grids)] if self.stage_loss else ["infonce"]
 
     @property
     def averages(self) -> dict[str, Tensor]:
@@ -82,14 +90,40 @@ class MomentumContrast(nn.Module):
             if isinstance(part, (nn.Conv2d, nn.Linear)) and id(part.weight) not in heads
         ]
 
-    def forward(self, view_q: Tensor, view_k: Tensor, bank: Tensor) -> Output:
-        """Two views (N, 3, H, W) of the same images in [0, 1], and the negatives (K, D), as they were before them."""
-        query = self.query(view_q)
-        with torch.no_grad():
-            key = self.key(view_k)
+    def forward(self, view_q: Tensor, view_k: Tensor, bank: Tensor, order: Tensor | None = None) -> Output:
+        """Two views (N, 3, H, W) of the same images in [0, 1], and the negatives (K, D), as they were before them.
+
+        `order` (N,) int64, a permutation (distributed/exchange.py's draw_order), is that in which the keys' images are
+        shuffled; it is not used where the keys are not. `view_k` is widened to view_q's dtype behind that, so that what
+        is sent is as compact as it is given.
+        """
+        if self.key_shuffle == "none":
+            query = self.query(view_q)
+            with torch.no_grad():
+                embedding, key_stages = self.key(view_k.to(view_q.dtype))
+        else:
+            assert order is not None
+            exchange = Exchange(self.shuffled_over, order)
+            arriving = exchange.start(view_k)
+            # Meanwhile the images are on their way.
+            query = self.query(view_q)
+            embedding, key_stages = self._keys_elsewhere(exchange, arriving.wait().to(view_q.dtype))
         q = normalize(wide(query.embedding), dim=1)
-        k = normalize(wide(key.embedding), dim=1)
+        k = normalize(wide(embedding), dim=1)
         losses, rank = self.infonce(q, k, bank)
         if self.stage_loss is not None:
-            losses |= self.stage_loss(query.stages, key.stages)
+            losses |= self.stage_loss(query.stages, key_stages)
         return Output(losses, q.detach(), k, rank)
+
+    @torch.no_grad()
+    def _keys_elsewhere(self, exchange: Exchange, images: Tensor) -> tuple[Tensor, Stages]:
+        """The key encoder's embeddings of this process's images and the pooled maps that the stage loss needs.
+
+        `images` are those that `exchange` brought. Maps are pooled before they go back, which is all that is used of
+        them, and together with the embedding, so that both are the same image's.
+        """
+        key = self.key(images)
+        grids = self.stage_loss.grids if self.stage_loss else {}
+        pooled = [adaptive_avg_pool2d(wide(key.stages[s - 1]), grid) for s, grid in grids.items()]
+        embedding, *maps = exchange.bring_back(key.embedding, *pooled)
+        return embedding, {s - 1: value for s, value in zip(grids, maps, strict=True)}

@@ -1,0 +1,155 @@
+"""The objective over several processes is that over one: losses, keys, gradients and statistics, in float64."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from fastmoco.distributed.collectives import start_sum
+from fastmoco.distributed.exchange import Exchange, draw_order
+from fastmoco.distributed.world import World
+from fastmoco.train.config import LossConfig, ModelConfig
+from fastmoco.train.objective import MomentumContrast
+from parity import assert_states_close
+from worlds import in_world
+
+# Two, three and four processes have equal parts of it.
+BATCH, SIDE = 12, 32
+TOLERANCE = 1e-10
+CASES = pytest.mark.parametrize(
+    ("method", "size"), [("moco", 2), *((m, s) for m in ("mse", "barlow") for s in (2, 3, 4))]
+)
+
+
+def objective(world: World, method: str, norm: str, key_shuffle: str = "none", groups: int = 1) -> MomentumContrast:
+    """Both encoders with weights and statistics of their own, so that no part of a gradient is zero."""
+    module = MomentumContrast(
+        ModelConfig(arch="resnet18", dim=16, zero_init_residual=False, norm=norm, norm_groups=groups),  # type: ignore[arg-type]
+        LossConfig(
+            method=method,  # type: ignore[arg-type]
+            grids=(4, 4, 2, 2),
+            stage_weight=0.5,
+            projector_width=12,
+            barlow_correlation="global",
+            key_shuffle=key_shuffle,  # type: ignore[arg-type]
+        ),
+        seed=3,
+        world=world,
+    ).double()
+    generator = torch.Generator().manual_seed(8)
+    with torch.no_grad():
+        for name, value in module.state_dict().items():
+            if (name.startswith("key.") and name.endswith("weight")) or ".running_" in name:
+                value.mul_(1 + 0.2 * torch.rand(value.shape, generator=generator, dtype=torch.float64))
+    return module
+
+
+def views(rows: int = BATCH) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(9)
+    # Half precision, as the loader gives them; each image of another brightness, so that no two are alike.
+    q = torch.rand(rows, 3, SIDE, SIDE, generator=generator) * torch.linspace(0.2, 1, rows).view(-1, 1, 1, 1)
+    k = 0.8 * q + 0.2 * torch.rand(rows, 3, SIDE, SIDE, generator=generator)
+    bank = torch.nn.functional.normalize(torch.randn(50, 16, generator=generator, dtype=torch.float64), dim=1)
+    q, k = (view.half().to(memory_format=torch.channels_last) for view in (q, k))
+    return q.double(), k, bank
+
+
+def step(world: World, method: str, norm: str, key_shuffle: str) -> dict[str, Tensor]:
+    """The micro-batch's losses, gradients and keys, and the statistics afterwards, as one process would have them."""
+    module = objective(world, method, norm, key_shuffle)
+    q, k, bank = views()
+    part = BATCH // world.size
+    own = slice(world.rank * part, (world.rank + 1) * part)
+    order = draw_order(0, 0, world.rank, part) if key_shuffle != "none" else None
+    output = module(q[own], k[own], bank, order)
+    torch.stack(list(output.losses.values())).sum().backward()
+    found = {f"loss {name}": value.detach() for name, value in output.losses.items()}
+    found |= {f"gradient {name}": p.grad for name, p in module.named_parameters() if p.grad is not None}
+    for value in found.values():
+        work = start_sum(world, value, kind="test")
+        if work is not None:
+            work.wait()
+        value /= world.size
+    return (
+        found
+        | {f"buffer {name}": value for name, value in module.named_buffers() if ".running_" in name}
+        | {f"rows {name}": getattr(output, name).double() for name in ("key", "query", "rank")}
+    )
+
+
+def assert_one_process(size: int, *arguments: str) -> None:
+    expected = step(World(), *arguments)
+    results = in_world(size, step, *arguments)
+    rows = {name: torch.cat([r[name] for r in results]) for name in results[0] if name.startswith("rows ")}
+    for result in results:
+        assert_states_close(result | rows, expected, TOLERANCE, f"{size} processes, {arguments}")
+
+
+@CASES
+def test_with_frozen_statistics_and_keys_shuffled_over_all(method: str, size: int) -> None:
+    """A key's place among the others makes no difference to it: it is exactly that without shuffling."""
+    expected = step(World(), method, "frozen", "none")
+    if size == 2:
+        assert_states_close(step(World(), method, "frozen", "global"), expected, TOLERANCE, "one process")
+    results = in_world(size, step, method, "frozen", "global")
+    rows = {name: torch.cat([r[name] for r in results]) for name in results[0] if name.startswith("rows ")}
+    for result in results:
+        assert_states_close(result | rows, expected, TOLERANCE, f"{size} processes, {method}")
+
+
+@CASES
+def test_with_synchronised_statistics(method: str, size: int) -> None:
+    assert_one_process(size, method, "sync", "none")
+
+
+def test_with_synchronised_statistics_and_keys_shuffled_over_all() -> None:
+    assert_one_process(3, "mse", "sync", "global")
+
+
+def _only_the_embedding_unshuffled(world: World, method: str) -> dict[str, Tensor]:
+    bring_back = Exchange.bring_back
+
+    def mistaken(self: Exchange, *features: Tensor) -> list[Tensor]:
+        return [*bring_back(self, features[0]), *features[1:]]
+
+    Exchange.bring_back = mistaken  # type: ignore[method-assign]
+    try:
+        return step(world, method, "frozen", "global")
+    finally:
+        Exchange.bring_back = bring_back  # type: ignore[method-assign]
+
+
+@pytest.mark.parametrize("method", ["mse", "barlow"])
+def test_stage_features_left_shuffled_are_noticed(method: str) -> None:
+    expected = step(World(), method, "frozen", "none")
+    for result in [
+        _only_the_embedding_unshuffled(World(), method),
+        *in_world(2, _only_the_embedding_unshuffled, method),
+    ]:
+        assert torch.allclose(result["loss infonce"], expected["loss infonce"], rtol=1e-10)
+        for stage in range(1, 5):
+            loss, right = result[f"loss stage{stage}"], expected[f"loss stage{stage}"]
+            assert abs(loss - right) > 1e-3 * right
+
+
+def test_locally_shuffled_groups_mix_the_images() -> None:
+    """The statistics of a key's group are then those of other images than its query's."""
+    q, k, bank = views()
+    order = draw_order(1, 2, 0, BATCH)
+
+    def keys(key_shuffle: str, groups: int, images: Tensor, order: Tensor | None) -> Any:
+        return objective(World(), "mse", "batch", key_shuffle, groups)(q, images, bank, order)
+
+    shuffled = keys("local", 4, k, order)
+    by_hand = keys("none", 4, k[order], None)
+    assert torch.allclose(shuffled.key[order], by_hand.key, rtol=0, atol=1e-12)
+    assert not torch.allclose(shuffled.key, keys("none", 4, k, None).key, rtol=0, atol=1e-3)
+    # In one group the order makes no difference.
+    whole = keys("none", 1, k, None)
+    one = keys("local", 1, k, order)
+    assert torch.allclose(one.key, whole.key, rtol=0, atol=1e-12)
+    for name, loss in whole.losses.items():
+        assert torch.allclose(one.losses[name], loss, rtol=1e-11)
