@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 from collections import Counter
 from dataclasses import dataclass, field
@@ -43,5 +44,5 @@ class World:
 
     @property
     def host(self) -> str:
-        """The name of this machine."""
-        return socket.gethostname()
+        """The name of this machine, SLURM's where it has one for it."""
+        return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
