@@ -22,6 +22,7 @@ from torch import Tensor
 from bench.paper import Paper, StageLoss
 from bench.timing import environment, interleaved, quantiles, save
 from fastmoco.data.loader import Batch
+from fastmoco.distributed.world import World
 from fastmoco.losses import StageBarlow
 from fastmoco.precision import cpu_has_bf16
 from fastmoco.train.config import Config
@@ -68,7 +69,7 @@ def build(args: StepArgs, precision: Literal["bf16", "fp32"], channels_last: boo
         optim=replace(config.optim, batch_size=args.batch_size),
         run=replace(config.run, precision=precision, channels_last=channels_last, log_every=10**4),
     )
-    return Trainer(config, precision=precision, device=torch.device(args.device))
+    return Trainer(config, precision=precision, world=World(device=torch.device(args.device)))
 
 
 def views(args: StepArgs, channels_last: bool) -> Batch:

@@ -38,6 +38,7 @@ def pretrain(args: list[str]) -> int:
         config=(tyro.conf.OmitArgPrefixes,),
     )
 
+    from fastmoco.distributed.launch import find_launch
     from fastmoco.train.pretrain import Stopped
     from fastmoco.train.pretrain import pretrain as train
 
@@ -46,7 +47,8 @@ def pretrain(args: list[str]) -> int:
     except Stopped as stopped:
         print(stopped, file=sys.stderr)
         return 128 + stopped.signal
-    print(f"done: {folder / 'encoder.safetensors'}")
+    if find_launch().rank == 0:
+        print(f"done: {folder / 'encoder.safetensors'}")
     return 0
 
 

@@ -12,6 +12,7 @@ from torch.nn.functional import normalize
 from bench.paper import CHEST_GRIDS, Paper, Record
 from fastmoco.data.loader import Batch
 from fastmoco.data.views import ViewConfig
+from fastmoco.distributed.world import World
 from fastmoco.train.config import Config, DataConfig, LossConfig, ModelConfig, OptimConfig, RunConfig
 from fastmoco.train.trainer import Trainer
 from parity import (
@@ -144,7 +145,7 @@ def projector_states(record: Record, which: str) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("method", METHODS)
 def test_three_float64_steps_are_the_papers(method: str) -> None:
-    trainer = Trainer(config(method, "fp64"), precision="fp64", device=torch.device("cpu"))
+    trainer = Trainer(config(method, "fp64"), precision="fp64", world=World())
     perturb_zero_gammas(trainer)
     paper, spy = oracle(trainer, method), Spy(trainer)
     for number, views in enumerate(batches(), start=1):
@@ -171,7 +172,7 @@ def test_three_float64_steps_are_the_papers(method: str) -> None:
 @pytest.mark.parametrize("method", METHODS)
 def test_first_step_in_lower_precision(method: str, precision: str) -> None:
     dtype = DTYPES[precision]
-    trainer = Trainer(config(method, precision), precision=precision, device=torch.device("cpu"))
+    trainer = Trainer(config(method, precision), precision=precision, world=World())
     perturb_zero_gammas(trainer)
     paper, spy = oracle(trainer, method), Spy(trainer)
     views = batches()[0]
@@ -185,7 +186,7 @@ def test_first_step_in_lower_precision(method: str, precision: str) -> None:
 
 def test_the_comparison_can_fail() -> None:
     """An oracle with another momentum is told apart at the second step, as the key weights then differ."""
-    trainer = Trainer(config("mse", "fp64"), precision="fp64", device=torch.device("cpu"))
+    trainer = Trainer(config("mse", "fp64"), precision="fp64", world=World())
     perturb_zero_gammas(trainer)
     paper, spy = oracle(trainer, "mse"), Spy(trainer)
     paper.m = 0.901

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 
 import fastmoco
 from fastmoco.data.dali import dali_installed
+from fastmoco.distributed.world import World
 from fastmoco.errors import UserError
 from fastmoco.train import pretrain as module
 from fastmoco.train.config import Config, to_json
@@ -233,7 +234,7 @@ def test_weights_that_overflow_are_not_saved(images: Path, tmp_path: Path, monke
 def test_pretraining_from_an_earlier_run(images: Path, tmp_path: Path) -> None:
     pretrain(small_config(images, tmp_path / "a", steps=2))
     config = small_config(images, tmp_path / "b", steps=1, init=str(tmp_path / "a"))
-    trainer = Trainer(config, precision="fp32", device=torch.device("cpu"))
+    trainer = Trainer(config, precision="fp32", world=World())
     expected = fastmoco.load_encoder(tmp_path / "a").backbone.state_dict()
     for encoder in (trainer.module.query, trainer.module.key):
         assert all(torch.equal(value, expected[name]) for name, value in encoder.backbone.state_dict().items())

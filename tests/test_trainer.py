@@ -13,6 +13,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fastmoco.data.loader import Batch
+from fastmoco.distributed.world import World
 from fastmoco.ops import dispatch
 from fastmoco.train.checkpoint import non_finite
 from fastmoco.train.objective import MomentumContrast
@@ -25,7 +26,7 @@ UPDATES = pytest.mark.parametrize("update", ["fused", "torch"])
 
 def trainer(method: str = "mse", **changes: Any) -> Trainer:
     config = small_config(Path(), Path(), method=method, **changes)
-    return Trainer(config, precision=config.run.precision, device=CPU)
+    return Trainer(config, precision=config.run.precision, world=World())
 
 
 def batch(seed: int, n: int = 4) -> Batch:
@@ -161,14 +162,14 @@ def test_a_non_finite_loss_suppresses_every_update_from_then_on(bad: float, upda
     t = trainer(log_every=9, update=update)
     t.step([batch(0)], lr=0.1)
     before = {name: p.clone() for name, p in t.module.query.named_parameters()}
-    momentum = {name: value.clone() for name, value in t.engine.momentum_buffers.items()}
+    momentum = {name: value.clone() for name, value in t.engine.update.buffers.items()}
     broken = batch(1)
     broken.q[0, 0, 0, 0] = bad
     t.step([broken], lr=0.1)
     t.step([batch(2)], lr=0.1)
     for name, p in t.module.query.named_parameters():
         assert torch.equal(p, before[name]), name
-    for name, value in t.engine.momentum_buffers.items():
+    for name, value in t.engine.update.buffers.items():
         assert torch.equal(value, momentum[name]), name
     assert [bool(np.isfinite(row["infonce"])) for row in t.history.read()] == [True, False, True]
 
@@ -182,7 +183,7 @@ def test_the_first_step_can_be_suppressed_too(update: str) -> None:
     t.step([broken], lr=0.1)
     for name, p in t.module.query.named_parameters():
         assert torch.equal(p, before[f"query.{name}"]), name
-    assert all(not value.any() for value in t.engine.momentum_buffers.values())
+    assert all(not value.any() for value in t.engine.update.buffers.values())
 
 
 def test_non_finite_tensors_are_found() -> None:

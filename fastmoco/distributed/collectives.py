@@ -14,6 +14,9 @@ from torch import Tensor
 
 from fastmoco.distributed.world import World
 
+# Its name before torch 2.14.
+_all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
 
 @torch.no_grad()
 def gather(world: World, rows: Tensor, *, kind: str) -> Tensor:
@@ -47,7 +50,12 @@ def start_gather(world: World, rows: Tensor, *, kind: str) -> Arriving:
     rows = rows.detach().contiguous()
     out = rows.new_empty((world.size * len(rows), *rows.shape[1:]))
     world.sent[kind] += (world.size - 1) * rows.nbytes
-    return Arriving(dist.all_gather_single(out, rows, group=world.group, async_op=True), out)
+    return Arriving(_all_gather_single(out, rows, group=world.group, async_op=True), out)
+
+
+def sum_bytes(world: World, x: Tensor) -> int:
+    """Bytes that a process sends in a sum of `x` over all of them."""
+    return 2 * x.nbytes * (world.size - 1) // world.size
 
 
 def start_sum(world: World, x: Tensor, *, kind: str, op: Any = None) -> Any:
@@ -57,7 +65,7 @@ def start_sum(world: World, x: Tensor, *, kind: str, op: Any = None) -> Any:
     """
     if world.alone:
         return None
-    world.sent[kind] += 2 * x.nbytes * (world.size - 1) // world.size
+    world.sent[kind] += sum_bytes(world, x)
     return dist.all_reduce(x, op=op or dist.ReduceOp.SUM, group=world.group, async_op=True)
 
 

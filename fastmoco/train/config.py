@@ -169,7 +169,7 @@ class OptimConfig:
     steps: int | None = None
     """Stop after this many optimiser steps; overrides epochs."""
     batch_size: int = 256
-    """Images in a micro-batch."""
+    """Images in a micro-batch, of all processes together."""
     accumulate: int = 1
     """Micro-batches whose gradients are averaged for one optimiser step; each is pushed to the queue."""
     drop_last: bool = True
@@ -196,13 +196,19 @@ class RunConfig:
     """Continue from the run folder's last checkpoint (from the start if it has none)."""
     seed: int = 0
     """Seed of the weights, the queue, the order of the images and every augmentation."""
-    precision: Literal["auto", "bf16", "fp32", "fp64"] = "auto"
-    """Arithmetic of the encoders: bfloat16 autocast, float32 or float64; auto takes bf16 where the processor has it.
-    Losses are always at least float32."""
+    precision: Literal["auto", "bf16", "fp16", "fp32", "fp64"] = "auto"
+    """Arithmetic of the encoders: autocast to bfloat16, or to float16 with a loss scale, float32 or float64; auto takes
+    bf16 where the processor has it. Losses are always at least float32."""
     channels_last: bool = True
     """Keep images and weights channels-last (NHWC) in memory."""
     device: str = "auto"
     """Device to train on, such as cpu or cuda:0; auto takes a GPU where there is one."""
+    engine: Literal["auto", "single", "ddp", "deepspeed"] = "auto"
+    """What runs the steps: auto takes one process alone where it was started alone, and otherwise DDP. The number of
+    processes is that of torchrun or srun; a checkpoint of one engine goes on with another."""
+    zero: Literal[0, 1, 2, 3] = 1
+    """With --engine deepspeed, what processes share out instead of keeping whole: 1 SGD's momentum, 2 gradients too, 3
+    weights too, 0 nothing."""
     log_every: int = 20
     """Steps between reads of the metrics from the device; every step's losses are written all the same."""
     checkpoint_every: int = 500
@@ -282,8 +288,8 @@ FREE_ON_RESUME = {
     "data": {"data", "labels", "workers", "stage", "max_bad"},
     "optim": {"update"},
     "run": {
-        "out", "resume", "log_every", "checkpoint_every", "keep_checkpoints", "max_failed_saves", "watchdog",
-        "knn_every",
+        "out", "resume", "device", "engine", "zero", "log_every", "checkpoint_every", "keep_checkpoints",
+        "max_failed_saves", "watchdog", "knn_every",
     },
 }
 

@@ -22,12 +22,12 @@ class Copies:
     def __init__(self, module: nn.Module, names: list[str]) -> None:
         self.module = module
         self.originals = {name: module.get_parameter(name) for name in names}
-        self.by_name = {
-            name: weight.detach().bfloat16().requires_grad_(weight.requires_grad)
+        self.by_name: dict[str, Tensor] = {
+            name: nn.Parameter(weight.detach().bfloat16(), weight.requires_grad)
             for name, weight in self.originals.items()
         }
 
-    def __call__(self, *inputs: Tensor) -> Any:
+    def __call__(self, *inputs: Tensor | None) -> Any:
         """`module(*inputs)` with the copies in place of the weights."""
         return torch.func.functional_call(self.module, self.by_name, inputs, tie_weights=False)
 

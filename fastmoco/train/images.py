@@ -20,15 +20,17 @@ from fastmoco.train.config import Config
 MANIFEST = "manifest.csv"
 
 
-def find_images(config: Config, saved: Checkpoint | None) -> Manifest:
+def find_images(config: Config, saved: Checkpoint | None, *, listed: bool = False) -> Manifest:
     """The images that `config` names, checked with the decoder that training will use.
 
     A run that goes on has those that it began with, by the list in its folder, which is not checked again: what has
-    changed meanwhile is met, and replaced, when it is read. Raises ImagesGone where
-    hardly any is there.
+    changed meanwhile is met, and replaced, when it is read. `listed`: another process of the run has just written that
+    list. Raises ImagesGone where hardly any image is there.
     """
     stored = config.run.out / MANIFEST
-    if saved is None or not stored.exists():
+    if listed and not stored.exists():
+        raise UserError(f"{stored} is not seen here: --out has to name a folder that all machines of the run share")
+    if not listed and (saved is None or not stored.exists()):
         manifest = _found(config)
         # A list that was made before is not checked image by image.
         check_there(manifest)
@@ -37,7 +39,7 @@ def find_images(config: Config, saved: Checkpoint | None) -> Manifest:
     # As the names of its members, those of a single shard begin with the shard.
     root = data.parent if data.suffix.lower() == ".tar" and not data.is_dir() else data
     manifest = Manifest(root=root, **read_manifest_file(stored))
-    if saved.meta.get("root") != root_of(manifest) and manifest.stamps is not None:
+    if saved is not None and saved.meta.get("root") != root_of(manifest) and manifest.stamps is not None:
         # They may be copies, whose times say nothing.
         manifest = replace(manifest, stamps=np.stack([manifest.stamps[:, 0], np.zeros(len(manifest), int)], axis=1))
     check_there(manifest)

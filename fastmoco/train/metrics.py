@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 
 from fastmoco.atomic import write_text
+from fastmoco.distributed.collectives import gather
+from fastmoco.distributed.world import World
 
 Row = dict[str, Any]
 
@@ -27,9 +29,10 @@ class History:
     sqrt(D), so that 1 is a uniform spread over the sphere and 0 is collapse.
     """
 
-    def __init__(self, names: Sequence[str], capacity: int, device: torch.device) -> None:
+    def __init__(self, names: Sequence[str], capacity: int, world: World) -> None:
         self.columns = ["loss", *names, "top1", "top5", "embedding_std"]
-        self._values = torch.zeros(capacity, len(self.columns), dtype=torch.float64, device=device)
+        self._world = world
+        self._values = torch.zeros(capacity, len(self.columns), dtype=torch.float64, device=world.device)
         self._rows = 0
 
     @torch.no_grad()
@@ -48,8 +51,12 @@ class History:
         self._rows += 1
 
     def read(self) -> list[dict[str, float]]:
-        """The rows since the last read, brought to the host: the one place where a step's metrics synchronise."""
-        rows = self._values[: self._rows].tolist()
+        """The rows since the last read, means over all processes, on the host: here alone a step's metrics synchronise.
+
+        Every process calls it after the same step, and has the same rows.
+        """
+        every = gather(self._world, self._values[: self._rows], kind="metrics")
+        rows = every.view(self._world.size, self._rows, len(self.columns)).mean(dim=0).tolist()
         self._values.zero_()
         self._rows = 0
         return [dict(zip(self.columns, row, strict=True)) for row in rows]

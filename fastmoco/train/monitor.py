@@ -9,6 +9,7 @@ from fastmoco.data.quarantine import Quarantine
 from fastmoco.data.store import BadFile
 from fastmoco.evaluate.features import BadImage, extract
 from fastmoco.evaluate.knn import monitor
+from fastmoco.models.encoder import Encoder
 from fastmoco.train.metrics import Row
 from fastmoco.train.trainer import Trainer
 
@@ -16,8 +17,8 @@ from fastmoco.train.trainer import Trainer
 MONITOR_IMAGES = 2000
 
 
-def knn_row(trainer: Trainer, manifest: Manifest, quarantine: Quarantine) -> Row:
-    """Leave-one-out kNN scores of the query encoder's pooled stage-4 feature on some of the training images.
+def knn_row(trainer: Trainer, encoder: Encoder, manifest: Manifest, quarantine: Quarantine) -> Row:
+    """Leave-one-out kNN scores of `encoder`'s pooled stage-4 feature on some of the training images.
 
     Images in `quarantine` and others that cannot be read are left out: a score is no reason to set them aside, nor to
     stop. {} where fewer than two are left.
@@ -31,7 +32,7 @@ def knn_row(trainer: Trainer, manifest: Manifest, quarantine: Quarantine) -> Row
         some = manifest.select(np.array(chosen))
         try:
             features = extract(
-                trainer.module.query,
+                encoder,
                 some,
                 size=views.size,
                 resize=views.resize or 1.0,

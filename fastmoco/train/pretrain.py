@@ -4,33 +4,34 @@ from __future__ import annotations
 
 import contextlib
 import math
+from collections.abc import Iterator
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
 import torch
 
-from fastmoco.atomic import write_text
 from fastmoco.data.dali import dali_installed
-from fastmoco.data.loader import make_loader
+from fastmoco.data.loader import Batch, make_loader
 from fastmoco.data.manifest import Manifest
 from fastmoco.data.order import Order
-from fastmoco.data.quarantine import ImagesGone, Quarantine, TooManyBad
-from fastmoco.device import find_device
+from fastmoco.data.quarantine import ImagesGone, TooManyBad
+from fastmoco.distributed.agreement import agree_to_raise, everywhere, first_then_others, largest
+from fastmoco.distributed.launch import joined
+from fastmoco.distributed.world import World
 from fastmoco.errors import UserError
 from fastmoco.models.weights import EXPORTED, save_encoder
 from fastmoco.precision import default_precision
-from fastmoco.train.board import Board
 from fastmoco.train.checkpoint import Checkpoint, Store, non_finite
 from fastmoco.train.clock import Clock
 from fastmoco.train.config import Config, to_json
-from fastmoco.train.curves import draw_curves
 from fastmoco.train.folder import BAD_FILES, find_checkpoint, write_description
 from fastmoco.train.images import find_images, fingerprint, list_images, refuse_out_inside, root_of, staged
-from fastmoco.train.metrics import MetricsFile, Row, read_rows
+from fastmoco.train.metrics import Row
 from fastmoco.train.monitor import knn_row
-from fastmoco.train.progress import ProgressLine
+from fastmoco.train.record import Record, make_record
 from fastmoco.train.schedules import learning_rate, plan
+from fastmoco.train.set_aside import SetAside
 from fastmoco.train.stop import StopRequest
 from fastmoco.train.trainer import Trainer
 
@@ -50,84 +51,117 @@ class Stopped(Exception):
 def pretrain(config: Config) -> Path:
     """Run `config` to its end, or on from its last checkpoint with `run.resume`; return the run folder.
 
-    Raises UserError for anything the user can mend, NonFiniteLoss where training diverged, Stopped on SIGINT,
-    SIGTERM or SIGUSR1 once the state is saved.
+    Started by torchrun or srun, it is one process of many, which share each micro-batch out among them and all return
+    or raise alike.
+
+    Raises UserError for anything the user can mend, NonFiniteLoss where training diverged, Stopped on a signal that
+    asks to stop (stop.py) once the state is saved.
     """
-    device = find_device(config.run.device)
-    config = _resolve(config, device)
+    with joined(config.run.device) as world:
+        return pretrain_in(world, config)
+
+
+def pretrain_in(world: World, config: Config) -> Path:
+    """`pretrain` as one process of `world`."""
+    config = _resolve(config, world.device)
     store = Store(config.run.out, config.run.keep_checkpoints, max_failed=config.run.max_failed_saves)
-    saved = find_checkpoint(config, store)
-    manifest = find_images(config, saved)
-    refuse_out_inside(config, manifest)
+    saved = everywhere(world, lambda: find_checkpoint(config, store))
+    # What rank 0 finds and checks it lists in the run folder, where the others read it.
+    manifest = first_then_others(world, lambda: _images(world, config, store, saved))
     # torch seeds each process at random.
     torch.manual_seed(config.run.seed)
-    trainer = Trainer(config, precision=config.run.precision, device=device, initialise=saved is None)
-    return _Run(config, store, manifest, trainer).go(saved)
+    trainer = everywhere(
+        world, lambda: Trainer(config, precision=config.run.precision, world=world, initialise=saved is None)
+    )
+    run = everywhere(world, lambda: _Run(config, store, manifest, trainer, saved))
+    return run.go()
+
+
+def _images(world: World, config: Config, store: Store, saved: Checkpoint | None) -> Manifest:
+    manifest = find_images(config, saved, listed=not world.first)
+    refuse_out_inside(config, manifest)
+    if world.first:
+        with _writing(config, store):
+            write_description(config=config, store=store, skipped=manifest.skipped)
+            if saved is None:
+                list_images(config, manifest)
+    return manifest
+
+
+@contextlib.contextmanager
+def _writing(config: Config, store: Store) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"--out {config.run.out} could not be written: {error}; {store.last_good()}") from error
 
 
 class _Run:
-    """The loop around the trainer's step: what is written, shown and saved, and when."""
+    """The loop around the trainer's step: what is agreed on, saved and told, and when."""
 
-    def __init__(self, config: Config, store: Store, manifest: Manifest, trainer: Trainer) -> None:
+    def __init__(
+        self, config: Config, store: Store, manifest: Manifest, trainer: Trainer, saved: Checkpoint | None
+    ) -> None:
         self.config = config
         self.store = store
         self.listed = manifest
         self.manifest = staged(config, manifest)
         self.trainer = trainer
+        self.world = world = trainer.world
         self.out = config.run.out
-        self.order = Order(len(manifest), config.optim.batch_size, config.run.seed, config.optim.drop_last)
+        optim = config.optim
+        self.order = Order(
+            len(manifest), optim.batch_size, config.run.seed, optim.drop_last, shard=world.rank, shards=world.size
+        )
         self.plan = plan(config, self.order)
         self._refuse_single_images()
         self.data = fingerprint(manifest)
-        self.quarantine = Quarantine(config.data.max_bad)
-        self.reported = 0
+        self.start = 0
+        # The newest step that the run folder holds a checkpoint of.
+        self.saved_at: int | None = None
+        if saved is not None:
+            self._take_up(saved)
+        self.set_aside = SetAside(world, config.data.max_bad, saved.meta.get("quarantine", []) if saved else [])
 
     def _refuse_single_images(self) -> None:
         """BatchNorm has no variance of a single value: neither of one image's projection, nor of one 1 x 1 map."""
-        single = self.config.optim.batch_size == 1
+        single = self.order.local_size == 1
         if single and (self.config.loss.method == "barlow" or self.config.views.size <= 32):
-            raise UserError("--batch-size 1: BatchNorm cannot train on one image here; give it at least 2")
+            of = "" if self.world.alone else f" for {self.world.size} processes"
+            raise UserError(
+                f"--batch-size {self.order.batch_size}{of}: BatchNorm cannot train on one image here; give a "
+                "process at least 2"
+            )
 
-    def go(self, saved: Checkpoint | None) -> Path:
-        start = 0
-        if saved is not None:
-            if saved.meta["data"] != self.data:
-                raise UserError(
-                    f"--resume: the images under {self.config.data.data} are not those that the run in {self.out} "
-                    "began with (files added, removed or of another size); restore them or start another run"
-                )
-            self.trainer.restore(saved)
-            self.quarantine = Quarantine(self.config.data.max_bad, saved.meta.get("quarantine", []))
-            self.reported = len(self.quarantine)
-            start = saved.step
-        try:
-            write_description(config=self.config, store=self.store, skipped=self.listed.skipped)
-            if saved is None:
-                list_images(self.config, self.listed)
-            self._describe(start)
-            self.metrics = MetricsFile(self.out / "metrics.jsonl", resume_at=start)
-            self.board = Board(self.out / "tensorboard", start)
-            try:
-                self._steps(start)
-            except (Stopped, NonFiniteLoss, TooManyBad, ImagesGone):
-                self._finish()
-                raise
-            self._finish()
-        except OSError as error:
-            raise UserError(f"--out {self.out} could not be written: {error}; {self.store.last_good()}") from error
-        save_encoder(self.out / EXPORTED, self.trainer.module.query, to_json(self.config))
-        if self.quarantine:
-            print(f"{len(self.quarantine)} image(s) went bad and were replaced by others: see {self.out / BAD_FILES}")
+    def _take_up(self, saved: Checkpoint) -> None:
+        if saved.meta["data"] != self.data:
+            raise UserError(
+                f"--resume: the images under {self.config.data.data} are not those that the run in {self.out} "
+                "began with (files added, removed or of another size); restore them or start another run"
+            )
+        self.trainer.restore(saved)
+        self.start = self.saved_at = saved.step
+
+    def go(self) -> Path:
+        if self.world.first:
+            self._describe()
+        with _writing(self.config, self.store):
+            record = make_record(
+                self.config, self.world, self.trainer.module.loss_names, start=self.start, total=self.plan.total
+            )
+            with record:
+                try:
+                    self._steps(record)
+                finally:
+                    self.store.finish()
+        encoder = self.trainer.query_encoder()
+        if self.world.first:
+            save_encoder(self.out / EXPORTED, encoder, to_json(self.config))
+            if bad := self.set_aside.quarantine:
+                print(f"{len(bad)} image(s) went bad and were replaced by others: see {self.out / BAD_FILES}")
         return self.out
 
-    def _finish(self) -> None:
-        """Wait for the checkpoint being written, close the metrics, TensorBoard's included, and draw them."""
-        self.store.finish()
-        self.metrics.close()
-        self.board.close()
-        draw_curves(read_rows(self.out / "metrics.jsonl"), self.out / "curves.png")
-
-    def _steps(self, start: int) -> None:
+    def _steps(self, record: Record) -> None:
         config, trainer, total = self.config, self.trainer, self.plan.total
         accumulate = config.optim.accumulate
         loader = make_loader(
@@ -135,45 +169,67 @@ class _Run:
             self.manifest,
             config.views,
             self.order,
-            start=start * accumulate,
+            start=self.start * accumulate,
             stop=total * accumulate,
             workers=config.data.workers,
-            device=trainer.engine.device,
-            quarantine=self.quarantine,
+            device=self.world.device,
+            quarantine=self.set_aside.quarantine,
         )
-        progress = ProgressLine(done=start, total=total, parts=trainer.module.loss_names)
-        with StopRequest() as stop, contextlib.closing(loader), progress:
-            self.progress = progress
+        with StopRequest() as stop, contextlib.closing(loader):
+            self.record = record
             clock = Clock(trainer.pushed)
             batches = clock.timing(loader)
-            for step in range(start, total):
-                done = step
-                try:
-                    trainer.step(islice(batches, accumulate), self._lr(step))
-                    done = step + 1
-                except (TooManyBad, ImagesGone) as error:
-                    raise type(error)(f"{error}\n{self._saved_before(done, clock)}") from error
-                finally:
-                    self._report_bad()
-                progress.advance(done)
-                # Read once: a signal may come between any two lines.
-                asked = stop.signal
-                save = done % config.run.checkpoint_every == 0 or done == total or asked is not None
-                knn = self._knn_due(step)
-                if not (save or knn or done % config.run.log_every == 0):
-                    continue
-                rows = self._rows(done, clock)
-                if knn:
-                    rows[-1] |= knn_row(trainer, self.manifest, self.quarantine)
-                self._write(rows)
-                if save and done < total and asked is None:
-                    self.store.save(self._checkpoint(done), before=self.metrics.sync)
-                elif save:
-                    path = self._save_now(done)
-                    if done < total and asked is not None:
-                        raise Stopped(f"stopped at step {done} of {total}; saved {path}; go on with --resume", asked)
-                # Neither a score nor a checkpoint counts in the speed.
-                clock.restart(trainer.pushed)
+            for done in range(self.start, total):
+                ready = self._fetch(batches, done, clock, stop)
+                trainer.step(ready, self._lr(done))
+                # Their memory is wanted for others.
+                del ready
+                self._after(done + 1, clock)
+
+    def _fetch(self, batches: Iterator[Batch], done: int, clock: Clock, stop: StopRequest) -> list[Batch]:
+        """The micro-batches of the next step, once every process has its own.
+
+        Where one has not, or was asked to stop, all stop here, before the step; where some set images aside, all do.
+        """
+        ready: list[Batch] = []
+        problem: UserError | None = None
+        try:
+            ready = list(islice(batches, self.config.optim.accumulate))
+        except (TooManyBad, ImagesGone) as error:
+            problem = error
+        failed, bad, asked = largest(self.world, problem is not None, self.set_aside.unshared(), stop.signal or 0)
+        if bad:
+            try:
+                everywhere(self.world, self.set_aside.share)
+            except TooManyBad as error:
+                failed, problem = 1, problem or error
+            self.record.bad_files(self.set_aside.quarantine, self.set_aside.news())
+        if failed:
+            saved = self._saved_before(done, clock)
+            agree_to_raise(self.world, problem and type(problem)(f"{problem}\n{saved}"))
+        if asked:
+            path = self._finish_at(done, clock)
+            raise Stopped(f"stopped at step {done} of {self.plan.total}; saved {path}; go on with --resume", asked)
+        return ready
+
+    def _after(self, done: int, clock: Clock) -> None:
+        """What is due after `done` steps: metrics, a score, a checkpoint."""
+        run = self.config.run
+        self.record.advance(done)
+        save = done % run.checkpoint_every == 0 or done == self.plan.total
+        knn = self._knn_due(done)
+        if not (save or knn or done % run.log_every == 0):
+            return
+        rows = self._rows(done, clock)
+        if knn:
+            encoder = self.trainer.query_encoder()
+            if self.world.first:
+                rows[-1] |= knn_row(self.trainer, encoder, self.manifest, self.set_aside.quarantine)
+        self.record.write(rows)
+        if save:
+            self._save(done, now=done == self.plan.total)
+        # Neither a score nor a checkpoint counts in the speed.
+        clock.restart(self.trainer.pushed)
 
     def _lr(self, step: int) -> float:
         optim = self.config.optim
@@ -192,72 +248,70 @@ class _Run:
             rows.append({"step": step, "epoch": round(epoch, 4), "lr": self._lr(step - 1), **values})
             broken = [name for name in self.trainer.module.loss_names if not math.isfinite(values[name])]
             if broken:
-                self._write(rows)
+                self.record.write(rows)
                 raise NonFiniteLoss(
                     f"step {step}: {' and '.join(broken)} is not finite ({values[broken[0]]}); no update was made "
                     f"from that step on; {self.store.last_good()}. A lower --lr or a longer --warmup-epochs may help"
                 )
-        rows[-1] |= {"queue_fill": self.trainer.queue_fill, "bad_files": len(self.quarantine)}
+        rows[-1] |= {"queue_fill": self.trainer.queue_fill, "bad_files": len(self.set_aside.quarantine)}
         rows[-1] |= clock.read(self.trainer.pushed)
         return rows
 
-    def _report_bad(self) -> None:
-        """Say which images went bad since the last time, and list all of them in the run folder."""
-        bad = self.quarantine.entries[self.reported :]
-        if bad:
-            for entry in bad:
-                self.progress.say(f"set aside {entry}; another image takes its place")
-            self.reported += len(bad)
-            write_text(self.out / BAD_FILES, "".join(f"{entry}\n" for entry in self.quarantine.entries))
+    def _finish_at(self, done: int, clock: Clock) -> Path:
+        """Write what is not written of the `done` steps; the checkpoint that holds them."""
+        if rows := self._rows(done, clock):
+            self.record.write(rows)
+        return self.store.path(done) if done == self.saved_at else self._save(done, now=True)
 
-    def _saved_before(self, step: int, clock: Clock) -> str:
-        """What was saved of the `step` steps done when the images of the next could not be had."""
-        if self.trainer.between_steps and step > 0:
-            if rows := self._rows(step, clock):
-                self._write(rows)
-            return f"saved {self._save_now(step)}"
-        return self.store.last_good()
+    def _saved_before(self, done: int, clock: Clock) -> str:
+        """What was saved of the `done` steps when the images of the next could not be had."""
+        return f"saved {self._finish_at(done, clock)}" if done else self.store.last_good()
 
-    def _write(self, rows: list[Row]) -> None:
-        self.metrics.write(rows)
-        self.board.write(rows)
-        if "pairs_per_s" in rows[-1]:
-            self.progress.show(rows[-1])
-
-    def _save_now(self, step: int) -> Path:
-        return self.store.save_now(self._checkpoint(step), before=self.metrics.sync)
-
-    def _checkpoint(self, step: int) -> Checkpoint:
+    def _save(self, step: int, *, now: bool) -> Path:
+        """Have the state after `step` written: `now`, before this returns, or while training goes on."""
         checkpoint = self.trainer.checkpoint(step, self.data)
+        self.saved_at = step if now else None
+        if self.world.first:
+            checkpoint.meta |= {"root": root_of(self.listed), "quarantine": self.set_aside.quarantine.state()}
+        everywhere(self.world, lambda: self._write(checkpoint, now=now))
+        return self.store.path(step)
+
+    def _write(self, checkpoint: Checkpoint, *, now: bool) -> None:
+        if not self.world.first:
+            return
         broken = non_finite(checkpoint.tensors)
         if broken:
             raise NonFiniteLoss(
-                f"step {step}: {broken[0]} and {len(broken) - 1} more tensors are not finite, so no checkpoint was "
-                f"written; {self.store.last_good()}. A lower --lr or a longer --warmup-epochs may help"
+                f"step {checkpoint.step}: {broken[0]} and {len(broken) - 1} more tensors are not finite, so no "
+                f"checkpoint was written; {self.store.last_good()}. A lower --lr or a longer --warmup-epochs may help"
             )
-        checkpoint.meta |= {"root": root_of(self.listed), "quarantine": self.quarantine.state()}
-        return checkpoint
+        save = self.store.save_now if now else self.store.save
+        save(checkpoint, before=self.record.sync)
 
-    def _knn_due(self, step: int) -> bool:
+    def _knn_due(self, done: int) -> bool:
         every = self.config.run.knn_every * self.plan.per_epoch
         if not every or not self.manifest.labels:
             return False
         accumulate = self.config.optim.accumulate
-        return (step + 1) * accumulate // every > step * accumulate // every or step + 1 == self.plan.total
+        return done * accumulate // every > (done - 1) * accumulate // every or done == self.plan.total
 
-    def _describe(self, start: int) -> None:
-        config, engine = self.config, self.trainer.engine
+    def _describe(self) -> None:
+        config, start = self.config, self.start
         skipped = self.manifest.skipped
         if skipped:
             first = str(skipped[0]).encode(errors="backslashreplace").decode()
             print(f"left out {len(skipped)} files, the first {first}; see skipped.txt")
+        where = f"{self.world.device.type}" if self.world.size > 1 else f"{self.world.device}"
+        shared = "" if self.world.alone else f" by {self.world.size} processes ({self.trainer.engine.name})"
         print(
             f"{config.recipe}: {config.model.arch} at {config.views.size} px on {len(self.manifest)} images, "
-            f"{self.plan.total} steps of {config.optim.accumulate} x {config.optim.batch_size}, {engine.precision} on "
-            f"{engine.device}, loading with {config.data.loader}; run folder {self.out}"
+            f"{self.plan.total} steps of {config.optim.accumulate} x {config.optim.batch_size}{shared}, "
+            f"{config.run.precision} on {where}, loading with {config.data.loader}; run folder {self.out}",
+            flush=True,
         )
-        if self.quarantine:
-            print(f"{len(self.quarantine)} of the images were set aside before, as {self.out / BAD_FILES} says")
+        if self.set_aside.quarantine:
+            bad = len(self.set_aside.quarantine)
+            print(f"{bad} of the images were set aside before, as {self.out / BAD_FILES} says")
         if start == self.plan.total:
             print(f"finished already at step {start}: nothing to train; --init {self.out} starts another run from it")
         elif start:

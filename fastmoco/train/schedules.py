@@ -43,6 +43,6 @@ def plan(config: Config, order: Order) -> Plan:
             f"{optim.epochs} epochs: no step would be made"
         )
     warmup = round(optim.warmup_epochs * per_epoch / optim.accumulate)
-    if warmup >= total > 1:
+    if warmup >= total > 1 and order.shard == 0:
         print(f"warning: all {total} steps are warm-up, so --lr {optim.lr:g} is never used in full")
     return Plan(per_epoch, total, warmup)

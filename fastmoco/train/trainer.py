@@ -8,12 +8,17 @@ import torch
 from torch import Tensor
 
 from fastmoco.data.loader import Batch
+from fastmoco.distributed.collectives import start_gather
+from fastmoco.distributed.exchange import draw_order
+from fastmoco.distributed.world import World
 from fastmoco.errors import UserError
+from fastmoco.models.encoder import Encoder
 from fastmoco.models.weights import initial_backbone
 from fastmoco.queue import Queue
 from fastmoco.train.checkpoint import Checkpoint
 from fastmoco.train.config import Config, to_json
-from fastmoco.train.engine import SingleProcess
+from fastmoco.train.engines.engine import COMPUTE_DTYPE
+from fastmoco.train.engines.make import make_engine
 from fastmoco.train.metrics import History
 from fastmoco.train.objective import MomentumContrast, Output
 
@@ -21,87 +26,113 @@ from fastmoco.train.objective import MomentumContrast, Output
 class Trainer:
     """The objective, its queue and its engine, and the step that moves them.
 
-    `precision` is "bf16", "fp32" or "fp64"; "auto" has been resolved by the caller. `initialise` False leaves
-    --init's weights unread, for a trainer that a checkpoint will be restored into.
+    `precision` is "bf16", "fp16", "fp32" or "fp64"; "auto" has been resolved by the caller. `initialise` False leaves
+    --init's weights unread, for a trainer that a checkpoint will be restored into. Every process of `world` has one,
+    and all of them call its methods in the same order.
     """
 
-    def __init__(
-        self, config: Config, *, precision: str, device: torch.device, initialise: bool = True
-    ) -> None:
+    def __init__(self, config: Config, *, precision: str, world: World, initialise: bool = True) -> None:
         self.config = config
+        self.world = world
         run, loss = config.run, config.loss
-        module = MomentumContrast(config.model, loss, seed=run.seed)
+        module = MomentumContrast(config.model, loss, seed=run.seed, world=world)
         if initialise and config.model.init is not None:
             backbone = initial_backbone(config.model.init, config.model.arch)
             module.query.backbone.load_state_dict(backbone)
             module.key.backbone.load_state_dict(backbone)
         wide = torch.float64 if precision == "fp64" else torch.float32
         kept = torch.bfloat16 if loss.queue_dtype == "bf16" else wide
-        self.queue = Queue(loss.queue_size, config.model.dim, seed=run.seed, dtype=kept).to(device)
-        module.to(device)
+        self.queue = Queue(loss.queue_size, config.model.dim, seed=run.seed, dtype=kept).to(world.device)
+        module.to(world.device)
         if precision == "fp64":
             module.double()
         if run.channels_last:
             module.to(memory_format=torch.channels_last)
         self.module = module
-        self.engine = SingleProcess(
-            module, module.averages, module.multiplied, config.optim, precision=precision, device=device
-        )
-        self.history = History(module.loss_names, run.log_every, device)
+        self.engine = make_engine(config, module, precision=precision, world=world)
+        self.history = History(module.loss_names, run.log_every, world)
         self.pushed = 0
-        self.between_steps = True
 
     def step(self, batches: Iterable[Batch], lr: float) -> None:
         """One optimiser step over `accumulate` micro-batches. Nothing in it waits for the device."""
         accumulate = self.config.optim.accumulate
-        for views in batches:
-            self.between_steps = False
-            view_q, view_k = self.engine.to_device(views.q), self.engine.to_device(views.k)
-            output: Output = self.engine.forward(view_q, view_k, self.queue.bank)
-            self.engine.backward(output.losses.values(), divisor=accumulate)
-            self.queue.push(output.key)
-            self.pushed += len(output.key)
+        for number, views in enumerate(batches, start=1):
+            dtype = COMPUTE_DTYPE[self.engine.precision]
+            view_q, view_k = (view.to(self.world.device, non_blocking=True) for view in (views.q, views.k))
+            with self.engine.micro_batch(last=number == accumulate):
+                # The keys' images may be sent to others first, which their narrow dtype is best for.
+                order = self._order(len(view_k))
+                output: Output = self.engine.forward(view_q.to(dtype), view_k, self.queue.bank, order)
+                # On their way while the backward runs.
+                keys = start_gather(self.world, output.key, kind="keys")
+                self.engine.backward(output.losses.values(), divisor=accumulate)
+            self.queue.push(keys.wait())
+            self.pushed += self.world.size * len(output.key)
             self.history.add(output.losses, output.query, output.rank, divisor=accumulate)
         self.engine.step(lr, ema=self.config.loss.ema)
         self.history.next_row()
-        self.between_steps = True
+
+    def _order(self, rows: int) -> Tensor | None:
+        """The order in which this process's keys are shuffled, if they are: a function of how far the run is."""
+        if self.config.loss.key_shuffle == "none":
+            return None
+        batch = self.pushed // (self.world.size * rows)
+        return draw_order(self.config.run.seed, batch, self.world.rank, rows).to(self.world.device, non_blocking=True)
 
     @property
     def queue_fill(self) -> float:
         """The share of the queue that holds keys of images rather than its random start."""
         return min(1.0, self.pushed / self.config.loss.queue_size)
 
+    def query_encoder(self) -> Encoder:
+        """The query encoder with all its weights, whatever part of them this process holds.
+
+        Where each holds all of them it is the very module that is trained.
+        """
+        if not self.engine.shards_weights:
+            return self.module.query
+        state = _below("module.query.", self.engine.state()) | dict(self.module.query.named_buffers())
+        model = self.config.model
+        encoder = Encoder(model.arch, head=model.head, dim=model.dim).to(self.world.device)
+        encoder.load_state_dict(state)
+        return encoder
+
     def checkpoint(self, step: int, data: str) -> Checkpoint:
-        """Everything that the steps after `step` depend on; `data` identifies the images."""
-        tensors = {f"module.{name}": value for name, value in self.module.state_dict().items()}
+        """Everything that the steps after `step` depend on, on the host of rank 0; `data` identifies the images.
+
+        Every process calls it. BatchNorm's running statistics are rank 0's.
+        """
+        tensors = dict(self.engine.state())
+        tensors |= {f"module.{name}": value for name, value in self.module.named_buffers()}
         tensors |= {f"queue.{name}": value for name, value in self.queue.state_dict().items()}
-        tensors |= {f"momentum.{name}": value for name, value in self.engine.momentum_buffers.items()}
         tensors["rng.cpu"] = torch.get_rng_state()
-        if self.engine.device.type == "cuda":
-            tensors["rng.cuda"] = torch.cuda.get_rng_state(self.engine.device)
-        host = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
+        if self.world.device.type == "cuda":
+            tensors["rng.cuda"] = torch.cuda.get_rng_state(self.world.device)
+        # Rank 0 writes it.
+        kept = tensors if self.world.first else {}
+        host = {name: value.detach().cpu().contiguous() for name, value in kept.items()}
         meta = {"step": step, "pushed": self.pushed, "config": to_json(self.config), "data": data}
         return Checkpoint(host, meta)
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """Become what `checkpoint` holds. Raises UserError where it does not fit this configuration."""
         tensors = checkpoint.tensors
-        momentum = self.engine.momentum_buffers
-        expected = {f"momentum.{name}" for name in momentum}
-        held = {name for name in tensors if name.startswith("momentum.")}
+        buffers = dict(self.module.named_buffers())
+        saved = _below("module.", tensors)
+        known = {name for name, _ in self.module.named_parameters()} | buffers.keys()
+        if saved.keys() != known:
+            odd = ", ".join(sorted(saved.keys() ^ known)[:4])
+            raise UserError(f"the checkpoint of step {checkpoint.step} does not fit: it and this run differ in {odd}")
         try:
-            self.module.load_state_dict(_below("module.", tensors))
             self.queue.load_state_dict(_below("queue.", tensors))
         except RuntimeError as error:
             raise UserError(f"the checkpoint of step {checkpoint.step} does not fit: {error}") from error
-        if held != expected:
-            raise UserError(f"the checkpoint's optimiser state does not fit: {sorted(held ^ expected)[:4]}")
-        for name, value in momentum.items():
-            value.copy_(tensors[f"momentum.{name}"])
-        self.engine.copies.refresh()
+        for name, buffer in buffers.items():
+            buffer.copy_(saved[name])
+        self.engine.load(tensors)
         torch.set_rng_state(tensors["rng.cpu"])
-        if self.engine.device.type == "cuda" and "rng.cuda" in tensors:
-            torch.cuda.set_rng_state(tensors["rng.cuda"], self.engine.device)
+        if self.world.device.type == "cuda" and "rng.cuda" in tensors:
+            torch.cuda.set_rng_state(tensors["rng.cuda"], self.world.device)
         self.pushed = int(checkpoint.meta["pushed"])
 
 
