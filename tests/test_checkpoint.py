@@ -75,6 +75,21 @@ def test_a_truncated_checkpoint_is_named(tmp_path: Path) -> None:
         store.latest()
 
 
+def test_a_checkpoint_with_a_flipped_bit_is_named(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    path = store.save_now(
+        Checkpoint({"x": torch.rand(999).bfloat16(), "n": torch.tensor(3), "none": torch.zeros(0)}, {"step": 2})
+    )
+    latest = store.latest()
+    assert latest is not None
+    assert latest.tensors["n"] == 3
+    rotten = bytearray(path.read_bytes())
+    rotten[-700] ^= 4
+    path.write_bytes(rotten)
+    with pytest.raises(UserError, match=r"step-000000002\.safetensors is damaged.*remove it to go on"):
+        store.latest()
+
+
 def test_a_foreign_file_is_no_checkpoint(tmp_path: Path) -> None:
     store = Store(tmp_path)
     store.folder.mkdir()

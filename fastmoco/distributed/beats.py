@@ -130,7 +130,7 @@ class Hub:
         except Closed:
             pass
         except (OSError, ValueError) as error:
-            why = "" if isinstance(error, ConnectionResetError) else str(error)
+            why = _why(error)
         rank = self._ranks[line]
         if rank is not None:
             self.roll.lost(rank, why)
@@ -218,8 +218,15 @@ class Spoke:
             return gone(self._first, self.own().step)
         except OSError as error:
             self._release()
-            return gone(self._first, self.own().step, "" if isinstance(error, ConnectionResetError) else str(error))
+            return gone(self._first, self.own().step, _why(error))
 
     def _release(self) -> None:
         self._released = True
         self._waiting.selector.unregister(self._line)
+
+
+def _why(error: OSError | ValueError) -> str:
+    """What the system says of a lost connection; nothing where the other process ended, with something unread."""
+    if isinstance(error, ConnectionResetError):
+        return ""
+    return (error.strerror if isinstance(error, OSError) else None) or str(error)

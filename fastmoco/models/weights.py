@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import zlib
 from pathlib import Path
 from typing import Any
 from urllib.error import URLError
@@ -20,6 +21,8 @@ from fastmoco.models.encoder import Encoder
 
 # The key of the safetensors header under which fastmoco keeps what it knows of the file, as JSON.
 METADATA_KEY = "fastmoco"
+# The one under which the tensors' checksum stands: safetensors has none, and reads flipped bits as weights.
+CHECKSUM_KEY = "crc32"
 CHECKPOINTS = "checkpoints"
 EXPORTED = "encoder.safetensors"
 
@@ -110,6 +113,11 @@ def read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
             f"{path} is truncated or damaged ({error}); use another file, or for a run remove it to go on from the "
             "checkpoint before"
         ) from error
+    if CHECKSUM_KEY in header and header[CHECKSUM_KEY] != _checksum(tensors):
+        raise UserError(
+            f"{path} is damaged: its tensors are not those that were written; use another file, or for a run remove it "
+            "to go on from the checkpoint before"
+        )
     return tensors, json.loads(header.get(METADATA_KEY, "{}"))
 
 
@@ -122,9 +130,18 @@ def write_weights(path: Path, tensors: dict[str, Tensor], meta: dict[str, Any]) 
         path.parent.mkdir(parents=True, exist_ok=True)
         with replacing(path) as temporary:
             # Not save_file, which writes to a temporary file of its own naming that a killed process leaves behind.
-            temporary.write_bytes(save(tensors, metadata={METADATA_KEY: json.dumps(meta)}))
+            header = {METADATA_KEY: json.dumps(meta), CHECKSUM_KEY: _checksum(tensors)}
+            temporary.write_bytes(save(tensors, metadata=header))
     except (SafetensorError, OSError) as error:
         raise UserError(f"{path} could not be written: {error}; free some space or choose another folder") from error
+
+
+def _checksum(tensors: dict[str, Tensor]) -> str:
+    """CRC-32 of the tensors' bytes in the order of their names, in hexadecimal."""
+    crc = 0
+    for _, tensor in sorted(tensors.items()):
+        crc = zlib.crc32(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data, crc)
+    return f"{crc:08x}"
 
 
 def infer_arch(state: dict[str, Tensor], file: Path) -> str:
