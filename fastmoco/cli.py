@@ -18,25 +18,14 @@ INTERRUPTED = 130
 
 def pretrain(args: list[str]) -> int:
     """Pretrain an encoder on a folder of images, with a recipe."""
-    from fastmoco.train import recipes
-    from fastmoco.train.config import Config
-
     if not args or args[0] in ("-h", "--help"):
         print("usage: fastmoco pretrain RECIPE --data FOLDER --out FOLDER [OPTIONS]\n")
         print("`fastmoco pretrain RECIPE --help` lists every option with its default in that recipe. Recipes:")
         return list_recipes([])
-    name = args[0]
-    if name.startswith("-"):
-        raise UserError("name a recipe first: fastmoco pretrain RECIPE --data FOLDER --out FOLDER")
-    default = recipes.find(name)(tyro.MISSING, tyro.MISSING)
-    config = tyro.cli(
-        Config,
-        prog=f"fastmoco pretrain {name}",
-        description=f"Pretrain with the recipe {name}. Every field can be overridden.",
-        default=default,
-        args=args[1:],
-        config=(tyro.conf.OmitArgPrefixes,),
-    )
+
+    from fastmoco.train.options import read_options
+
+    config = read_options(args)
 
     from fastmoco.distributed.launch import find_launch
     from fastmoco.train.pretrain import Stopped
@@ -123,6 +112,13 @@ def data(args: list[str]) -> int:
     return run("fastmoco data", OF_DATA, args)
 
 
+def slurm(args: list[str]) -> int:
+    """Write scripts for SLURM: render; and what those call."""
+    from fastmoco.slurm.commands import COMMANDS as OF_SLURM
+
+    return run("fastmoco slurm", OF_SLURM, args)
+
+
 def demo(args: list[str]) -> int:
     """Draw tissue patches, pretrain on them, and show what was gained."""
     from fastmoco.demo import DemoArgs, run_demo
@@ -137,6 +133,7 @@ COMMANDS: dict[str, Command] = {
     "export": export,
     "data": data,
     "doctor": doctor,
+    "slurm": slurm,
     "demo": demo,
 }
 

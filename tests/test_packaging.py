@@ -179,6 +179,8 @@ def test_wheel_of_the_tree_and_of_the_sdist(tree: Path, tmp_path: Path) -> None:
     assert installed(names) == sources()
     assert {name.split("/")[0] for name in names} == {"fastmoco", f"fastmoco-{VERSION}.dist-info"}
     assert any(name.endswith("licenses/LICENSE") for name in names)
+    scripts = {f"fastmoco/slurm/templates/{path.name}" for path in (ROOT / "slurm").iterdir()}
+    assert scripts and {name for name in names if "/templates/" in name} == scripts
     assert [name for name in names if name.endswith((".so", ".h", ".cpp", ".cu", ".cuh"))] == [
         name for name in names if re.fullmatch(r"fastmoco/_C\..*\.so", name)
     ]

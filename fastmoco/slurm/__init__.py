@@ -1,0 +1,1 @@
+"""Jobs of SLURM: scripts for sbatch, and what happens to a job that ends."""
