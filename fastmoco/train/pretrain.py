@@ -17,7 +17,8 @@ from fastmoco.data.manifest import Manifest
 from fastmoco.data.order import Order
 from fastmoco.data.quarantine import ImagesGone, TooManyBad
 from fastmoco.distributed.agreement import agree_to_raise, everywhere, first_then_others, largest
-from fastmoco.distributed.launch import joined
+from fastmoco.distributed.launch import find_launch, joined
+from fastmoco.distributed.monitor import Monitor, watched
 from fastmoco.distributed.world import World
 from fastmoco.errors import UserError
 from fastmoco.models.weights import EXPORTED, save_encoder
@@ -57,12 +58,16 @@ def pretrain(config: Config) -> Path:
     Raises UserError for anything the user can mend, NonFiniteLoss where training diverged, Stopped on a signal that
     asks to stop (stop.py) once the state is saved.
     """
-    with joined(config.run.device) as world:
-        return pretrain_in(world, config)
+    launch, seconds = find_launch(), config.run.watchdog
+    # The watchdog, which says who stands where, comes before a collective's own timeout.
+    with (
+        joined(config.run.device, launch=launch, timeout=max(300.0, 2 * seconds)) as world,
+        watched(world, launch, seconds, orderly=(Stopped,)) as monitor,
+    ):
+        return _pretrain_in(world, config, monitor)
 
 
-def pretrain_in(world: World, config: Config) -> Path:
-    """`pretrain` as one process of `world`."""
+def _pretrain_in(world: World, config: Config, monitor: Monitor) -> Path:
     config = _resolve(config, world.device)
     store = Store(config.run.out, config.run.keep_checkpoints, max_failed=config.run.max_failed_saves)
     saved = everywhere(world, lambda: find_checkpoint(config, store))
@@ -73,7 +78,7 @@ def pretrain_in(world: World, config: Config) -> Path:
     trainer = everywhere(
         world, lambda: Trainer(config, precision=config.run.precision, world=world, initialise=saved is None)
     )
-    run = everywhere(world, lambda: _Run(config, store, manifest, trainer, saved))
+    run = everywhere(world, lambda: _Run(config, store, manifest, trainer, saved, monitor))
     return run.go()
 
 
@@ -100,13 +105,20 @@ class _Run:
     """The loop around the trainer's step: what is agreed on, saved and told, and when."""
 
     def __init__(
-        self, config: Config, store: Store, manifest: Manifest, trainer: Trainer, saved: Checkpoint | None
+        self,
+        config: Config,
+        store: Store,
+        manifest: Manifest,
+        trainer: Trainer,
+        saved: Checkpoint | None,
+        monitor: Monitor,
     ) -> None:
         self.config = config
         self.store = store
         self.listed = manifest
         self.manifest = staged(config, manifest)
         self.trainer = trainer
+        self.monitor = monitor
         self.world = world = trainer.world
         self.out = config.run.out
         optim = config.optim
@@ -178,10 +190,12 @@ class _Run:
         with StopRequest() as stop, contextlib.closing(loader):
             self.record = record
             clock = Clock(trainer.pushed)
+            self.monitor.beat(self.start)
             batches = clock.timing(loader)
             for done in range(self.start, total):
                 ready = self._fetch(batches, done, clock, stop)
                 trainer.step(ready, self._lr(done))
+                self.monitor.beat(done + 1)
                 # Their memory is wanted for others.
                 del ready
                 self._after(done + 1, clock)
@@ -225,6 +239,7 @@ class _Run:
             encoder = self.trainer.query_encoder()
             if self.world.first:
                 rows[-1] |= knn_row(self.trainer, encoder, self.manifest, self.set_aside.quarantine)
+            self.monitor.alive()
         self.record.write(rows)
         if save:
             self._save(done, now=done == self.plan.total)
