@@ -80,7 +80,15 @@ def environment(device: str = "cpu") -> dict[str, Any]:
     }
 
 
-def save(rows: list[dict[str, Any]], path: Path, *, title: str, command: str, columns: list[str]) -> None:
+def save(
+    rows: list[dict[str, Any]],
+    path: Path,
+    *,
+    title: str,
+    command: str,
+    columns: list[str],
+    note: str = "Medians of interleaved runs.",
+) -> None:
     """Write `rows` as Markdown to `path` (.md), showing `columns`, and whole as a JSON list beside it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     write_text(path.with_suffix(".json"), json.dumps(rows, indent=1) + "\n")
@@ -88,7 +96,7 @@ def save(rows: list[dict[str, Any]], path: Path, *, title: str, command: str, co
     lines.append("|" + "---|" * len(columns))
     lines += ["| " + " | ".join(cell(row.get(name)) for name in columns) + " |" for row in rows]
     where = ", ".join(f"{name} {value}" for name, value in environment(rows[0]["device"] if rows else "cpu").items())
-    write_text(path, "\n".join([*lines, "", f"Medians of interleaved runs. Ran on: {where}.", ""]))
+    write_text(path, "\n".join([*lines, "", f"{note} Ran on: {where}.", ""]))
 
 
 def cell(value: object) -> str:

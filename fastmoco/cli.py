@@ -105,6 +105,13 @@ def doctor(args: list[str]) -> int:
     return report(args)
 
 
+def plan(args: list[str]) -> int:
+    """Work out what a run on many GPUs will send, hold and take."""
+    from fastmoco.plan.command import plan_command
+
+    return plan_command(args)
+
+
 def data(args: list[str]) -> int:
     """Look at images before training on them: scan, stats, preview, pack."""
     from fastmoco.data_commands import COMMANDS as OF_DATA
@@ -132,6 +139,7 @@ COMMANDS: dict[str, Command] = {
     "evaluate": evaluate,
     "export": export,
     "data": data,
+    "plan": plan,
     "doctor": doctor,
     "slurm": slurm,
     "demo": demo,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 import pickle
 import socket
 import traceback
@@ -11,6 +12,7 @@ from typing import Any
 
 import torch
 
+from bridge import INTERFACE, Bridge, enter
 from fastmoco.distributed.launch import Launch, joined
 
 
@@ -21,8 +23,12 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def in_world(size: int, function: Callable[..., Any], *args: Any, timeout: float = 120.0) -> list[Any]:
+def in_world(
+    size: int, function: Callable[..., Any], *args: Any, timeout: float = 120.0, bridge: Bridge | None = None
+) -> list[Any]:
     """What `function(world, *args)` returns in each of `size` processes, by rank, over gloo on this machine.
+
+    With a `bridge` each process is on one of its hosts.
 
     `function` is one of a module's own, its arguments and results can be pickled. AssertionError, with the tracebacks,
     where any process fails.
@@ -33,7 +39,7 @@ def in_world(size: int, function: Callable[..., Any], *args: Any, timeout: float
     results = context.Queue()
     port = free_port()
     processes = [
-        context.Process(target=_run, args=(rank, size, port, timeout, results, function, args), daemon=True)
+        context.Process(target=_run, args=(rank, size, port, timeout, results, bridge, function, args), daemon=True)
         for rank in range(size)
     ]
     for process in processes:
@@ -50,11 +56,22 @@ def in_world(size: int, function: Callable[..., Any], *args: Any, timeout: float
 
 
 def _run(
-    rank: int, size: int, port: int, timeout: float, results: Any, function: Callable[..., Any], args: tuple[Any, ...]
+    rank: int,
+    size: int,
+    port: int,
+    timeout: float,
+    results: Any,
+    bridge: Bridge | None,
+    function: Callable[..., Any],
+    args: tuple[Any, ...],
 ) -> None:
     torch.set_num_threads(1)
     try:
         launch = Launch("test", rank, size, rank, size, port=port)
+        if bridge is not None:
+            enter(bridge.namespaces[rank])
+            os.environ["GLOO_SOCKET_IFNAME"] = INTERFACE
+            launch = Launch("test", rank, size, 0, 1, bridge.addresses[0], port)
         with joined("cpu", timeout=timeout, launch=launch) as world:
             result = function(world, *args)
         # As bytes: the queue itself would leave tensors in memory that goes with this process.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import torch
 from torch import Tensor
 
@@ -11,6 +13,8 @@ def wide(tensor: Tensor) -> Tensor:
     return tensor if tensor.dtype == torch.float64 else tensor.float()
 
 
-def no_autocast(tensor: Tensor) -> torch.autocast:
+def no_autocast(tensor: Tensor) -> contextlib.AbstractContextManager[object]:
     """A context in which autocast leaves the operations on `tensor`'s device alone."""
+    if not torch.amp.is_autocast_available(tensor.device.type):
+        return contextlib.nullcontext()  # tensors without memory ("meta"), whose shapes are worked out
     return torch.autocast(tensor.device.type, enabled=False)

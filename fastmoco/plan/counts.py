@@ -1,0 +1,100 @@
+"""What there is to compute, hold and send in a step, counted on the real module without its memory."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from fastmoco.plan.operations import Operations, record
+from fastmoco.train.config import LossConfig, ModelConfig
+from fastmoco.train.copies import Copies
+from fastmoco.train.objective import MomentumContrast
+
+BYTES = {"bf16": 2, "fp16": 2, "fp32": 4, "fp64": 8}
+COMPUTE = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp64": torch.float64}
+
+
+@dataclass(frozen=True)
+class Counts:
+    """Of one process and one micro-batch of `rows` images.
+
+    trained, averaged: elements of the trained parameters and of the key encoder's. copied, copied_trained: elements of
+    those weights that are multiplied in half precision, all and the trained. tensors: elements of each trained tensor
+    with whether it is copied, in order; averages: those of each average. channels_forward, channels_backward: channels
+    of all BatchNorms, as often as they run; norms_forward and norms_backward: how often they do. pooled: numbers of an
+    image's maps that go back to its process under --key-shuffle global. kept: bytes that the backward needs.
+    """
+
+    rows: int
+    trained: int
+    averaged: int
+    copied: int
+    copied_trained: int
+    tensors: tuple[tuple[int, bool], ...]
+    averages: tuple[int, ...]
+    channels_forward: int
+    channels_backward: int
+    norms_forward: int
+    norms_backward: int
+    pooled: int
+    kept: int
+    operations: Operations
+
+
+def count(model: ModelConfig, loss: LossConfig, *, size: int, rows: int, precision: str) -> Counts:
+    """Counts of a process with `rows` images (rows, 3, size, size) a micro-batch. Nothing is allocated or sent."""
+    with torch.device("meta"):
+        # In a world of one its BatchNorms and gathers are the plain ones: what they send is not computed here.
+        module = MomentumContrast(replace(model, init=None), replace(loss, key_shuffle="none"), seed=0)
+    if precision == "fp64":
+        module.double()
+    module.to(memory_format=torch.channels_last)
+    half = BYTES[precision] == 2
+    copies = Copies(module, module.multiplied if half else [])
+    view = torch.empty(rows, 3, size, size, device="meta", dtype=COMPUTE[precision])
+    view = view.to(memory_format=torch.channels_last)
+    bank = torch.empty(loss.queue_size, model.dim, device="meta")
+
+    def run() -> Tensor:
+        # Copies are bfloat16; float16 moves and multiplies as much.
+        bf16 = view.bfloat16() if half else view
+        return torch.stack(list(copies(bf16, bf16, bank).losses.values())).sum()
+
+    given = [*module.parameters(), *module.buffers(), *copies.by_name.values(), view, bank]
+    operations, kept = record(run, given)
+    trained = {name: p for name, p in module.named_parameters() if p.requires_grad}
+    names = set(module.multiplied)
+    query, key = _channels(module.query), _channels(module.key)
+    # A projector normalises each of the two views on its own, in both directions.
+    stages = [2 * c for c in _channels(module.stage_loss)] if module.stage_loss else []
+    twice = 2 * len(stages)
+    return Counts(
+        rows=rows,
+        trained=sum(p.numel() for p in trained.values()),
+        averaged=sum(p.numel() for p in module.key.parameters()),
+        copied=sum(module.get_parameter(name).numel() for name in names),
+        copied_trained=sum(p.numel() for name, p in trained.items() if name in names),
+        tensors=tuple((p.numel(), name in names) for name, p in trained.items()),
+        averages=tuple(p.numel() for p in module.key.parameters()),
+        channels_forward=sum(query) + sum(key) + sum(stages),
+        channels_backward=sum(query) + sum(stages),
+        norms_forward=len(query) + len(key) + twice,
+        norms_backward=len(query) + twice,
+        pooled=_pooled(module, loss),
+        kept=kept,
+        operations=operations,
+    )
+
+
+def _channels(module: nn.Module) -> list[int]:
+    return [part.num_features for part in module.modules() if isinstance(part, _BatchNorm)]
+
+
+def _pooled(module: MomentumContrast, loss: LossConfig) -> int:
+    if loss.method == "moco":
+        return 0
+    grids = loss.grids if loss.method == "mse" else (1, 1, 1, 1)
+    return sum(module.query.stage_widths[s - 1] * grids[s - 1] ** 2 for s in loss.stages)

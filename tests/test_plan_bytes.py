@@ -1,0 +1,144 @@
+"""The bytes that the plan foretells, against those that the interfaces of hosts on a bridge count."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+
+from bridge import Bridge, counted
+from fastmoco.data.loader import Batch
+from fastmoco.distributed.world import World
+from fastmoco.plan.counts import count
+from fastmoco.plan.traffic import Flow, flows
+from fastmoco.train.config import Config
+from fastmoco.train.trainer import Trainer
+from runs import small_config
+from worlds import in_world
+
+pytestmark = pytest.mark.system
+
+TOLERANCE = 0.05
+SIZE, ROWS, STEPS = 64, 6, 2
+
+Reading = tuple[int, Counter[str]]
+
+
+def reading(world: World) -> Reading:
+    """What this process's interface has sent, once nothing is on its way, and what the process counted."""
+    dist.barrier(world.control)
+    time.sleep(0.3)
+    return counted()[0], Counter(world.sent)
+
+
+def per_step(readings: list[Reading]) -> tuple[float, dict[str, float]]:
+    """Of readings before and after STEPS steps and twice as many: bytes of one step, the cost of reading taken off."""
+    (a, said_a), (b, said_b), (c, said_c) = readings
+    said = {kind: (said_c[kind] - 2 * said_b[kind] + said_a[kind]) / STEPS for kind in said_c}
+    return (c - 2 * b + a) / STEPS, said
+
+
+def train(world: World, config: Config) -> list[Reading]:
+    torch.manual_seed(0)
+    trainer = Trainer(config, precision=config.run.precision, world=world)
+    rows = config.optim.batch_size // world.size
+    view = torch.rand(rows, 3, SIZE, SIZE).half().to(memory_format=torch.channels_last)
+
+    def steps(count: int) -> Reading:
+        for _ in range(count):
+            batches = [Batch(view, view.flip(3), np.arange(rows)) for _ in range(config.optim.accumulate)]
+            trainer.step(batches, lr=1e-3)
+        return reading(world)
+
+    # The first steps find out in which order gradients come.
+    return [steps(2), steps(STEPS), steps(2 * STEPS)]
+
+
+def foretold(config: Config, world: int) -> list[Flow]:
+    precision, optim, run = config.run.precision, config.optim, config.run
+    rows = optim.batch_size // world
+    counts = count(config.model, config.loss, size=SIZE, rows=rows, precision=precision)
+    through = precision == "bf16" and optim.accumulate == 1 and optim.update == "fused"
+    return flows(
+        counts, config.model, config.loss, size=SIZE, world=world, precision=precision, accumulate=optim.accumulate,
+        through_copies=through, engine="deepspeed" if run.engine == "deepspeed" else "ddp", zero=run.zero,
+    )  # fmt: skip
+
+
+def compare(config: Config, world: int) -> None:
+    planned = foretold(config, world)
+    expected = sum(flow.on_interface(world, "gloo") for flow in planned)
+    with Bridge(world) as bridge:
+        results = [per_step(readings) for readings in in_world(world, train, config, timeout=300, bridge=bridge)]
+    by_kind: Counter[str] = Counter()
+    for flow in planned:
+        by_kind[flow.kind] += flow.sent(world)  # type: ignore[assignment]
+    for rank, (sent, said) in enumerate(results):
+        payload = sum(said.values())
+        print(f"W {world} rank {rank}: interface {sent:,.0f}, plan {expected:,.0f} ({sent / expected - 1:+.2%}), "
+              f"counted {payload:,.0f} {said} plan {dict(by_kind)}")  # fmt: skip
+    for sent, said in results:
+        assert sent == pytest.approx(expected, rel=TOLERANCE)
+        for kind in said.keys() - {"control"}:
+            assert said[kind] == pytest.approx(by_kind[kind], rel=1e-3), kind
+
+
+@pytest.mark.parametrize("world", [2, 3, 4])
+@pytest.mark.parametrize(
+    ("method", "changes"),
+    [
+        ("moco", {}),
+        ("mse", {"norm": "sync"}),
+        ("barlow", {"barlow_correlation": "global", "precision": "bf16"}),
+    ],
+)
+def test_the_interface_counts_what_the_plan_says(method: str, changes: dict[str, Any], world: int) -> None:
+    base = {"key_shuffle": "global", "batch_size": ROWS * world, "queue_size": 64, "size": SIZE, "log_every": 99}
+    compare(small_config(Path(), Path(), method=method, **base | changes), world)
+
+
+SUMS = {"sum": 300_000, "scatter": 300_000, "gather": 100_000, "collection": 300_000, "exchange": 300_000}
+
+
+def collectives(world: World) -> dict[str, float]:
+    """Bytes on the interface of each kind of collective, of as many bytes as SUMS has float32 numbers times 4."""
+    found = {}
+    for kind, n in SUMS.items():
+        whole, part = torch.zeros(n), torch.zeros(n // world.size)
+
+        def call(kind: str = kind, whole: torch.Tensor = whole, part: torch.Tensor = part) -> None:
+            if kind == "sum":
+                dist.all_reduce(whole)
+            elif kind == "scatter":
+                dist.reduce_scatter_tensor(part, whole)
+            elif kind == "gather":
+                dist.all_gather_into_tensor(torch.zeros(world.size * len(whole)), whole)
+            elif kind == "collection":
+                dist.all_gather_into_tensor(whole, part)
+            else:
+                dist.all_to_all_single(torch.empty_like(whole), whole)
+
+        def calls(times: int) -> Reading:
+            for _ in range(times):
+                call()
+            return reading(world)
+
+        found[kind] = per_step([calls(1), calls(STEPS), calls(2 * STEPS)])[0]
+    return found
+
+
+@pytest.mark.parametrize("world", [2, 3, 4])
+def test_gloo_moves_of_each_collective_what_the_plan_says(world: int) -> None:
+    with Bridge(world) as bridge:
+        results = in_world(world, collectives, bridge=bridge)
+    for kind, n in SUMS.items():
+        flow = Flow(kind, kind, 4 * n, 1, "after")  # type: ignore[arg-type]
+        expected = flow.on_interface(world, "gloo")
+        for found in results:
+            assert found[kind] == pytest.approx(expected, rel=TOLERANCE), kind
