@@ -244,12 +244,25 @@ def test_an_encoder_gives_the_same_stages_and_statistics(
     assert (mine - wanted).norm() <= 1.1 * (torchs - wanted).norm()
 
 
+def test_every_norm_is_called_as_a_module() -> None:
+    """Where weights are shared out over processes, a module's are there only from its call on."""
+    images = torch.rand(2, 3, 32, 32).bfloat16().to(memory_format=torch.channels_last)
+    encoder = Encoder("resnet50", seed=3).to(memory_format=torch.channels_last)
+    called: list[nn.Module] = []
+    norms = [part for part in encoder.modules() if isinstance(part, nn.BatchNorm2d)]
+    for norm in norms:
+        norm.register_forward_pre_hook(lambda module, _: called.append(module))
+    _stages(encoder, images)
+    assert len(called) == len(norms) == len(set(called)) == 53
+
+
 @pytest.mark.skipif(dispatch.native is None, reason=dispatch.NATIVE_MISSING or "built")
 def test_running_statistics_move_as_torchs() -> None:
     given = inputs((3, 5, 4, 3), residual=True)
     x, residual = given["x"], given["residual"]
     assert x is not None and residual is not None
     mine, torchs = nn.BatchNorm2d(5, momentum=0.3), nn.BatchNorm2d(5, momentum=0.3).double()
+    blocks.use_fused_norms(mine)
     for _ in range(3):
         blocks.normalize_relu(mine, nn.ReLU(), x, residual)
         torchs(x.double())
@@ -273,10 +286,13 @@ def test_wider_maps_are_left_to_torch(dtype: torch.dtype) -> None:
 def test_other_norms_are_left_to_torch(options: dict[str, object]) -> None:
     x = inputs((3, 5, 4, 3), residual=False)["x"]
     mine, torchs = (nn.BatchNorm2d(5, **options) for _ in range(2))  # type: ignore[arg-type]
+    blocks.use_fused_norms(mine)
     assert torch.equal(blocks.normalize_relu(mine, nn.ReLU(), x), torchs(x).relu())  # type: ignore[arg-type]
 
 
 def test_one_value_a_channel_raises_as_torch_does() -> None:
     x = torch.zeros(1, 5, 1, 1, dtype=torch.bfloat16)
+    norm = nn.BatchNorm2d(5)
+    blocks.use_fused_norms(norm)
     with pytest.raises(ValueError, match="Expected more than 1 value per channel"):
-        blocks.normalize_relu(nn.BatchNorm2d(5), nn.ReLU(), x)
+        blocks.normalize_relu(norm, nn.ReLU(), x)

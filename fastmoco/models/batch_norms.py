@@ -24,18 +24,18 @@ def convert_norms(module: nn.Module, norm: Norm, *, groups: int = 1, world: Worl
     those of the batches of all of `world`; "frozen" the running statistics, which stay as they are. In evaluation mode
     all are torch's own.
     """
-    kinds: dict[type[nn.Module], type[nn.Module]] = {}
     # In a world of one its batch is the whole batch, and torch's modules, and those fused with them, are the faster.
     if norm == "sync" and not world.alone:
-        kinds = {nn.BatchNorm1d: SyncBatchNorm1d, nn.BatchNorm2d: SyncBatchNorm2d}
+        kinds: tuple[Any, Any] = SyncBatchNorm1d, SyncBatchNorm2d
     elif norm == "frozen":
-        kinds = {nn.BatchNorm1d: FrozenBatchNorm1d, nn.BatchNorm2d: FrozenBatchNorm2d}
+        kinds = FrozenBatchNorm1d, FrozenBatchNorm2d
     elif groups > 1:
-        kinds = {nn.BatchNorm1d: GroupedBatchNorm1d, nn.BatchNorm2d: GroupedBatchNorm2d}
+        kinds = GroupedBatchNorm1d, GroupedBatchNorm2d
+    else:
+        return
     for part in module.modules():
-        kind = kinds.get(type(part))
-        if kind is not None:
-            part.__class__ = kind
+        if isinstance(part, (nn.BatchNorm1d, nn.BatchNorm2d)):
+            part.__class__ = kinds[isinstance(part, nn.BatchNorm2d)]
             part.world, part.groups = world, groups  # type: ignore[assignment]
 
 

@@ -29,24 +29,45 @@ class NormalizedBottleneck(Bottleneck):
         return normalize_relu(self.bn3, self.relu, self.conv3(y), _shortcut(self.downsample, x))
 
 
+class FusedBatchNorm2d(nn.BatchNorm2d):
+    """torch's BatchNorm2d, which the addition and the ReLU behind it can be part of."""
+
+    def forward(self, x: Tensor, residual: Tensor | None = None, *, relu: bool = False) -> Tensor:
+        """A map (N, C, H, W) normalised; with `relu`, of maps that `_fuses`, `relu(norm(x) + residual)`."""
+        if not relu:
+            return super().forward(x)
+        assert self.running_mean is not None and self.running_var is not None and self.momentum is not None
+        y, statistics = batch_norm(x, self.weight, self.bias, residual=residual, relu=True, epsilon=self.eps)
+        mean, _, variance = statistics.unbind()
+        self.running_mean.lerp_(mean, self.momentum)
+        self.running_var.lerp_(variance, self.momentum)
+        assert self.num_batches_tracked is not None
+        self.num_batches_tracked.add_(1)
+        return y
+
+
 def use_fused_norms(module: nn.Module) -> None:
-    """Makes every residual block of `module` one of the above, its parameters and its place as they are."""
+    """Makes every residual block and BatchNorm2d of `module` one of the above, its parameters and place as they are."""
     for part in module.modules():
         if type(part) is BasicBlock:
             part.__class__ = NormalizedBasicBlock
         elif type(part) is Bottleneck:
             part.__class__ = NormalizedBottleneck
+        elif type(part) is nn.BatchNorm2d:
+            part.__class__ = FusedBatchNorm2d
 
 
 def normalize_relu(norm: nn.Module, relu: nn.Module, x: Tensor, residual: Tensor | None = None) -> Tensor:
     """`relu(norm(x) + residual)` of a map (N, C, H, W), and the running statistics with it.
 
     Under torch each is a pass over the map and a rounding of it, and a quarter of a step on a CPU. Maps in bfloat16 and
-    channels-last memory format that a plain BatchNorm2d in training takes on a CPU go through ops.batch_norm; all
+    channels-last memory format that a FusedBatchNorm2d in training takes on a CPU go through ops.batch_norm; all
     else through the modules.
     """
-    if isinstance(norm, nn.BatchNorm2d) and _fuses(norm, x, residual):
-        return _fused(norm, x, residual)
+    if isinstance(norm, FusedBatchNorm2d) and _fuses(norm, x, residual):
+        # By a call of the module: what shares out weights over processes brings a module's together when it is called.
+        fused: Tensor = norm(x, residual, relu=True)
+        return fused
     y = norm(x)
     if residual is not None:
         y += residual
@@ -61,22 +82,11 @@ def _shortcut(downsample: nn.Module | None, x: Tensor) -> Tensor:
     return out
 
 
-def _fuses(norm: nn.BatchNorm2d, x: Tensor, residual: Tensor | None) -> bool:
-    if not (norm.training and type(norm) is nn.BatchNorm2d and norm.affine and norm.track_running_stats):
+def _fuses(norm: FusedBatchNorm2d, x: Tensor, residual: Tensor | None) -> bool:
+    if not (norm.training and norm.affine and norm.track_running_stats):
         return False
     if x.device.type != "cpu" or x.dtype != torch.bfloat16 or norm.momentum is None or dispatch.native is None:
         return False
     if residual is not None and (residual.dtype != x.dtype or residual.shape != x.shape):
         return False
     return x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last) and x.numel() > x.shape[1]
-
-
-def _fused(norm: nn.BatchNorm2d, x: Tensor, residual: Tensor | None) -> Tensor:
-    assert norm.running_mean is not None and norm.running_var is not None and norm.momentum is not None
-    y, statistics = batch_norm(x, norm.weight, norm.bias, residual=residual, relu=True, epsilon=norm.eps)
-    mean, _, variance = statistics.unbind()
-    norm.running_mean.lerp_(mean, norm.momentum)
-    norm.running_var.lerp_(variance, norm.momentum)
-    assert norm.num_batches_tracked is not None
-    norm.num_batches_tracked.add_(1)
-    return y
