@@ -30,13 +30,18 @@ def pretrain(args: list[str]) -> int:
     from fastmoco.distributed.launch import find_launch
     from fastmoco.train.pretrain import Stopped
     from fastmoco.train.pretrain import pretrain as train
+    from fastmoco.train.stop import end_undisturbed
 
+    launch = find_launch()
     try:
         folder = train(config)
     except Stopped as stopped:
         print(stopped, file=sys.stderr)
         return 128 + stopped.signal
-    if find_launch().rank == 0:
+    finally:
+        if launch.size > 1:
+            end_undisturbed()
+    if launch.rank == 0:
         print(f"done: {folder / 'encoder.safetensors'}")
     return 0
 

@@ -61,13 +61,14 @@ def pretrain(config: Config) -> Path:
     launch, seconds = find_launch(), config.run.watchdog
     # The watchdog, which says who stands where, comes before a collective's own timeout.
     with (
+        StopRequest() as stop,
         joined(config.run.device, launch=launch, timeout=max(300.0, 2 * seconds)) as world,
         watched(world, launch, seconds, orderly=(Stopped,)) as monitor,
     ):
-        return _pretrain_in(world, config, monitor)
+        return _pretrain_in(world, config, monitor, stop)
 
 
-def _pretrain_in(world: World, config: Config, monitor: Monitor) -> Path:
+def _pretrain_in(world: World, config: Config, monitor: Monitor, stop: StopRequest) -> Path:
     config = _resolve(config, world.device)
     store = Store(config.run.out, config.run.keep_checkpoints, max_failed=config.run.max_failed_saves)
     saved = everywhere(world, lambda: find_checkpoint(config, store))
@@ -79,7 +80,7 @@ def _pretrain_in(world: World, config: Config, monitor: Monitor) -> Path:
         world, lambda: Trainer(config, precision=config.run.precision, world=world, initialise=saved is None)
     )
     run = everywhere(world, lambda: _Run(config, store, manifest, trainer, saved, monitor))
-    return run.go()
+    return run.go(stop)
 
 
 def _images(world: World, config: Config, store: Store, saved: Checkpoint | None) -> Manifest:
@@ -154,7 +155,7 @@ class _Run:
         self.trainer.restore(saved)
         self.start = self.saved_at = saved.step
 
-    def go(self) -> Path:
+    def go(self, stop: StopRequest) -> Path:
         if self.world.first:
             self._describe()
         with _writing(self.config, self.store):
@@ -163,7 +164,7 @@ class _Run:
             )
             with record:
                 try:
-                    self._steps(record)
+                    self._steps(record, stop)
                 finally:
                     self.store.finish()
         encoder = self.trainer.query_encoder()
@@ -173,7 +174,7 @@ class _Run:
                 print(f"{len(bad)} image(s) went bad and were replaced by others: see {self.out / BAD_FILES}")
         return self.out
 
-    def _steps(self, record: Record) -> None:
+    def _steps(self, record: Record, stop: StopRequest) -> None:
         config, trainer, total = self.config, self.trainer, self.plan.total
         accumulate = config.optim.accumulate
         loader = make_loader(
@@ -187,7 +188,8 @@ class _Run:
             device=self.world.device,
             quarantine=self.set_aside.quarantine,
         )
-        with StopRequest() as stop, contextlib.closing(loader):
+        with contextlib.closing(loader):
+            stop.begin()
             self.record = record
             clock = Clock(trainer.pushed)
             self.monitor.beat(self.start)

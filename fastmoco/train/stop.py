@@ -8,7 +8,8 @@ from types import FrameType, TracebackType
 
 
 class StopRequest:
-    """While entered, the first SIGINT, SIGTERM or SIGUSR1 is kept in `signal`; a second SIGINT interrupts at once.
+    """From `begin` until it is left, the first SIGINT, SIGTERM or SIGUSR1 is kept in `signal`; a second SIGINT
+    interrupts at once.
 
     SIGUSR1 is what SLURM is asked to send some minutes before a job's time is up; unhandled it would end the process.
     Outside the main thread, where Python handles no signals, it does nothing.
@@ -19,11 +20,13 @@ class StopRequest:
         self._before: dict[int, object] = {}
 
     def __enter__(self) -> StopRequest:
-        if threading.current_thread() is not threading.main_thread():
-            return self
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
-            self._before[number] = signal.signal(number, self._handle)
         return self
+
+    def begin(self) -> None:
+        """Keep signals from now on: before, there is nothing to save, and they end the process."""
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+                self._before[number] = signal.signal(number, self._handle)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -35,3 +38,13 @@ class StopRequest:
         if self.signal is not None and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.signal = number
+
+
+def end_undisturbed() -> None:
+    """Ignore SIGTERM and SIGUSR1 from now on, in a process that has only to end.
+
+    srun sends SIGTERM to all processes as soon as one has failed, which would hide why the others end.
+    """
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGTERM, signal.SIGUSR1):
+            signal.signal(number, signal.SIG_IGN)
