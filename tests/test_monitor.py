@@ -111,13 +111,21 @@ def raise_on_rank_0(world: World, monitor: Monitor, folder: Path) -> None:
 
 def raise_alike(world: World, monitor: Monitor, folder: Path) -> None:
     steps(world, monitor, folder, 3)
-    time.sleep(0.1 * world.rank)
+    # Rank 0 has curves to draw.
+    time.sleep(2.0 - world.rank)
     raise UserError("--lr is too high")
 
 
 def raise_in_good_order(world: World, monitor: Monitor, folder: Path) -> None:
     steps(world, monitor, folder, 3)
     raise Agreed
+
+
+def mistake_on_rank_1(world: World, monitor: Monitor, folder: Path) -> None:
+    steps(world, monitor, folder, 3)
+    if world.rank == 1:
+        raise UserError("--data is not there")
+    steps(world, monitor, folder)
 
 
 def hang_on_rank_1(world: World, monitor: Monitor, folder: Path) -> None:
@@ -214,6 +222,12 @@ def test_what_all_raise_alike_is_told_once(tmp_path: Path) -> None:
     said = ranks.errors()
     assert "UserError: --lr is too high" in said[0]
     assert said[1:] == ["", ""]
+
+
+def test_a_mistake_that_one_rank_alone_finds_ends_all(tmp_path: Path) -> None:
+    ranks = Ranks(tmp_path, 2, mistake_on_rank_1)
+    assert ranks.end(within=30) == [OTHER_FAILED, RAISED]
+    assert "failed after step 3: UserError: --data is not there" in ranks.errors()[0]
 
 
 def test_what_is_agreed_on_is_no_failure(tmp_path: Path) -> None:

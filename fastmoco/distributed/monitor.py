@@ -32,7 +32,8 @@ OTHER_FAILED = 75
 HUNG = 76
 
 # Seconds between two words; until all of a run's processes have failed alike or not; and until a machine that does not
-# answer is given up, which is also how long the cause of a broken connection is waited for.
+# answer is given up, which is also how long the cause of a broken connection is waited for, and all others where one
+# ends by a UserError.
 INTERVAL, GRACE, PATIENCE = 1.0, 1.0, 12.0
 # Seconds that rank 0, once it is done, waits for the others to be done too.
 LINGER = 10.0
@@ -101,6 +102,7 @@ class Monitor:
         if _may_follow(error) and not (isinstance(self._link, Hub) and self._link.alone):
             self._pulse.hurt = said
         else:
+            self._pulse.mistake = isinstance(error, UserError)
             self._pulse.failed = said
         self._link.wake()
         self._over.wait(self._patience + 3 * (self._grace + self._interval))
@@ -143,6 +145,9 @@ def _end(verdict: Verdict) -> None:
     """Print the verdict and end this process, whatever its main thread is waiting for."""
     with suppress(OSError, ValueError):
         sys.stdout.flush()
+    if os.isatty(1):
+        # The progress bar has hidden the cursor.
+        os.write(1, b"\x1b[?25h\n")
     if verdict.hung:
         os.write(2, b"where the threads of this process stand:\n")
         faulthandler.dump_traceback(file=2, all_threads=True)

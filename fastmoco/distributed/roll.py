@@ -13,8 +13,8 @@ class Pulse:
     """What a process says of itself, several times a minute.
 
     step: steps done; None before the first word. idle: seconds since it last got on. where: the line of code that its
-    main thread is at. failed: the exception that it ends by. hurt: an exception that may follow from another's end.
-    ended: whether it ends in good order.
+    main thread is at. failed: the exception that it ends by; mistake: whether that is one for people to mend, which all
+    are likely to find. hurt: an exception that may follow from another's end. ended: whether it ends in good order.
     """
 
     rank: int
@@ -24,6 +24,7 @@ class Pulse:
     idle: float = 0.0
     where: str = ""
     failed: str = ""
+    mistake: bool = False
     hurt: str = ""
     ended: bool = False
 
@@ -34,7 +35,8 @@ class Pulse:
             pulse = cls(**said)
             return cls(
                 int(pulse.rank), str(pulse.host), int(pulse.pid), None if pulse.step is None else int(pulse.step),
-                float(pulse.idle), str(pulse.where), str(pulse.failed), str(pulse.hurt), bool(pulse.ended),
+                float(pulse.idle), str(pulse.where), str(pulse.failed), bool(pulse.mistake), str(pulse.hurt),
+                bool(pulse.ended),
             )  # fmt: skip
         except TypeError as error:
             raise ValueError(f"no pulse: {error}") from error
@@ -89,7 +91,8 @@ class Roll:
     """All processes of a run as one of them knows them, and the verdict once the run has to end. Times in seconds.
 
     seconds: how long none of them may get on. grace: how long others are waited for once one failed, which may all do
-    so alike. patience: how long the cause of an exception that may be another's is waited for.
+    so alike. patience: how long the cause of an exception that may be another's is waited for, and the others where one
+    found a mistake: they may have more to finish before they end by it.
     """
 
     size: int
@@ -135,7 +138,8 @@ class Roll:
         failed = [known for known in ended if known.pulse.failed]
         if failed:
             over = all(known.pulse.failed or known.pulse.ended for known in everyone)
-            if over or now - (failed[0].ended_at or now) >= self.grace:
+            grace = self.patience if failed[0].pulse.mistake else self.grace
+            if over or now - (failed[0].ended_at or now) >= grace:
                 return self._failed(failed, failed[0].pulse.failed)
             return None
         hurt = [known for known in ended if known.pulse.hurt]
