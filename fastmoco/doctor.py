@@ -7,6 +7,7 @@ import pkgutil
 import platform
 from collections.abc import Sequence
 from importlib import metadata
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -15,6 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from fastmoco import ops
+from fastmoco.errors import UserError
 from fastmoco.ops import dispatch
 from fastmoco.precision import default_precision
 
@@ -46,8 +48,23 @@ def report() -> list[Row]:
 
 
 def main(argv: Sequence[str] = ()) -> int:
-    """Prints the report as tables; 0, since a lack is a finding and not an error."""
-    argparse.ArgumentParser(prog="fastmoco doctor", description=__doc__).parse_args(argv)
+    """Prints the report as tables and returns 0, since a lack is a finding and not an error.
+
+    With --distributed the exit status is that of the preflight: 1 where something would stop training.
+    """
+    parser = argparse.ArgumentParser(prog="fastmoco doctor", description=__doc__)
+    parser.add_argument(
+        "--distributed", action="store_true",
+        help="started by srun or torchrun on several nodes: measure network, clocks and disks between them",
+    )  # fmt: skip
+    parser.add_argument("--out", type=Path, help="with --distributed: the folder for run folders, seen by every node")
+    options = parser.parse_args(argv)
+    if options.distributed:
+        from fastmoco.preflight.command import preflight
+
+        return preflight(options.out)
+    if options.out is not None:
+        raise UserError("--out is the shared folder that --distributed looks at: give both")
     rows = report()
     console = Console()
     for section in dict.fromkeys(row.section for row in rows):

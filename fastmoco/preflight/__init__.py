@@ -1,0 +1,1 @@
+"""What processes on several nodes need of network, clocks and disks, measured before they train."""
