@@ -69,6 +69,26 @@ class Bridge:
                 _ip("netns", "delete", name)
 
 
+    def command(self, host: int, *args: str) -> list[str]:
+        """The command that runs `args` on a host, which is named as its namespace."""
+        name = self.namespaces[host]
+        inside = ("unshare", "--uts", "sh", "-c", 'hostname "$0" && exec "$@"', name, *args)
+        return ["ip", "netns", "exec", name, *inside]
+
+    def take_down(self, host: int) -> None:
+        """Take the host's interface down, which it sees."""
+        _ip("-n", self.namespaces[host], "link", "set", INTERFACE, "down")
+
+    def unplug(self, host: int) -> None:
+        """Take the host off the bridge, which nobody sees: what is sent is lost without a word."""
+        _ip("-n", self.switch, "link", "set", f"port{host}", "nomaster")
+
+    def restore(self, host: int) -> None:
+        """Undo both."""
+        _ip("-n", self.namespaces[host], "link", "set", INTERFACE, "up")
+        _ip("-n", self.switch, "link", "set", f"port{host}", "master", "bridge")
+
+
 def enter(namespace: str) -> None:
     """Move this thread, and those that it will start, to `namespace`, where packets are no larger than the MTU."""
     descriptor = os.open(Path("/run/netns", namespace), os.O_RDONLY)

@@ -1,0 +1,341 @@
+"""Processes killed, links cut, folders lost and disks full in runs of several processes. `make test-system`."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import os
+import random
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from bridge import INTERFACE, Bridge
+from fastmoco.data.loader import Batch
+from fastmoco.distributed.monitor import OTHER_FAILED
+from fastmoco.models.weights import read_weights
+from fastmoco.train.metrics import read_rows
+from fastmoco.train.trainer import Trainer
+from jobs import Job
+from runs import draw_images
+from worlds import free_port
+
+pytestmark = pytest.mark.system
+STEPS, EVERY = 30, 5
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return draw_images(tmp_path_factory.mktemp("data"), 48)
+
+
+def command(images: Path, out: Path, *more: str) -> list[str]:
+    # 12 images can be shared out among 1, 2, 3 and 4 processes, whose number then makes no difference but rounding.
+    return [
+        "pretrain", "histology-barlow-small", "--data", str(images), "--out", str(out), "--resume",
+        "--loader", "pillow", "--arch", "resnet18", "--size", "32", "--dim", "32", "--batch-size", "12",
+        "--queue-size", "31", "--projector-width", "64", "--steps", str(STEPS), "--log-every", "1",
+        "--checkpoint-every", str(EVERY), "--workers", "1", "--precision", "fp32", "--norm", "sync",
+        "--barlow-correlation", "global", *more,
+    ]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def whole(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run of two processes that nothing befell."""
+    out = tmp_path_factory.mktemp("whole") / "run"
+    with Job(out.parent / "job", 2, command(images, out)) as job:
+        assert job.end() == [0, 0], job.all_output()
+    return out
+
+
+def checkpoints(out: Path) -> list[Path]:
+    return sorted((out / "checkpoints").glob("step-*.safetensors"))
+
+
+def step_of(path: Path) -> int:
+    return int(path.stem.removeprefix("step-"))
+
+
+def done(out: Path) -> int:
+    return len(read_rows(out / "metrics.jsonl"))
+
+
+def losses(out: Path) -> list[dict[str, Any]]:
+    timed = {"pairs_per_s", "data_wait"}
+    return [{k: v for k, v in row.items() if k not in timed} for row in read_rows(out / "metrics.jsonl")]
+
+
+def assert_same_end(expected: Path, actual: Path) -> None:
+    """Weights, queue, optimiser and every step's losses, bit for bit."""
+    one, other = (load_file(checkpoints(out)[-1]) for out in (expected, actual))
+    assert one.keys() == other.keys()
+    for name, value in one.items():
+        assert torch.equal(value, other[name]), name
+    assert [row["step"] for row in losses(actual)] == list(range(1, STEPS + 1))
+    assert losses(expected) == losses(actual)
+
+
+def kill_once(job: Job, out: Path, rank: int, *, writing: bool, step: int, delay: float) -> float:
+    """Kill a rank, while a checkpoint is written or `delay` seconds after `step`; seconds until the others ended."""
+    if writing:
+        half = f".step-*.tmp-{job.pid(0)}"
+        job.wait_until(lambda: any((out / "checkpoints").glob(half)))
+    else:
+        # Not by metrics.jsonl, which still has the rows of a run before.
+        job.wait_until(lambda: f"step {step}/{STEPS} " in job.output(0))
+        time.sleep(delay)
+    killed = job.kill(rank)
+    status = job.end(within=30)
+    took = time.monotonic() - killed
+    assert [s for r, s in enumerate(status) if r != rank] == [OTHER_FAILED] * (job.size - 1), job.all_output()
+    for other in range(job.size):
+        if other != rank:
+            said = job.output(other)
+            assert f"error: rank {rank} on " in said
+            assert f"(pid {job.pid(rank)}) ended without a word" in said
+            assert "Traceback" not in said
+    return took
+
+
+def test_kills_lose_nothing_but_the_steps_since_the_last_checkpoint(
+    images: Path, whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Ten kill -9 of random ranks, three while a checkpoint is written, and runs that go on with as many or others."""
+    rng = random.Random(2026)
+    # World sizes of each attempt, and which of them are killed while a checkpoint is written.
+    plans = {"same": ([2, 2, 2, 2, 2], {1, 3}), "other": ([3, 2, 3, 2, 3], {2})}
+    last = {"same": 2, "other": 4}
+    log = []
+    for name, (sizes, writing) in plans.items():
+        out = tmp_path / name
+        for attempt, size in enumerate(sizes):
+            saved = checkpoints(out)
+            with Job(tmp_path / "jobs" / f"{name}{attempt}", size, command(images, out)) as job:
+                began = step_of(saved[-1]) if saved else 0
+                # Spread over the run, so that it is alive whenever its turn comes.
+                step = max(began + 1, attempt * (STEPS - 8) // len(sizes) + rng.randrange(1, 4))
+                rank = rng.randrange(size)
+                took = kill_once(job, out, rank, writing=attempt in writing, step=step, delay=rng.random() * 0.2)
+                if saved:
+                    assert f"going on from step {began}\n" in job.output(0)
+            when = "while saving" if attempt in writing else f"after step {step}"
+            halves = len(list((out / "checkpoints").glob(".step-*")))
+            log.append(
+                f"{name}: rank {rank} of {size}, begun at {began}, {when}; others ended in {took:.1f} s; "
+                f"{halves} half-written"
+            )
+            for path in checkpoints(out):
+                assert read_weights(path)[1]["step"] == step_of(path)
+            # No more than what was being written when it was killed, and the steps after it.
+            newest = step_of(checkpoints(out)[-1]) if checkpoints(out) else 0
+            assert done(out) - newest < 2 * EVERY or "is slow" in job.output(0)
+        with Job(tmp_path / "jobs" / f"{name}-last", last[name], command(images, out)) as job:
+            assert job.end() == [0] * last[name], job.all_output()
+    with capsys.disabled():
+        print("\nkills:", *log, sep="\n  ")
+    assert_same_end(whole, tmp_path / "same")
+    expected, actual = losses(whole), losses(tmp_path / "other")
+    assert [row["step"] for row in actual] == list(range(1, STEPS + 1))
+    apart = max(abs(a["loss"] - b["loss"]) for a, b in zip(expected, actual, strict=True))
+    with capsys.disabled():
+        print(f"  losses with other numbers of processes differ by at most {apart:.2g}")
+    assert apart < 1e-3
+
+
+@pytest.mark.parametrize("how", ["down", "unplugged"])
+def test_two_hosts_cut_apart_both_end_and_go_on_later(
+    images: Path, tmp_path: Path, how: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "run"
+    args = [sys.executable, "-m", "fastmoco.cli", *command(images, out, "--watchdog", "20", "--steps", "15")]
+    with Bridge(2) as bridge:
+
+        def start() -> list[subprocess.Popen[str]]:
+            port = str(free_port())
+            common = os.environ | {"WORLD_SIZE": "2", "MASTER_ADDR": bridge.addresses[0], "MASTER_PORT": port}
+            common |= {"GLOO_SOCKET_IFNAME": INTERFACE, "OMP_NUM_THREADS": "1"}
+            return [
+                subprocess.Popen(
+                    bridge.command(rank, *args), env=common | {"RANK": str(rank)}, stdout=subprocess.PIPE,
+                    stderr=subprocess.STDOUT, text=True,
+                )
+                for rank in (0, 1)
+            ]  # fmt: skip
+
+        ranks = start()
+        try:
+            while not checkpoints(out):
+                assert all(rank.poll() is None for rank in ranks), [rank.communicate()[0] for rank in ranks]
+                time.sleep(0.01)
+            (bridge.take_down if how == "down" else bridge.unplug)(1)
+            cut = time.monotonic()
+            took = []
+            said = []
+            for rank in ranks:
+                said.append(rank.communicate(timeout=30)[0])
+                took.append(time.monotonic() - cut)
+            with capsys.disabled():
+                print(f"\n{how}: ended after {took[0]:.1f} and {took[1]:.1f} s")
+            assert max(took) < 20
+            for number in (0, 1):
+                other = bridge.namespaces[1 - number]
+                assert ranks[number].returncode == OTHER_FAILED, said[number]
+                assert f"error: rank {1 - number} on {other} (pid " in said[number]
+                assert "can no longer be reached after step" in said[number]
+                assert "Traceback" not in said[number]
+            bridge.restore(1)
+            begun = step_of(checkpoints(out)[-1])
+            ranks = start()
+            said = [rank.communicate(timeout=300)[0] for rank in ranks]
+            assert [rank.returncode for rank in ranks] == [0, 0], said
+            assert f"going on from step {begun}\n" in said[0]
+            assert [row["step"] for row in losses(out)] == list(range(1, 16))
+        finally:
+            for rank in ranks:
+                rank.kill()
+                rank.communicate()
+
+
+def at_step(number: int, disturb: Callable[[list[Batch]], None]) -> None:
+    """Have `disturb` see the micro-batches of this process's step `number` before it is made."""
+    step, count = Trainer.step, 0
+
+    def disturbed(self: Trainer, batches: Iterable[Batch], lr: float) -> None:
+        nonlocal count
+        count += 1
+        ready = list(batches)
+        if count == number:
+            disturb(ready)
+        step(self, ready, lr)
+
+    Trainer.step = disturbed  # type: ignore[method-assign]
+
+
+def fail_on_rank_2(rank: int) -> None:
+    def fail(batches: list[Batch]) -> None:
+        raise MemoryError("no 16 GB are left")
+
+    if rank == 2:
+        at_step(7, fail)
+
+
+def test_an_unforeseen_failure_of_one_rank_is_told_by_all(images: Path, tmp_path: Path) -> None:
+    with Job(tmp_path / "job", 3, command(images, tmp_path / "run"), prepare=fail_on_rank_2) as job:
+        job.wait_until(lambda: f"step 6/{STEPS} " in job.output(0))
+        began = time.monotonic()
+        assert job.end() == [OTHER_FAILED, OTHER_FAILED, 1]
+        assert time.monotonic() - began < 30
+        for rank in (0, 1):
+            who = f"rank 2 on {socket.gethostname()} (pid {job.pid(2)})"
+            assert f"error: {who} failed after step 6: MemoryError: no 16 GB are left; " in job.output(rank)
+            assert "Traceback" not in job.output(rank)
+
+
+def in_mounts_of_its_own(rank: int) -> None:
+    """What is mounted for this process from here on, no other sees."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    new_mounts = 0x20000
+    if libc.unshare(new_mounts) != 0:
+        raise OSError(ctypes.get_errno(), "unshare")
+    subprocess.run(["mount", "--make-rprivate", "/"], check=True)
+
+
+def test_a_folder_lost_on_one_rank_is_told_with_the_rank(
+    images: Path, tmp_path: Path, mounted: Callable[[str], Path]
+) -> None:
+    # Where mounting is not permitted, there is nothing to try.
+    mounted("40k")
+    with Job(tmp_path / "job", 2, command(images, tmp_path / "run"), prepare=in_mounts_of_its_own) as job:
+        job.wait_until(lambda: f"step 6/{STEPS} " in job.output(0))
+        inside = ["nsenter", "--target", str(job.pid(1)), "--mount"]
+        subprocess.run([*inside, "mount", "-t", "tmpfs", "none", str(images)], check=True)
+        began = time.monotonic()
+        assert job.end() == [2, 2], job.all_output()
+        assert time.monotonic() - began < 30
+        assert f"rank 1 on {socket.gethostname()}: " in job.output(0)
+        assert str(images) in job.output(0)
+        assert "saved " in job.output(0)
+        assert "Traceback" not in job.all_output()
+    with Job(tmp_path / "again", 2, command(images, tmp_path / "run")) as job:
+        assert job.end() == [0, 0], job.all_output()
+
+
+def poison_rank_1(rank: int) -> None:
+    def poison(batches: list[Batch]) -> None:
+        for batch in batches:
+            batch.q.fill_(float("nan"))
+
+    if rank == 1:
+        at_step(7, poison)
+
+
+def test_nan_on_one_rank_stops_all_at_the_same_step(images: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    # The metrics are read at step 10; what was computed at step 7 is found there, and nothing was updated since.
+    args = command(images, out, "--log-every", "10", "--checkpoint-every", "5")
+    with Job(tmp_path / "job", 2, args, prepare=poison_rank_1) as job:
+        assert job.end() == [2, 2], job.all_output()
+        assert "error: step 7: " in job.output(0)
+        assert "is not finite" in job.output(0)
+        assert "step-000000005.safetensors" in job.output(0)
+        assert "Traceback" not in job.all_output()
+    assert [step_of(path) for path in checkpoints(out)] == [5]
+    tensors = load_file(checkpoints(out)[0])
+    assert all(bool(torch.isfinite(value).all()) for value in tensors.values() if value.is_floating_point())
+
+
+def test_a_disk_full_or_read_only_for_a_while_changes_nothing(
+    images: Path, whole: Path, tmp_path: Path, mounted: Callable[[str], Path]
+) -> None:
+    disk = mounted("600M")
+    out = disk / "run"
+    with Job(tmp_path / "job", 2, command(images, out, "--max-failed-saves", "100")) as job:
+        job.wait_until(lambda: bool(checkpoints(out)))
+        filler = disk / "filler"
+        subprocess.run(["sh", "-c", f"cat /dev/zero > {filler}"], capture_output=True)
+        job.wait_until(lambda: "training goes on to the next checkpoint" in job.output(0))
+        filler.unlink()
+        assert "safetensors could not be written: [Errno 28] No space left" in job.output(0)
+        folder = str(out / "checkpoints")
+        subprocess.run(["mount", "--bind", folder, folder], check=True)
+        try:
+            # Not while a file in it is being written.
+            job.wait_until(
+                lambda: subprocess.run(["mount", "-o", "remount,ro,bind", folder], capture_output=True).returncode == 0
+            )
+            job.wait_until(lambda: "Read-only file system" in job.output(0))
+        finally:
+            subprocess.run(["umount", "--lazy", folder], check=True)
+        assert job.end() == [0, 0], job.all_output()
+    assert_same_end(whole, out)
+
+
+def on_a_slow_disk(rank: int, folder: str) -> None:
+    """Every file below `folder` takes a while to be brought to the disk."""
+    fsync = os.fsync
+
+    def slow(file: int) -> None:
+        if folder in os.readlink(f"/proc/self/fd/{file}"):
+            time.sleep(3)
+        fsync(file)
+
+    os.fsync = slow
+
+
+def test_a_slow_disk_costs_checkpoints_and_nothing_else(images: Path, whole: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    prepare = functools.partial(on_a_slow_disk, folder="/checkpoints")
+    args = command(images, out, "--checkpoint-every", "2", "--max-failed-saves", "100")
+    with Job(tmp_path / "job", 2, args, prepare=prepare) as job:
+        assert job.end() == [0, 0], job.all_output()
+        assert "is still being written after" in job.output(0)
+    assert_same_end(whole, out)
