@@ -22,10 +22,10 @@ class Counts:
     """Of one process and one micro-batch of `rows` images.
 
     trained, averaged: elements of the trained parameters and of the key encoder's. copied, copied_trained: elements of
-    those weights that are multiplied in half precision, all and the trained. tensors: elements of each trained tensor
-    with whether it is copied, in order; averages: those of each average. channels_forward, channels_backward: channels
-    of all BatchNorms, as often as they run; norms_forward and norms_backward: how often they do. pooled: numbers of an
-    image's maps that go back to its process under --key-shuffle global. kept: bytes that the backward needs.
+    those weights that are multiplied in half precision, all and the trained. linear, linear_trained: elements of linear
+    layers, which DeepSpeed sends in half precision. channels_forward, channels_backward: channels of all BatchNorms, as
+    often as they run; norms_forward and norms_backward: how often they do. pooled: numbers of an image's maps that go
+    back to its process under --key-shuffle global. kept: bytes that the backward needs.
     """
 
     rows: int
@@ -33,8 +33,8 @@ class Counts:
     averaged: int
     copied: int
     copied_trained: int
-    tensors: tuple[tuple[int, bool], ...]
-    averages: tuple[int, ...]
+    linear: int
+    linear_trained: int
     channels_forward: int
     channels_backward: int
     norms_forward: int
@@ -67,6 +67,8 @@ def count(model: ModelConfig, loss: LossConfig, *, size: int, rows: int, precisi
     operations, kept = record(run, given)
     trained = {name: p for name, p in module.named_parameters() if p.requires_grad}
     names = set(module.multiplied)
+    # By class, as DeepSpeed does: fastmoco's convolutions are of one of their own, which it does not know.
+    linear = [p for part in module.modules() if type(part) is nn.Linear for p in part.parameters(recurse=False)]
     query, key = _channels(module.query), _channels(module.key)
     # A projector normalises each of the two views on its own, in both directions.
     stages = [2 * c for c in _channels(module.stage_loss)] if module.stage_loss else []
@@ -77,8 +79,8 @@ def count(model: ModelConfig, loss: LossConfig, *, size: int, rows: int, precisi
         averaged=sum(p.numel() for p in module.key.parameters()),
         copied=sum(module.get_parameter(name).numel() for name in names),
         copied_trained=sum(p.numel() for name, p in trained.items() if name in names),
-        tensors=tuple((p.numel(), name in names) for name, p in trained.items()),
-        averages=tuple(p.numel() for p in module.key.parameters()),
+        linear=sum(p.numel() for p in linear),
+        linear_trained=sum(p.numel() for p in linear if p.requires_grad),
         channels_forward=sum(query) + sum(key) + sum(stages),
         channels_backward=sum(query) + sum(stages),
         norms_forward=len(query) + len(key) + twice,

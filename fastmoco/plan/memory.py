@@ -5,7 +5,7 @@ from __future__ import annotations
 from fastmoco.plan.counts import BYTES, Counts
 from fastmoco.train.config import LossConfig, ModelConfig
 
-# DeepSpeed's default bucket, in numbers: it is there whole, however small the gradients.
+# DeepSpeed's bucket, in numbers, of each dtype that it sends: it is there whole, however small the gradients.
 DEEPSPEED_BUCKET = 500_000_000
 # The driver's context, cuDNN's and NCCL's own buffers; a guess.
 CONTEXT = 1_500_000_000
@@ -41,7 +41,10 @@ def memory(
     if zero in (1, 2):
         parts["ZeRO's own weights"] = counts.trained * wide * share[1]
     if zero:
-        parts["buckets"] = float(DEEPSPEED_BUCKET * wide)
+        parts["buckets"] = float(DEEPSPEED_BUCKET * (wide + BYTES[precision] if half else wide))
+    if zero == 3:
+        # Below a billion weights it lets none go between the forward and the backward.
+        parts["gathered weights"] = float((counts.trained + counts.averaged) * wide)
     parts["activations"] = float(counts.kept)
     parts["working"] = float(counts.operations.moved.max())
     parts["views"] = 2.0 * counts.rows * 3 * size * size * (2 + BYTES[precision])

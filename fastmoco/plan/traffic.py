@@ -117,8 +117,8 @@ def flows(
             ("sum", "backward", counts.channels_backward, counts.norms_backward),
         ):
             found.append(Flow("norms", collective, 2 * channels * wide * accumulate, calls * accumulate, when))  # type: ignore[arg-type]
-    found += _gradients(counts, narrow if through_copies else wide, wide, engine, zero, accumulate)
-    # Whether a loss was not finite, between the GPUs, and whether to stop, between the hosts.
+    found += _gradients(counts, narrow if through_copies else wide, narrow, wide, engine, zero, accumulate)
+    # Whether a loss was not finite.
     found.append(Flow("control", "sum", 4, 1, "backward"))
     return found
 
@@ -132,23 +132,31 @@ def buckets(given: float) -> list[float]:
 
 
 def _gradients(
-    counts: Counts, copied: int, wide: int, engine: Literal["ddp", "deepspeed"], zero: int, accumulate: int
+    counts: Counts,
+    copied: int,
+    narrow: int,
+    wide: int,
+    engine: Literal["ddp", "deepspeed"],
+    zero: int,
+    accumulate: int,
 ) -> list[Flow]:
+    """Gradients, and under ZeRO weights; `copied`, `narrow` and `wide` are the bytes of a number of each kind."""
     if engine == "ddp":
-        given = sum(n * (copied if through else wide) for n, through in counts.tensors)
+        given = counts.copied_trained * copied + (counts.trained - counts.copied_trained) * wide
         return [Flow("gradients", "sum", given, len(buckets(given)), "backward")]
     whole = counts.trained * wide
     if zero == 0:
         return [Flow("gradients", "sum", whole, 1, "after")]
+    reduced = whole - counts.linear_trained * (wide - narrow)
+    kinds = 1 if narrow == wide else 2
     if zero in (1, 2):
-        reductions = accumulate if zero == 2 else 1
+        times = accumulate if zero == 2 else 1
         return [
-            Flow("gradients", "sum", whole * reductions, reductions, "after"),
+            Flow("gradients", "sum", reduced * times, kinds * times, "after"),
             Flow("weights", "collection", whole, 1, "after"),
         ]
-    fetched, calls = (counts.trained + counts.averaged) * wide * accumulate, len(counts.tensors) * accumulate
+    fetched = (counts.trained + counts.averaged) * wide - counts.linear * (wide - narrow)
     return [
-        Flow("gradients", "scatter", whole * accumulate, accumulate, "after"),
-        Flow("weights", "collection", fetched, 2 * calls, "forward"),
-        Flow("weights", "collection", whole * accumulate, calls, "backward"),
+        Flow("gradients", "scatter", reduced * accumulate, kinds * accumulate, "after"),
+        Flow("weights", "collection", fetched * accumulate, kinds * accumulate, "forward"),
     ]
