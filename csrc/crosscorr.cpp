@@ -38,15 +38,21 @@ FASTMOCO_INLINE void means(const Block& b, double* __restrict mean, const Term& 
 FASTMOCO_INLINE void standardize_columns(const float* __restrict z, float* __restrict s, float* __restrict r,
                                          double epsilon, const Block& b) {
   double mean[kBlock];
-  float centre[kBlock], factor[kBlock];
+  float centre[kBlock], rest[kBlock], factor[kBlock];
   means(b, mean, [z](std::size_t i, std::size_t) { return z[i]; });
   for (std::size_t c = 0; c < b.width; ++c) centre[c] = static_cast<float>(mean[c]);
-  means(b, mean, [z, &centre](std::size_t i, std::size_t c) { return (z[i] - centre[c]) * (z[i] - centre[c]); });
+  // What rounding left of the mean, which counts where a column is nearly constant.
+  means(b, mean, [z, &centre](std::size_t i, std::size_t c) { return z[i] - centre[c]; });
+  for (std::size_t c = 0; c < b.width; ++c) rest[c] = static_cast<float>(mean[c]);
+  means(b, mean, [z, &centre, &rest](std::size_t i, std::size_t c) {
+    const float d = z[i] - centre[c] - rest[c];
+    return d * d;
+  });
   for (std::size_t c = 0; c < b.width; ++c)
     r[c] = factor[c] = static_cast<float>(1 / std::sqrt(mean[c] + epsilon));
   for (std::size_t n = 0; n < b.batch; ++n)
     for (std::size_t c = 0; c < b.width; ++c)
-      s[n * b.stride + c] = (z[n * b.stride + c] - centre[c]) * factor[c];
+      s[n * b.stride + c] = (z[n * b.stride + c] - centre[c] - rest[c]) * factor[c];
 }
 
 FASTMOCO_CLONES void standardize_block(const float* z1, const float* z2, float* s1, float* s2, float* r1, float* r2,

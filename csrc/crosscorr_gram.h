@@ -1,5 +1,5 @@
 // The cross-correlation loss of small batches and both its gradients, through Gram matrices, in two passes over the
-// columns. The formulas stand in fastmoco/ops/crosscorr.py.
+// columns. The formulas stand in fastmoco/ops/crosscorr_forms.py.
 #pragma once
 
 #include <cstddef>

@@ -1,7 +1,7 @@
 """Cross-correlation losses: all that is not a matrix product in four launches, the products left to torch in float32.
 
-The formulas and their names are those of fastmoco/ops/crosscorr.py. A program of `standardize` and `gradient` owns a
-block of columns, in which the standardisation and its backward are sums over the batch.
+The formulas and their names are those of fastmoco/ops/crosscorr_forms.py. A program of `standardize` and `gradient`
+owns a block of columns, in which the standardisation and its backward are sums over the batch.
 """
 
 from __future__ import annotations

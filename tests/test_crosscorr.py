@@ -104,6 +104,9 @@ def test_stages_are_independent(
     run: tuple[str, torch.dtype], s: int, n: int, d: int, form: str | None, off_diagonal: float
 ) -> None:
     implementation, dtype = run
+    if form == "direct":
+        # Only the Gram form can leave out what grows with the columns, and is what is taken for so few images.
+        d = min(d, 8 * n)
     torch.manual_seed(n * d + s)
     z1, z2 = pair(s, n, d, dtype=dtype)
     weight = torch.linspace(-1, 2, s)
@@ -113,10 +116,8 @@ def test_stages_are_independent(
     assert losses.shape == (s,)
     # Where nothing off the diagonal counts and all is correlated, the loss is a difference from C_ii = 1.
     assert relative_error(losses / d, expected / d) <= OPERATION[losses.dtype] * max(1, d / expected.max().item())
-    # A column of a few numbers may happen to be nearly constant: standardised, its rounding is magnified.
-    bound = OPERATION[dtype] * max(1, 16 / n)
     for z, gradient in zip((z1, z2), gradients, strict=True):
-        assert z.grad is not None and relative_error(z.grad, gradient) <= bound
+        assert z.grad is not None and relative_error(z.grad, gradient) <= OPERATION[dtype]
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)

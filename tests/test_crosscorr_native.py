@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fastmoco.ops import crosscorr as module
-from fastmoco.ops import definitions, dispatch
+from fastmoco.ops import crosscorr_forms, definitions, dispatch
 from parity import OPERATION, relative_error
 
 pytestmark = pytest.mark.skipif(dispatch.native is None, reason=dispatch.NATIVE_MISSING or "built")
@@ -52,14 +52,14 @@ def test_passes_do_not_depend_on_the_number_of_threads_and_write_everything(s: i
             gradient = module._native_gradient(eye, product, 2.0, s2, diagonal, s1, r1)
             results.append([s1, s2, r1, r2, diagonal, gradient])
     assert all(torch.equal(x, y) for result in results for x, y in zip(result, results[0], strict=True))
-    for actual, want in zip(results[0], module._standardize(z1.double(), z2.double()), strict=False):
+    for actual, want in zip(results[0], crosscorr_forms._standardize(z1.double(), z2.double()), strict=False):
         assert relative_error(actual, want) <= OPERATION[torch.float32]
 
 
 def test_means_far_from_zero_and_long_batches_lose_nothing() -> None:
     z1, z2 = (z + 50 for z in pair(1, 5000, 3))
     for actual, want in zip(
-        module._native_standardize(z1, z2), module._standardize(z1.double(), z2.double()), strict=True
+        module._native_standardize(z1, z2), crosscorr_forms._standardize(z1.double(), z2.double()), strict=True
     ):
         assert relative_error(actual, want) <= OPERATION[torch.float32]
 
