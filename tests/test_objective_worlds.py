@@ -13,7 +13,7 @@ from fastmoco.distributed.exchange import Exchange, draw_order
 from fastmoco.distributed.world import World
 from fastmoco.train.config import LossConfig, ModelConfig
 from fastmoco.train.objective import MomentumContrast
-from parity import assert_states_close
+from parity import LOSS, assert_states_close
 from worlds import in_world
 
 # Two, three and four processes have equal parts of it.
@@ -24,7 +24,9 @@ CASES = pytest.mark.parametrize(
 )
 
 
-def objective(world: World, method: str, norm: str, key_shuffle: str = "none", groups: int = 1) -> MomentumContrast:
+def objective(
+    world: World, method: str, norm: str, key_shuffle: str = "none", groups: int = 1, correlation: str = "global"
+) -> MomentumContrast:
     """Both encoders with weights and statistics of their own, so that no part of a gradient is zero."""
     module = MomentumContrast(
         ModelConfig(arch="resnet18", dim=16, zero_init_residual=False, norm=norm, norm_groups=groups),  # type: ignore[arg-type]
@@ -33,7 +35,7 @@ def objective(world: World, method: str, norm: str, key_shuffle: str = "none", g
             grids=(4, 4, 2, 2),
             stage_weight=0.5,
             projector_width=12,
-            barlow_correlation="global",
+            barlow_correlation=correlation,  # type: ignore[arg-type]
             key_shuffle=key_shuffle,  # type: ignore[arg-type]
         ),
         seed=3,
@@ -133,6 +135,49 @@ def test_stage_features_left_shuffled_are_noticed(method: str) -> None:
         for stage in range(1, 5):
             loss, right = result[f"loss stage{stage}"], expected[f"loss stage{stage}"]
             assert abs(loss - right) > 1e-3 * right
+
+
+def _in_bfloat16(world: World) -> tuple[dict[str, Tensor], dict[str, int]]:
+    module = objective(world, "barlow", "sync", "global").float().to(memory_format=torch.channels_last)
+    q, k, bank = views()
+    part = BATCH // world.size
+    own = slice(world.rank * part, (world.rank + 1) * part)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        output = module(q[own].bfloat16(), k[own], bank.float(), draw_order(0, 0, world.rank, part))
+    torch.stack(list(output.losses.values())).sum().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in module.parameters() if p.requires_grad)
+    return {name: value.detach().double() for name, value in output.losses.items()}, dict(world.sent)
+
+
+def test_in_bfloat16_all_is_sent_as_narrow_as_it_is() -> None:
+    expected = step(World(), "barlow", "sync", "none")
+    results = in_world(2, _in_bfloat16)
+    for name in ("infonce", "stage1", "stage2", "stage3", "stage4"):
+        mean = sum(losses[name] for losses, _ in results) / 2
+        assert mean.item() == pytest.approx(expected[f"loss {name}"].item(), rel=LOSS[torch.bfloat16]), name
+    part = BATCH // 2
+    away = part // 2
+    for _, sent in results:
+        assert sent["shuffle"] == away * 3 * SIDE * SIDE * 2
+        assert sent["unshuffle"] == away * (16 + 64 + 128 + 256 + 512) * 4
+        assert sent["projections"] == part * 2 * 4 * 12 * 2
+
+
+def _of_its_own_images(world: World) -> list[float]:
+    q, k, bank = views()
+    part = BATCH // world.size
+    own = slice(world.rank * part, (world.rank + 1) * part)
+    losses = [
+        objective(where, "barlow", "frozen", correlation="per_rank")(q[own], k[own], bank).losses["stage3"].item()
+        for where in (world, World())
+    ]
+    assert "projections" not in world.sent
+    return losses
+
+
+def test_a_correlation_per_rank_is_of_its_own_images() -> None:
+    results = in_world(2, _of_its_own_images)
+    assert all(mine == alone for mine, alone in results) and results[0] != results[1]
 
 
 def test_locally_shuffled_groups_mix_the_images() -> None:
