@@ -106,7 +106,11 @@ def test_bytes_of_a_resnet50_by_hand() -> None:
 def test_projections_are_gathered_and_not_correlations() -> None:
     p = plan("histology-barlow", gpus=4, batch_size=256, barlow_correlation="global")
     assert sent(p, "projections") == 3 * 2 * 4 * 64 * 2048 * 2
-    assert not sent(plan("histology-barlow", gpus=4, batch_size=256), "projections")
+    own = plan("histology-barlow", gpus=4, batch_size=256)
+    assert not sent(own, "projections")
+    # Gram matrices of 256 rows in each process, and not of its own 64.
+    more = p.counts.operations.flops.sum() - own.counts.operations.flops.sum()
+    assert more == 4 * 8 * 2048 * (256**2 - 64**2)
 
 
 def test_one_gpu_sends_nothing() -> None:
@@ -221,6 +225,7 @@ def test_the_command_prints_its_parts(capsys: pytest.CaptureFixture[str]) -> Non
 @pytest.mark.parametrize(
     ("args", "says"),
     [
+        (["histology-barlow", "--nodes", "4"], "needs at least 2 images a GPU, not 1"),
         (["mocov2", "--gpus", "3"], "--batch-size 256 cannot be shared out evenly to 3 GPUs"),
         (["mocov3"], "no recipe 'mocov3'"),
         (["--gpus", "3"], "name a recipe first"),

@@ -60,7 +60,7 @@ def make_plan(args: PlanArgs) -> Plan:
             f"{cluster.gpus}): choose a multiple of {world}"
         )
     rows = optim.batch_size // world
-    counts = count(args.model, loss, size=args.views.size, rows=rows, precision=args.precision)
+    counts = count(args.model, loss, size=args.views.size, rows=rows, precision=args.precision, world=world)
     through_copies = (
         args.engine == "ddp" and args.precision == "bf16" and optim.accumulate == 1 and optim.update == "fused"
     )

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from fastmoco.plan.operations import Operations, record
+from fastmoco.errors import UserError
+from fastmoco.plan.operations import Operations, crosscorr_flops, record
 from fastmoco.train.config import LossConfig, ModelConfig
 from fastmoco.train.copies import Copies
 from fastmoco.train.objective import MomentumContrast
@@ -44,8 +45,15 @@ class Counts:
     operations: Operations
 
 
-def count(model: ModelConfig, loss: LossConfig, *, size: int, rows: int, precision: str) -> Counts:
-    """Counts of a process with `rows` images (rows, 3, size, size) a micro-batch. Nothing is allocated or sent."""
+def count(
+    model: ModelConfig, loss: LossConfig, *, size: int, rows: int, precision: str, world: int = 1
+) -> Counts:
+    """Counts of one of `world` processes, with `rows` images (rows, 3, size, size) a micro-batch.
+
+    Nothing is allocated or sent. Raises UserError where so few images have no cross-correlation.
+    """
+    if loss.method == "barlow" and rows < 2:
+        raise UserError(f"--method barlow needs at least 2 images a GPU, not {rows}: raise --batch-size")
     with torch.device("meta"):
         # In a world of one its BatchNorms and gathers are the plain ones: what they send is not computed here.
         module = MomentumContrast(replace(model, init=None), replace(loss, key_shuffle="none"), seed=0)
@@ -65,14 +73,19 @@ def count(model: ModelConfig, loss: LossConfig, *, size: int, rows: int, precisi
 
     given = [*module.parameters(), *module.buffers(), *copies.by_name.values(), view, bank]
     operations, kept = record(run, given)
+    if loss.method == "barlow" and loss.barlow_correlation == "global":
+        # Every process computes the loss of all images.
+        stages, d = len(loss.stages), loss.projector_width
+        more = crosscorr_flops(stages, world * rows, d) - crosscorr_flops(stages, rows, d)
+        operations.add(more, 4 * stages * (world - 1) * rows * d * BYTES[precision])
     trained = {name: p for name, p in module.named_parameters() if p.requires_grad}
     names = set(module.multiplied)
     # By class, as DeepSpeed does: fastmoco's convolutions are of one of their own, which it does not know.
     linear = [p for part in module.modules() if type(part) is nn.Linear for p in part.parameters(recurse=False)]
     query, key = _channels(module.query), _channels(module.key)
     # A projector normalises each of the two views on its own, in both directions.
-    stages = [2 * c for c in _channels(module.stage_loss)] if module.stage_loss else []
-    twice = 2 * len(stages)
+    projectors = [2 * c for c in _channels(module.stage_loss)] if module.stage_loss else []
+    twice = 2 * len(projectors)
     return Counts(
         rows=rows,
         trained=sum(p.numel() for p in trained.values()),
@@ -81,8 +94,8 @@ def count(model: ModelConfig, loss: LossConfig, *, size: int, rows: int, precisi
         copied_trained=sum(p.numel() for name, p in trained.items() if name in names),
         linear=sum(p.numel() for p in linear),
         linear_trained=sum(p.numel() for p in linear if p.requires_grad),
-        channels_forward=sum(query) + sum(key) + sum(stages),
-        channels_backward=sum(query) + sum(stages),
+        channels_forward=sum(query) + sum(key) + sum(projectors),
+        channels_backward=sum(query) + sum(projectors),
         norms_forward=len(query) + len(key) + twice,
         norms_backward=len(query) + twice,
         pooled=_pooled(module, loss),

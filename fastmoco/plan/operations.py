@@ -21,10 +21,13 @@ def _infonce_flops(query: Tensor, key: Tensor, bank: Tensor, *_: Any, **__: Any)
     return 4 * len(query) * bank.numel()
 
 
-def _crosscorr_flops(z1: Tensor, *_: Any, **__: Any) -> int:
+def crosscorr_flops(stages: int, n: int, d: int) -> int:
     """By Gram matrices or directly, whichever is the less, and the gradient with it."""
-    stages, n, d = z1.shape
     return stages * min(8 * n * n * d, 6 * n * d * d)
+
+
+def _crosscorr_flops(z1: Tensor, *_: Any, **__: Any) -> int:
+    return crosscorr_flops(*z1.shape)
 
 
 # torch's counter knows torch's operations; these are fastmoco's that multiply matrices (docs/kernels.md).
@@ -59,6 +62,10 @@ class Operations(TorchDispatchMode):
             flops = count(*args, **kwargs, out_val=out) if count is not None else 0
         self._rows.append((int(flops), sum(t.nbytes for t in tensors), self.phase))
         return out
+
+    def add(self, flops: int, moved: int) -> None:
+        """One operation more, of the forward."""
+        self._rows.append((flops, moved, FORWARD))
 
     @property
     def flops(self) -> np.ndarray:
