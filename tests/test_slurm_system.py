@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shutil
 import signal
 import sys
 import time
@@ -22,6 +24,10 @@ from slurm_cluster import Cluster, cluster, missing, wait_for
 pytestmark = pytest.mark.system
 ROOT = Path(__file__).resolve().parents[1]
 STEPS = 40
+QUICK = [
+    "--arch", "resnet18", "--size", "32", "--dim", "32", "--queue-size", "31", "--workers", "1", "--loader", "pillow",
+    "--precision", "fp32",
+]  # fmt: skip
 # What depends on the time, or only rows of logging steps have: a stop is one more of those.
 LEFT_OUT = {"pairs_per_s", "data_wait", "queue_fill", "bad_files"}
 
@@ -51,9 +57,8 @@ class Job:
             "--command", f"{sys.executable} -m fastmoco.cli", "--out", str(script),
         ]  # fmt: skip
         pretrain = [
-            "histology-mse-small", "--data", str(images), "--out", str(self.out), "--arch", "resnet18", "--size", "32",
-            "--dim", "32", "--batch-size", "8", "--queue-size", "31", "--steps", str(STEPS), "--log-every", "2",
-            "--checkpoint-every", "7", "--workers", "1", "--loader", "pillow", "--precision", "fp32", *options,
+            "histology-mse-small", "--data", str(images), "--out", str(self.out), "--batch-size", "8", *QUICK,
+            "--steps", str(STEPS), "--log-every", "2", "--checkpoint-every", "7", *options,
         ]  # fmt: skip
         assert cli.dispatch(["slurm", "render", "pretrain", *asked, "--", *pretrain]) == 0
         self.id = slurm.submit(script, cwd=folder)
@@ -115,6 +120,28 @@ def test_it_trains_on_both_nodes(undisturbed: Job) -> None:
     rows = results(undisturbed.out)[1]
     assert len(rows) == STEPS
     assert not (undisturbed.out / "requeue.json").exists()
+
+
+def test_a_clone_in_which_two_lines_were_edited(slurm: Cluster, images: Path, tmp_path: Path) -> None:
+    clone = tmp_path / "clone"
+    shutil.copytree(ROOT / "slurm", clone / "slurm")
+    script = clone / "slurm" / "pretrain.sbatch"
+    options = f"options=(mocov2-small --data {images} --out {tmp_path}/run --batch-size 8 {' '.join(QUICK)} --steps 4)"
+    text, partitions = re.subn("^#SBATCH --partition=.*$", "#SBATCH --partition=test", script.read_text(), flags=re.M)
+    text, edits = re.subn(r"^options=.*$", options, text, flags=re.M)
+    assert (partitions, edits) == (1, 1)
+    # This cluster has no GPUs, and two processors a node.
+    script.write_text(text.replace("#SBATCH --gpus-per-node=8\n", ""))
+    program = tmp_path / "fastmoco"
+    program.write_text(f'#!/bin/sh\nexec {sys.executable} -m fastmoco.cli "$@"\n')
+    program.chmod(0o755)
+    path = f"{tmp_path}{os.pathsep}{slurm.environment['PATH']}"
+    small = ("--ntasks-per-node=1", "--cpus-per-task=1", f"--export=ALL,PATH={path}")
+    job = slurm.submit(Path("slurm/pretrain.sbatch"), *small, cwd=clone)
+    slurm.wait(job, "COMPLETED", "FAILED", timeout=120)
+    (said,) = [path.read_text() for path in clone.glob("*.out")]
+    assert slurm.field(job, "JobState") == "COMPLETED", said
+    assert "by 2 processes" in said and len(read_rows(tmp_path / "run" / "metrics.jsonl")) == 4
 
 
 def test_a_signal_requeues_it_and_nothing_is_lost(
