@@ -95,6 +95,9 @@ def test_norms_and_shuffling_that_fit_each_other(
         (lambda: OptimConfig(accumulate=0), "--accumulate"),
         (lambda: OptimConfig(steps=0), "--steps"),
         (lambda: RunConfig(out=Path(), keep_checkpoints=0), "--keep-checkpoints"),
+        (lambda: RunConfig(out=Path(), max_failed_saves=0), "--max-failed-saves"),
+        (lambda: RunConfig(out=Path(), watchdog=0.0), "--watchdog"),
+        (lambda: RunConfig(out=Path(), watchdog=float("nan")), "--watchdog"),
         (lambda: RunConfig(out=Path(), seed=-1), "--seed"),
     ],
 )
@@ -107,7 +110,8 @@ def test_a_resumed_configuration_is_compared() -> None:
     config = find("histology-mse")(Path("a"), Path("b"))
     stored = json.loads(json.dumps(to_json(config)))
     assert changed_fields(stored, config) == []
-    moved = dataclasses.replace(config, run=dataclasses.replace(config.run, out=Path("c"), resume=True, log_every=3))
+    run = dataclasses.replace(config.run, out=Path("c"), resume=True, log_every=3, watchdog=9.0, max_failed_saves=1)
+    moved = dataclasses.replace(config, run=run)
     assert changed_fields(stored, moved) == [], "where it lies and how often it reports may change"
     other = dataclasses.replace(
         config,

@@ -144,6 +144,11 @@ def end_apart(world: World, monitor: Monitor, folder: Path) -> None:
     time.sleep((0.0, 0.7, 1.4)[(world.rank + int((folder / "first").read_text())) % 3])
 
 
+def long_start(world: World, monitor: Monitor, folder: Path) -> None:
+    time.sleep(2.5)
+    steps(world, monitor, folder, 3)
+
+
 def long_phase(world: World, monitor: Monitor, folder: Path) -> None:
     steps(world, monitor, folder, 3)
     for _ in range(8):
@@ -234,6 +239,11 @@ def test_what_is_agreed_on_is_no_failure(tmp_path: Path) -> None:
     ranks = Ranks(tmp_path, 2, raise_in_good_order)
     assert ranks.end(within=30) == [RAISED, RAISED]
     assert all("Agreed" in said and "error: " not in said for said in ranks.errors())
+
+
+def test_what_comes_before_the_first_step_may_take_long(tmp_path: Path) -> None:
+    ranks = Ranks(tmp_path, 2, long_start, seconds=1.0)
+    assert ranks.end(within=30) == [0, 0], ranks.errors()
 
 
 @pytest.mark.parametrize("first", [0, 1])

@@ -75,7 +75,8 @@ def _of_srun(environ: Mapping[str, str]) -> Launch:
 def joined(device: str, *, timeout: float = 300.0, launch: Launch | None = None) -> Iterator[World]:
     """The world of this process while it is open; `device` as --device names it, on several GPUs the local rank's.
 
-    timeout: seconds that a collective may take, and that processes wait for each other at the start.
+    timeout: seconds that a collective may take, those of `control` apart, and that processes wait for each other at
+    the start.
 
     Raises UserError where the device cannot be used or the others do not come.
     """
@@ -99,7 +100,8 @@ def joined(device: str, *, timeout: float = 300.0, launch: Launch | None = None)
             f"{launch.address}:{launch.port}: {error}"
         ) from error
     try:
-        control = dist.new_group(backend="gloo", timeout=wait)
+        # What is waited for here may be a look at all images, or their copy. That a process is gone is seen elsewhere.
+        control = dist.new_group(backend="gloo", timeout=timedelta(days=7))
         yield World(
             launch.rank, launch.size, launch.local_rank, launch.local_size, where, dist.group.WORLD, control
         )

@@ -49,11 +49,12 @@ class _Own:
 
     def __init__(self, world: World) -> None:
         self.pulse = Pulse(world.rank, world.host, os.getpid())
-        self.moved = time.monotonic()
+        self.moved: float | None = None
         self._thread = threading.get_ident()
 
     def __call__(self) -> Pulse:
-        return replace(self.pulse, idle=time.monotonic() - self.moved, where=_where(self._thread))
+        idle = 0.0 if self.moved is None else time.monotonic() - self.moved
+        return replace(self.pulse, idle=idle, where=_where(self._thread))
 
 
 class Monitor:
@@ -71,7 +72,7 @@ class Monitor:
         self._thread.start()
 
     def beat(self, step: int) -> None:
-        """`step` steps are done."""
+        """`step` steps are done. The watchdog counts from the first call on: what comes before may take as it likes."""
         self._pulse.step = step
         self.alive()
 
