@@ -61,17 +61,15 @@ def requeue(monkeypatch: pytest.MonkeyPatch, run: Path, status: int, restart: in
 def test_the_record_holds_every_end(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (tmp_path / "checkpoints").mkdir()
-    (tmp_path / "checkpoints" / "step-000000020.safetensors").touch()
     assert requeue(monkeypatch, tmp_path, KILLED) == 0
     # A line cut short by the kill is not one of the steps.
     (tmp_path / "metrics.jsonl").write_text('{"step": 23}\n{"step": 24}\n{"st')
     assert requeue(monkeypatch, tmp_path, KILLED, 1) == 0
     assert requeue(monkeypatch, tmp_path, KILLED, 2) == 1
     said = capsys.readouterr().out.splitlines()
-    assert "status 137 (SIGKILL), at step 20 of the training; requeued for the first time of at most 10" in said[0]
+    assert "status 137 (SIGKILL), at step 0 of the training; requeued for the first time of at most 10" in said[0]
     assert "not requeued: it ended so at the same step before, in restart 1" in said[2]
-    assert read_record(tmp_path) == [end(KILLED, 20), end(KILLED, 24, restart=1), end(KILLED, 24, restart=2)]
+    assert read_record(tmp_path) == [end(KILLED, 0), end(KILLED, 24, restart=1), end(KILLED, 24, restart=2)]
 
 
 def test_before_there_is_a_run_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -84,6 +82,12 @@ def test_a_record_that_cannot_be_read(text: str, tmp_path: Path, monkeypatch: py
     (tmp_path / "requeue.json").write_text(text)
     with pytest.raises(UserError, match=r"requeue\.json is not a record"):
         requeue(monkeypatch, tmp_path, KILLED)
+
+
+def test_the_decision_does_not_wait_for_torch() -> None:
+    # The nodes may be taken away some seconds after a signal, and a shared disk be slow.
+    program = "import sys, fastmoco.slurm.requeue; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", program], cwd=ROOT).returncode == 0
 
 
 def test_without_a_run_folder() -> None:

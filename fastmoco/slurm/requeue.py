@@ -14,7 +14,6 @@ from fastmoco.atomic import write_text
 from fastmoco.distributed.slurm import integer
 from fastmoco.errors import UserError
 from fastmoco.slurm.arguments import run_folder, split
-from fastmoco.train.checkpoint import Store
 from fastmoco.train.metrics import read_rows
 
 RECORD = "requeue.json"
@@ -26,7 +25,7 @@ _ASKED = (128 + signal.SIGUSR1, 128 + signal.SIGTERM)
 
 @dataclass(frozen=True)
 class End:
-    """How a job ended: srun's exit status, and the last step that the run had reached by its metrics or checkpoints."""
+    """How a job ended: srun's exit status, and the last step that the run had reached by its metrics."""
 
     job: str
     restart: int
@@ -92,11 +91,9 @@ def refusal(end: End, before: list[End], *, max_requeues: int) -> str:
 
 
 def reached(run: Path) -> int:
-    """The last step that the metrics or the checkpoints in `run` know of; 0 where there are none."""
+    """The last step that the metrics in `run` know of, which are written before a checkpoint is; 0 where none do."""
     rows = read_rows(run / "metrics.jsonl")
-    noted = [int(row["step"]) for row in rows[-1:]]
-    saved = [int(path.stem.rpartition("-")[2]) for path in Store(run).paths()[-1:]]
-    return max([0, *noted, *saved])
+    return int(rows[-1]["step"]) if rows else 0
 
 
 def read_record(run: Path) -> list[End]:

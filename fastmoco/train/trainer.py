@@ -19,7 +19,7 @@ from fastmoco.train.checkpoint import Checkpoint
 from fastmoco.train.config import Config, to_json
 from fastmoco.train.engines.engine import COMPUTE_DTYPE
 from fastmoco.train.engines.make import make_engine
-from fastmoco.train.metrics import History
+from fastmoco.train.history import History
 from fastmoco.train.objective import MomentumContrast, Output
 
 
