@@ -3,7 +3,7 @@
 #   make test EXTRAS=               no optional packages (DALI and the like)
 #   make gpu                        on a machine with a GPU: its tests and benchmarks, with python3 as it is
 VENV ?= .venv
-EXTRAS ?= dev,dali-cuda13,dicom
+EXTRAS ?= dev,dali-cuda13,dicom,deepspeed
 
 comma := ,
 PYTHON ?= $(shell for p in python3.11 python3.12 python3; do \
@@ -63,7 +63,7 @@ $(STAMP): $(BIN)/python pyproject.toml setup.py constraints.txt $(wildcard csrc/
 	@command -v "$${CXX:-g++}" >/dev/null || command -v c++ >/dev/null || echo "warning: no C++ compiler found (g++):" \
 		"fastmoco._C will not be built, and PyTorch implementations run in its place, more slowly" >&2
 	@echo "installing fastmoco[$(EXTRAS)] into $(VENV): about 3 minutes and 7 GB the first time, seconds later on"
-	@PIP_CONSTRAINT=constraints.txt PIP_BUILD_CONSTRAINT=constraints.txt PIP_DISABLE_PIP_VERSION_CHECK=1 \
+	@DS_BUILD_OPS=0 PIP_CONSTRAINT=constraints.txt PIP_BUILD_CONSTRAINT=constraints.txt PIP_DISABLE_PIP_VERSION_CHECK=1 \
 		$(BIN)/python -m pip install -q -e '.$(if $(EXTRAS),[$(EXTRAS)])' $(TOOLS)
 	@$(BIN)/python -c 'from fastmoco.ops import dispatch; print(dispatch.NATIVE_MISSING or "fastmoco._C: built")'
 	@rm -f $(VENV)/.installed-*; touch $@

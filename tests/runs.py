@@ -13,9 +13,12 @@ import pytest
 import torch
 from PIL import Image
 
+from fastmoco.data.loader import Batch
+from fastmoco.distributed.world import World
 from fastmoco.ops import dispatch
 from fastmoco.train.config import Config
 from fastmoco.train.recipes import find
+from fastmoco.train.trainer import Trainer
 
 # On a GPU these wait for it: they bring a number to the host, or have a shape that depends on one. The last stands for
 # Tensor.tolist and Tensor.numpy, the only ones to call it.
@@ -82,3 +85,36 @@ def small_config(data: Path, out: Path, *, method: str = "mse", **changes: Any) 
         groups[group] = replace(section, **{k: changes.pop(k) for k in list(changes) if hasattr(section, k)})
     assert not changes, f"no such field: {sorted(changes)}"
     return replace(config, **groups)
+
+
+# Divisible by 1, 2, 3 and 4.
+BATCH = 12
+
+
+def shared_trainer(world: World, method: str, **changes: Any) -> Trainer:
+    """A trainer of one process of `world`, ResNet-18 at 32 px; `changes` as small_config's, engine "zero2" too."""
+    settings = {"batch_size": BATCH, "log_every": 99, "lr": 0.05, "warmup_epochs": 0.0, "queue_size": 31} | changes
+    if method == "barlow":
+        settings |= {"barlow_correlation": "global"}
+    engine = settings.pop("engine", "auto")
+    if engine.startswith("zero"):
+        settings |= {"engine": "deepspeed", "zero": int(engine[-1])}
+    config = small_config(Path(), Path(), method=method, **settings)
+    t = Trainer(config, precision=config.run.precision, world=world)
+    # Residual branches start at zero, and with them most gradients: not a test.
+    start = {name: value.clone() for name, value in t.engine.state().items()}
+    generator = torch.Generator().manual_seed(9)
+    for name, value in start.items():
+        if name.startswith("module.query") and value.ndim == 1:
+            value += 0.2 * torch.rand(value.shape, generator=generator, dtype=value.dtype)
+    t.engine.load(start)
+    return t
+
+
+def shared_batch(world: World, seed: int, n: int = BATCH, side: int = 32) -> Batch:
+    """This process's rows of the batch that all of them share."""
+    generator = torch.Generator().manual_seed(seed)
+    rows = slice(world.rank * n // world.size, (world.rank + 1) * n // world.size)
+    q, k = (torch.rand(n, 3, side, side, generator=generator).half()[rows] for _ in range(2))
+    nhwc = torch.channels_last
+    return Batch(q.contiguous(memory_format=nhwc), k.contiguous(memory_format=nhwc), np.arange(n)[rows])

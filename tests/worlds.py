@@ -24,7 +24,7 @@ def free_port() -> int:
 
 
 def in_world(
-    size: int, function: Callable[..., Any], *args: Any, timeout: float = 120.0, bridge: Bridge | None = None
+    size: int, function: Callable[..., Any], *args: Any, timeout: float = 900.0, bridge: Bridge | None = None
 ) -> list[Any]:
     """What `function(world, *args)` returns in each of `size` processes, by rank, over gloo on this machine.
 

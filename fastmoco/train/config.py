@@ -209,6 +209,9 @@ class RunConfig:
     zero: Literal[0, 1, 2, 3] = 1
     """With --engine deepspeed, what processes share out instead of keeping whole: 1 SGD's momentum, 2 gradients too, 3
     weights too, 0 nothing."""
+    cuda_graph: bool = False
+    """On a GPU, capture a micro-batch (forwards, losses, backward, queue) as a CUDA graph and replay it, which spares
+    the host from launching its kernels one by one: for small batches and fast GPUs."""
     log_every: int = 20
     """Steps between reads of the metrics from the device; every step's losses are written all the same."""
     checkpoint_every: int = 500
@@ -288,7 +291,7 @@ FREE_ON_RESUME = {
     "data": {"data", "labels", "workers", "stage", "max_bad"},
     "optim": {"update"},
     "run": {
-        "out", "resume", "device", "engine", "zero", "log_every", "checkpoint_every", "keep_checkpoints",
+        "out", "resume", "device", "engine", "zero", "cuda_graph", "log_every", "checkpoint_every", "keep_checkpoints",
         "max_failed_saves", "watchdog", "knn_every",
     },
 }

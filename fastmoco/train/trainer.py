@@ -19,6 +19,7 @@ from fastmoco.train.checkpoint import Checkpoint
 from fastmoco.train.config import Config, to_json
 from fastmoco.train.engines.engine import COMPUTE_DTYPE
 from fastmoco.train.engines.make import make_engine
+from fastmoco.train.graph import GraphedMicroBatch, MicroBatch, check_capturable, use_own_stream
 from fastmoco.train.history import History
 from fastmoco.train.objective import MomentumContrast, Output
 
@@ -35,6 +36,9 @@ class Trainer:
         self.config = config
         self.world = world
         run, loss = config.run, config.loss
+        check_capturable(config, world)
+        if run.cuda_graph:
+            use_own_stream(world.device)
         module = MomentumContrast(config.model, loss, seed=run.seed, world=world)
         if initialise and config.model.init is not None:
             backbone = initial_backbone(config.model.init, config.model.arch)
@@ -52,25 +56,33 @@ class Trainer:
         self.engine = make_engine(config, module, precision=precision, world=world)
         self.history = History(module.loss_names, run.log_every, world)
         self.pushed = 0
+        self._run: MicroBatch = self._micro_batch
+        if run.cuda_graph:
+            self._run = GraphedMicroBatch(self._micro_batch, world)
+            self.engine.keep_gradients()
 
     def step(self, batches: Iterable[Batch], lr: float) -> None:
         """One optimiser step over `accumulate` micro-batches. Nothing in it waits for the device."""
         accumulate = self.config.optim.accumulate
         for number, views in enumerate(batches, start=1):
-            dtype = COMPUTE_DTYPE[self.engine.precision]
             view_q, view_k = (view.to(self.world.device, non_blocking=True) for view in (views.q, views.k))
             with self.engine.micro_batch(last=number == accumulate):
-                # The keys' images may be sent to others first, which their narrow dtype is best for.
-                order = self._order(len(view_k))
-                output: Output = self.engine.forward(view_q.to(dtype), view_k, self.queue.bank, order)
-                # On their way while the backward runs.
-                keys = start_gather(self.world, output.key, kind="keys")
-                self.engine.backward(output.losses.values(), divisor=accumulate)
-            self.queue.push(keys.wait())
+                output = self._run(view_q, view_k, self._order(len(view_k)))
             self.pushed += self.world.size * len(output.key)
             self.history.add(output.losses, output.query, output.rank, divisor=accumulate)
         self.engine.step(lr, ema=self.config.loss.ema)
         self.history.next_row()
+
+    def _micro_batch(self, view_q: Tensor, view_k: Tensor, order: Tensor | None) -> Output:
+        """Both forwards, the losses, the backward and the push: what a CUDA graph can hold."""
+        # The keys' images may be sent to others first, which their narrow dtype is best for.
+        view_q = view_q.to(COMPUTE_DTYPE[self.engine.precision])
+        output: Output = self.engine.forward(view_q, view_k, self.queue.bank, order)
+        # On their way while the backward runs.
+        keys = start_gather(self.world, output.key, kind="keys")
+        self.engine.backward(output.losses.values(), divisor=self.config.optim.accumulate)
+        self.queue.push(keys.wait())
+        return output
 
     def _order(self, rows: int) -> Tensor | None:
         """The order in which this process's keys are shuffled, if they are: a function of how far the run is."""

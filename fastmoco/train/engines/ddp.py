@@ -3,7 +3,7 @@
 # No `from __future__ import annotations`: torch looks at the types of the hook.
 
 import contextlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -71,12 +71,13 @@ class DataParallel(SingleProcess):
     def _block_unless(self, finite: Tensor) -> None:
         super()._block_unless(finite)
         if self._last:
-            # On its way before the gradients, so that it is there long before the step asks.
+            # On its way before the gradients, so that it is there when they are.
             self._agreeing = start_sum(self.world, self.blocked, kind="control", op=dist.ReduceOp.MAX)
 
-    def step(self, lr: float, *, ema: float) -> None:
-        self._agreeing.wait()
-        super().step(lr, ema=ema)
+    def backward(self, losses: Iterable[Tensor], *, divisor: int) -> None:
+        super().backward(losses, divisor=divisor)
+        if self._last:
+            self._agreeing.wait()
 
     def _average(self, _: None, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
         self.world.sent["gradients"] += sum_bytes(self.world, bucket.buffer())

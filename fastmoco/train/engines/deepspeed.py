@@ -58,8 +58,13 @@ class DeepSpeed:
         if world.device.type == "cpu":
             # Else it looks for an accelerator, and warns.
             os.environ.setdefault("DS_ACCELERATOR", "cpu")
+        # It insists on this one, which srun does not set.
+        os.environ.setdefault("LOCAL_RANK", str(world.local_rank))
         import deepspeed
 
+        if world.device.type == "cpu":
+            # Else it compiles C++ at the first start, for half a minute, to do in shared memory what gloo does.
+            deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
         self.module = module
         self.world = world
@@ -74,7 +79,7 @@ class DeepSpeed:
         self._averages = {query: keys[id(average)] for query, average in module.averages.items()}
         for parameter in module.parameters():
             # It lays weights out one after the other, and knows no other order of their elements.
-            parameter.data = parameter.data.contiguous()
+            parameter.data = parameter.data.clone(memory_format=torch.contiguous_format)
         # Its step comes with a learning rate each time; DeepSpeed takes its parameters apart and puts shards in.
         self._sgd = torch.optim.SGD(
             list(self.trainable.values()),
@@ -147,6 +152,9 @@ class DeepSpeed:
         # A ZeRO optimiser leaves out a step that overflowed without a word to the scaler.
         if self._scaler is not None and getattr(self._engine.optimizer, "overflow", False):
             self._scaler.update(self._scaler.get_scale() / 2)
+
+    def keep_gradients(self) -> None:
+        raise UserError("DeepSpeed makes and shares out gradients itself")
 
     def state(self) -> dict[str, Tensor]:
         tensors = {f"module.{name}": self._full(name) for name in self._shapes}
@@ -240,6 +248,8 @@ def _configuration(optim: OptimConfig, precision: str, world: World, zero: int) 
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": optim.accumulate,
         "steps_per_print": 2**62,
+        # Else it clips them to a norm of 1.
+        "gradient_clipping": 0.0,
         "zero_allow_untested_optimizer": True,
         "zero_optimization": {
             "stage": zero,

@@ -58,6 +58,9 @@ class Engine(Protocol):
     def step(self, lr: float, *, ema: float) -> None:
         """One optimiser step at learning rate `lr`, unless blocked, and the averages' at momentum `ema`."""
 
+    def keep_gradients(self) -> None:
+        """Have every backward write its gradients over those before, in the same memory, as a CUDA graph does."""
+
     def state(self) -> dict[str, Tensor]:
         """The module's parameters ("module.*"), SGD's momentum ("momentum.*", by parameter) and, in fp16, the loss
         scale ("scaler.*"); full tensors in the dtype that they are kept in."""

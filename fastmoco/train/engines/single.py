@@ -42,6 +42,7 @@ class SingleProcess:
         # Several micro-batches sum their gradients, which takes float32; torch's SGD writes no copies.
         through_copies = precision == "bf16" and optim.accumulate == 1 and optim.update == "fused"
         self.copies = Copies(module, module.multiplied if through_copies else [])
+        self._keeps = False
         self.update = make_update(self.trainable, module.averages, self.copies, optim, self._skip)
 
     name = "single"
@@ -63,6 +64,9 @@ class SingleProcess:
         return self.update.gradients()
 
     def backward(self, losses: Iterable[Tensor], *, divisor: int) -> None:
+        if self._keeps:
+            # Said once, while a graph is captured: the backward then makes new ones, where all replays write theirs.
+            self._forget_gradients()
         stacked = torch.stack(list(losses))
         self._block_unless(stacked.detach().isfinite().all())
         total = stacked.sum() / divisor
@@ -77,6 +81,13 @@ class SingleProcess:
             self._skip.copy_(torch.maximum(self.blocked, overflowed))
             self.scaler.update(overflowed)
         self.update.step(lr, ema)
+        if not self._keeps:
+            self._forget_gradients()
+
+    def keep_gradients(self) -> None:
+        self._keeps = True
+
+    def _forget_gradients(self) -> None:
         for p in (*self.trainable.values(), *self.copies.by_name.values()):
             p.grad = None
 

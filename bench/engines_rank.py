@@ -1,0 +1,104 @@
+"""One process of `bench.engines`: trains on real images and writes down the losses of every step."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+import tyro
+
+from fastmoco.data.loader import Batch, make_loader
+from fastmoco.data.manifest import load_manifest
+from fastmoco.data.order import Order
+from fastmoco.distributed.launch import joined
+from fastmoco.distributed.world import World
+from fastmoco.train.config import Config
+from fastmoco.train.recipes import find
+from fastmoco.train.trainer import Trainer
+
+METHODS = ("moco", "mse", "barlow")
+
+
+@dataclass(kw_only=True)
+class Setting:
+    """What is trained, alike in every run."""
+
+    data: Path
+    """Folder of images."""
+    steps: int = 30
+    """Steps of each run."""
+    arch: Literal["resnet18", "resnet50"] = "resnet18"
+    """Encoder."""
+    size: int = 32
+    """Side of the images, pixels."""
+    batch_size: int = 16
+    """Images a step, of all processes together."""
+    norm: Literal["sync", "frozen"] = "sync"
+    """Normalisation: over all processes, or by statistics that do not change."""
+    lr: float = 0.03
+    """Learning rate."""
+
+
+@dataclass(kw_only=True)
+class RankArgs(Setting):
+    """Train every method once with the engine named, or alone, once for each order of the images in a batch."""
+
+    engine: Literal["auto", "ddp", "deepspeed"] = "auto"
+    """What shares out the steps."""
+    zero: Literal[0, 1, 2, 3] = 0
+    """DeepSpeed's stage."""
+    orders: int = 1
+    """Runs of each method: the first with the images of a batch as they come, the others with them permuted, which
+    changes nothing but the order in which sums are made."""
+    write: Path
+    """File for the losses: a list of runs by method, each a list of steps."""
+
+
+def configure(args: RankArgs, method: str) -> Config:
+    """The run of `method`, in float32, over all processes where the method leaves a choice."""
+    config = find(f"fundus-{method}-small")(args.data, Path())
+    return replace(
+        config,
+        views=replace(config.views, size=args.size),
+        model=replace(config.model, arch=args.arch, norm=args.norm),
+        # A multiple of the batch: else an order would change which keys are overwritten first.
+        loss=replace(config.loss, queue_size=16 * args.batch_size, barlow_correlation="global", projector_width=256),
+        optim=replace(config.optim, batch_size=args.batch_size),
+        run=replace(config.run, precision="fp32", engine=args.engine, zero=args.zero, log_every=args.steps),
+    )
+
+
+def train(args: RankArgs, world: World, method: str, order: int) -> list[float]:
+    """The loss of each step."""
+    config = configure(args, method)
+    trainer = Trainer(config, precision="fp32", world=world)
+    manifest = load_manifest(args.data)
+    images = Order(len(manifest), args.batch_size, config.run.seed, shard=world.rank, shards=world.size)
+    rng = np.random.default_rng(order)
+    loader = make_loader(
+        "pillow", manifest, config.views, images, start=0, stop=args.steps, workers=1, device=world.device
+    )
+    with loader:
+        for batch in loader:
+            rows = torch.from_numpy(rng.permutation(len(batch.indices)) if order else np.arange(len(batch.indices)))
+            trainer.step([Batch(batch.q[rows], batch.k[rows], batch.indices[rows.numpy()])], args.lr)
+    return [row["loss"] for row in trainer.history.read()]
+
+
+def main(args: RankArgs) -> int:
+    """Run and write."""
+    torch.set_num_threads(1)
+    with joined("cpu") as world:
+        found = {method: [train(args, world, method, order) for order in range(args.orders)] for method in METHODS}
+        if world.first:
+            args.write.write_text(json.dumps(found))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(tyro.cli(RankArgs, prog="python -m bench.engines_rank")))

@@ -1,0 +1,288 @@
+"""Several processes train as one would, whatever shares the work out; checkpoints of each go on with any other."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import zlib
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from fastmoco.distributed.world import World
+from fastmoco.errors import UserError
+from fastmoco.train.checkpoint import Checkpoint
+from fastmoco.train.engines.loss_scale import LossScale
+from runs import shared_batch, shared_trainer
+from worlds import in_world
+
+# Under CI nothing is passed over.
+needs_deepspeed = pytest.mark.skipif(
+    importlib.util.find_spec("deepspeed") is None and not os.environ.get("CI"), reason="no DeepSpeed here"
+)
+ENGINES = ["ddp", *(pytest.param(f"zero{stage}", marks=needs_deepspeed) for stage in range(4))]
+METHODS = ("moco", "mse", "barlow")
+STEPS = 3
+
+
+def sketch(tensor: Tensor) -> Tensor:
+    """What tells a tensor from another: elements spread over all of it, and sums of all with random signs; float64.
+
+    Whole networks are too much to hand from process to process.
+    """
+    flat = tensor.detach().double().flatten()
+    places = torch.linspace(0, len(flat) - 1, min(len(flat), 2000)).long()
+    signs = torch.randint(0, 2, (4, len(flat)), generator=torch.Generator().manual_seed(len(flat))).double() * 2 - 1
+    return torch.cat([flat[places], signs @ flat])
+
+
+def checksum(tensor: Tensor) -> Tensor:
+    return torch.tensor(zlib.crc32(tensor.detach().contiguous().numpy().tobytes()))
+
+
+def trained(world: World, method: str, changes: dict[str, Any]) -> dict[str, Tensor]:
+    """Everything there is after three steps, and the losses and, where the engine shows them, gradients of each.
+
+    Sketches, and checksums of what is kept.
+    """
+    t = shared_trainer(world, method, **changes)
+    found: dict[str, Tensor] = {}
+    step = t.engine.step
+
+    def looked_at(lr: float, *, ema: float) -> None:
+        number = len([name for name in found if name.startswith("loss.")])
+        if hasattr(t.engine, "gradients"):
+            found.update({f"gradient{number}.{name}": sketch(g) for name, g in t.engine.gradients.items()})
+        step(lr, ema=ema)
+        found[f"loss.{number}"] = torch.zeros(())
+
+    t.engine.step = looked_at  # type: ignore[method-assign]
+    accumulate = t.config.optim.accumulate
+    for number in range(STEPS):
+        t.step([shared_batch(world, accumulate * number + i) for i in range(accumulate)], lr=0.05)
+    rows = t.history.read()
+    parts = t.module.loss_names
+    found |= {f"loss.{i}": torch.tensor([row[name] for name in parts]).double() for i, row in enumerate(rows)}
+    kept = t.engine.state() | {"queue": t.queue.bank}
+    found |= {name: sketch(value) for name, value in kept.items()}
+    found |= {f"checksum.{name}": checksum(value) for name, value in kept.items()}
+    found |= {f"sent.{kind}": torch.tensor(count) for kind, count in world.sent.items()}
+    return found
+
+
+def compare(expected: dict[str, Tensor], actual: dict[str, Tensor], tolerance: float) -> None:
+    names = [name for name in expected if not name.startswith(("sent.", "checksum.")) and name in actual]
+    kinds = {name.split(".")[0].rstrip("0123456789") for name in names}
+    assert {"loss", "module", "momentum", "queue"} <= kinds
+    for name in names:
+        error = (expected[name] - actual[name]).abs().max().item()
+        size = max(1.0, expected[name].abs().max().item())
+        assert error <= tolerance * size, f"{name}: {error:.3g} off, of {size:.3g}"
+
+
+Cases = list[tuple[str, dict[str, Any]]]
+
+
+def trained_in_turn(world: World, cases: Cases) -> list[dict[str, Tensor]]:
+    """`trained` for each case; processes take longer to start than to train."""
+    found = []
+    for method, changes in cases:
+        world.sent.clear()
+        found.append(trained(world, method, changes))
+    return found
+
+
+@pytest.fixture(scope="module")
+def alone() -> Callable[[Cases], list[dict[str, Tensor]]]:
+    """What one process makes of each case, worked out once."""
+    known: dict[str, dict[str, Tensor]] = {}
+
+    def find(cases: Cases) -> list[dict[str, Tensor]]:
+        for method, changes in cases:
+            if (key := f"{method} {changes}") not in known:
+                known[key] = trained(World(), method, changes)
+        return [known[f"{method} {changes}"] for method, changes in cases]
+
+    return find
+
+
+@pytest.mark.parametrize("size", [2, 3, 4])
+def test_processes_are_one_process_to_nine_digits(size: int, alone: Callable[[Cases], list[dict[str, Tensor]]]) -> None:
+    """Losses, gradients, weights, momentum, average and queue, on every rank; keys shuffled over all of them."""
+    cases: Cases = [
+        (method, {"precision": "fp64", "norm": norm, "key_shuffle": "global"})
+        for method in METHODS
+        for norm in ("frozen", "sync")
+    ]
+    expected = alone(cases)
+    assert all(any(name.startswith("gradient2.") for name in one) for one in expected)
+    for actual in in_world(size, trained_in_turn, cases):
+        for one, other in zip(expected, actual, strict=True):
+            compare(one, other, 1e-9)
+            assert other["sent.shuffle"] > 0
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_each_engine_trains_as_one_process(engine: str, alone: Callable[[Cases], list[dict[str, Tensor]]]) -> None:
+    """Each method, and micro-batches, whose gradients are summed before they are sent."""
+    cases: Cases = [(method, {"precision": "fp32", "norm": "sync"}) for method in METHODS]
+    cases.append(("mse", {"precision": "fp32", "norm": "sync", "accumulate": 2}))
+    expected = alone(cases)
+    shared = [(method, changes | {"engine": engine}) for method, changes in cases]
+    results = in_world(2, trained_in_turn, shared)
+    for actual in results:
+        for one, other in zip(expected, actual, strict=True):
+            compare(one, other, 2e-4)
+            assert torch.allclose(other["loss.0"], one["loss.0"], rtol=1e-5, atol=1e-6)
+    for here, there in zip(*results, strict=True):
+        # What the ranks have they have alike to the last bit.
+        for name, value in here.items():
+            assert name.startswith("sent.") or torch.equal(value, there[name]), name
+    if engine == "ddp":
+        _, once, _, twice = results[0]
+        assert twice["sent.gradients"] == once["sent.gradients"] > 0
+        assert twice["sent.keys"] == 2 * once["sent.keys"] > 0
+
+
+def _after_checkpoint(world: World, engine: str, saved: Checkpoint | None, precision: str) -> Checkpoint | None:
+    t = shared_trainer(world, "barlow", engine=engine, precision=precision, norm="sync")
+    if saved is not None:
+        t.restore(saved)
+    t.step([shared_batch(world, 0 if saved is None else 1)], lr=0.05)
+    encoder = t.query_encoder()
+    checkpoint = t.checkpoint(1, "images")
+    if not world.first:
+        assert not checkpoint.tensors
+        return None
+    for name, value in encoder.state_dict().items():
+        assert torch.equal(value, checkpoint.tensors[f"module.query.{name}"]), name
+    return checkpoint
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_checkpoint_of_any_engine_goes_on_with_any_other(engine: str, precision: str) -> None:
+    """Written by one process and by three, read by three and by one: each time as if nothing had changed hands."""
+    alone = _after_checkpoint(World(), "auto", None, precision)
+    assert alone is not None
+    expected = _after_checkpoint(World(), "auto", alone, precision)
+    shared, *_ = in_world(3, _after_checkpoint, engine, alone, precision)
+    assert expected is not None and shared is not None
+    back = _after_checkpoint(World(), "auto", shared, precision)
+    again, *_ = in_world(3, _after_checkpoint, engine, shared, precision)
+    assert back is not None and again is not None
+    tolerance = 2e-4 if precision == "fp32" else 2e-2
+    for one, other in ((expected, shared), (back, again)):
+        assert one.tensors.keys() == other.tensors.keys()
+        for name, value in one.tensors.items():
+            if not name.startswith("rng."):
+                error = (value.double() - other.tensors[name].double()).abs().max().item()
+                assert error <= tolerance * max(1.0, value.double().abs().max().item()), f"{name}: {error}"
+
+
+def _read_back(world: World, engine: str, saved: Checkpoint) -> dict[str, Tensor]:
+    t = shared_trainer(world, "mse", engine=engine, seed=5)
+    t.restore(saved)
+    return {name: value.clone() for name, value in t.engine.state().items()}
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_what_is_read_is_kept_bit_for_bit(engine: str) -> None:
+    t = shared_trainer(World(), "mse")
+    t.step([shared_batch(World(), 0)], lr=0.05)
+    saved = t.checkpoint(1, "images")
+    for state in in_world(3, _read_back, engine, saved):
+        assert {"module", "momentum"} == {name.split(".")[0] for name in state}
+        for name, value in state.items():
+            assert torch.equal(value, saved.tensors[name]), name
+
+
+def _one_bad_rank(world: World, engine: str) -> tuple[bool, list[bool]]:
+    t = shared_trainer(world, "mse", engine=engine)
+    t.step([shared_batch(world, 0)], lr=0.05)
+    before = {name: value.clone() for name, value in t.engine.state().items()}
+    broken = shared_batch(world, 1)
+    if world.rank == 1:
+        broken.q[0, 0, 0, 0] = float("nan")
+    t.step([broken], lr=0.05)
+    t.step([shared_batch(world, 2)], lr=0.05)
+    after = t.engine.state()
+    trained = [name for name in before if name.startswith(("module.query", "momentum"))]
+    same = all(torch.equal(before[name], after[name]) for name in trained)
+    return same, [bool(np.isfinite(row["infonce"])) for row in t.history.read()]
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_loss_that_is_not_finite_on_one_rank_stops_all_at_that_step(engine: str) -> None:
+    for same, finite in in_world(2, _one_bad_rank, engine):
+        assert same
+        assert finite == [True, False, True]
+
+
+def _in_half(world: World, engine: str, scale: float) -> tuple[list[float], float, bool]:
+    t = shared_trainer(world, "moco", engine=engine, precision="fp16", norm="sync")
+    state = {name: value.clone() for name, value in t.engine.state().items()}
+    t.engine.load(state | {"scaler.scale": torch.tensor(scale)})
+    t.step([shared_batch(world, 0)], lr=0.05)
+    moved = not torch.equal(t.engine.state()["module.query.head.2.weight"], state["module.query.head.2.weight"])
+    t.step([shared_batch(world, 1)], lr=0.05)
+    return [row["infonce"] for row in t.history.read()], t.engine.state()["scaler.scale"].item(), moved
+
+
+@pytest.mark.parametrize("engine", ["auto", *ENGINES])
+def test_float16_gradients_are_scaled_and_a_step_that_overflows_is_left_out(engine: str) -> None:
+    """A scale of 2^10 does no harm; one near the largest float32 makes every gradient infinite, and is halved."""
+    run = _in_half if engine == "auto" else None
+    for scale, moves in ((2.0**10, True), (2.0**126, False)):
+        results = [run(World(), engine, scale)] if run else in_world(2, _in_half, engine, scale)
+        for losses, after, moved in results:
+            assert np.isfinite(losses).all()
+            assert moved == moves
+            assert after == scale if moves else after == scale / 4
+    (plain,) = [trained(World(), "moco", {"precision": "fp32", "norm": "sync"})]
+    assert abs(losses[0] - plain["loss.0"].item()) < 2e-2
+
+
+def test_the_loss_scale_grows_after_enough_good_steps() -> None:
+    scale = LossScale(torch.device("cpu"))
+    first = scale.scale.item()
+    for _ in range(2000):
+        assert scale.scale.item() == first
+        scale.update(torch.zeros(()))
+    assert scale.scale.item() == 2 * first
+    scale.update(torch.ones(()))
+    assert scale.scale.item() == first and scale.good.item() == 0
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"engine": "ddp"}, "there is one: start it with torchrun"),
+        ({"engine": "zero3"}, "there is one: start it with torchrun"),
+    ],
+)
+def test_an_engine_for_many_refuses_one_process(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        shared_trainer(World(), "mse", **changes)
+
+
+def _refused(world: World, changes: dict[str, Any]) -> str:
+    with pytest.raises(UserError) as error:
+        shared_trainer(world, "mse", **changes)
+    return str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"engine": "single"}, "cannot join 2 processes"),
+        pytest.param({"engine": "zero1", "precision": "fp64"}, "no --precision fp64", marks=needs_deepspeed),
+        pytest.param({"engine": "zero1", "optimizer": "lars"}, "lars needs whole weights", marks=needs_deepspeed),
+    ],
+)
+def test_what_does_not_go_together_is_refused_on_every_rank(changes: dict[str, Any], message: str) -> None:
+    assert all(message in said for said in in_world(2, _refused, changes))
