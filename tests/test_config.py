@@ -11,9 +11,10 @@ from pathlib import Path
 import pytest
 
 from fastmoco.errors import UserError
-from fastmoco.train.config import LossConfig, OptimConfig, RunConfig, changed_fields, to_json
+from fastmoco.train.config import LossConfig, OptimConfig, RunConfig
 from fastmoco.train.recipes import RECIPES, find
 from fastmoco.train.schedules import learning_rate
+from fastmoco.train.stored import changed_fields, to_json
 
 
 def test_every_recipe_of_the_paper_and_its_small_variant() -> None:

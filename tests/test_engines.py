@@ -29,15 +29,18 @@ METHODS = ("moco", "mse", "barlow")
 STEPS = 3
 
 
+# As many as the largest tensor here has elements.
+SIGNS = torch.randint(0, 2, (3_000_000,), generator=torch.Generator().manual_seed(0)).double() * 2 - 1
+
+
 def sketch(tensor: Tensor) -> Tensor:
-    """What tells a tensor from another: elements spread over all of it, and sums of all with random signs; float64.
+    """What tells a tensor from another: elements spread over all of it, and a sum of all with random signs; float64.
 
     Whole networks are too much to hand from process to process.
     """
     flat = tensor.detach().double().flatten()
     places = torch.linspace(0, len(flat) - 1, min(len(flat), 2000)).long()
-    signs = torch.randint(0, 2, (4, len(flat)), generator=torch.Generator().manual_seed(len(flat))).double() * 2 - 1
-    return torch.cat([flat[places], signs @ flat])
+    return torch.cat([flat[places], (SIGNS[: len(flat)] @ flat)[None]])
 
 
 def checksum(tensor: Tensor) -> Tensor:

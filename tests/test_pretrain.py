@@ -18,9 +18,10 @@ from fastmoco.data.dali import dali_installed
 from fastmoco.distributed.world import World
 from fastmoco.errors import UserError
 from fastmoco.train import pretrain as module
-from fastmoco.train.config import Config, to_json
+from fastmoco.train.config import Config
 from fastmoco.train.metrics import read_rows
 from fastmoco.train.pretrain import NonFiniteLoss, Stopped, pretrain
+from fastmoco.train.stored import to_json
 from fastmoco.train.trainer import Trainer
 from runs import draw_images, small_config
 

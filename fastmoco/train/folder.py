@@ -11,7 +11,8 @@ from fastmoco.atomic import write_text
 from fastmoco.data.verify import Skipped
 from fastmoco.errors import UserError
 from fastmoco.train.checkpoint import Checkpoint, Store
-from fastmoco.train.config import Config, changed_fields, to_json
+from fastmoco.train.config import Config
+from fastmoco.train.stored import changed_fields, to_json
 
 # Where the images stand that went bad during the run.
 BAD_FILES = "bad_files.txt"

@@ -5,13 +5,11 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Iterator
-from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
 import torch
 
-from fastmoco.data.dali import dali_installed
 from fastmoco.data.loader import Batch, make_loader
 from fastmoco.data.manifest import Manifest
 from fastmoco.data.order import Order
@@ -22,18 +20,19 @@ from fastmoco.distributed.monitor import Monitor, watched
 from fastmoco.distributed.world import World
 from fastmoco.errors import UserError
 from fastmoco.models.weights import EXPORTED, save_encoder
-from fastmoco.precision import default_precision
 from fastmoco.train.checkpoint import Checkpoint, Store, non_finite
 from fastmoco.train.clock import Clock
-from fastmoco.train.config import Config, to_json
+from fastmoco.train.config import Config
 from fastmoco.train.folder import BAD_FILES, find_checkpoint, write_description
 from fastmoco.train.images import find_images, fingerprint, list_images, refuse_out_inside, root_of, staged
 from fastmoco.train.metrics import Row
 from fastmoco.train.monitor import knn_row
+from fastmoco.train.opening import describe, resolve
 from fastmoco.train.record import Record, make_record
 from fastmoco.train.schedules import learning_rate, plan
 from fastmoco.train.set_aside import SetAside
 from fastmoco.train.stop import StopRequest
+from fastmoco.train.stored import to_json
 from fastmoco.train.trainer import Trainer
 
 
@@ -69,7 +68,7 @@ def pretrain(config: Config) -> Path:
 
 
 def _pretrain_in(world: World, config: Config, monitor: Monitor, stop: StopRequest) -> Path:
-    config = _resolve(config, world.device)
+    config = resolve(config, world.device)
     store = Store(config.run.out, config.run.keep_checkpoints, max_failed=config.run.max_failed_saves)
     saved = everywhere(world, lambda: find_checkpoint(config, store))
     # What rank 0 finds and checks it lists in the run folder, where the others read it.
@@ -157,7 +156,8 @@ class _Run:
 
     def go(self, stop: StopRequest) -> Path:
         if self.world.first:
-            self._describe()
+            set_aside = len(self.set_aside.quarantine)
+            describe(self.trainer, self.manifest, self.plan, start=self.start, set_aside=set_aside)
         with _writing(self.config, self.store):
             record = make_record(
                 self.config, self.world, self.trainer.module.loss_names, start=self.start, total=self.plan.total
@@ -311,39 +311,3 @@ class _Run:
             return False
         accumulate = self.config.optim.accumulate
         return done * accumulate // every > (done - 1) * accumulate // every or done == self.plan.total
-
-    def _describe(self) -> None:
-        config, start = self.config, self.start
-        skipped = self.manifest.skipped
-        if skipped:
-            first = str(skipped[0]).encode(errors="backslashreplace").decode()
-            print(f"left out {len(skipped)} files, the first {first}; see skipped.txt")
-        where = f"{self.world.device.type}" if self.world.size > 1 else f"{self.world.device}"
-        shared = "" if self.world.alone else f" by {self.world.size} processes ({self.trainer.engine.name})"
-        print(
-            f"{config.recipe}: {config.model.arch} at {config.views.size} px on {len(self.manifest)} images, "
-            f"{self.plan.total} steps of {config.optim.accumulate} x {config.optim.batch_size}{shared}, "
-            f"{config.run.precision} on {where}, loading with {config.data.loader}; run folder {self.out}",
-            flush=True,
-        )
-        if self.set_aside.quarantine:
-            bad = len(self.set_aside.quarantine)
-            print(f"{bad} of the images were set aside before, as {self.out / BAD_FILES} says")
-        if start == self.plan.total:
-            print(f"finished already at step {start}: nothing to train; --init {self.out} starts another run from it")
-        elif start:
-            print(f"going on from step {start}")
-
-
-def _resolve(config: Config, device: torch.device) -> Config:
-    """`config` with every "auto" replaced by what it means here: it is stored with the run and held to on resume."""
-    loader, precision = config.data.loader, config.run.precision
-    if loader == "auto":
-        loader = "dali" if dali_installed() else "pillow"
-    if precision == "auto":
-        precision = default_precision(device.type)
-    return replace(
-        config,
-        data=replace(config.data, loader=loader),
-        run=replace(config.run, precision=precision, device=str(device)),
-    )

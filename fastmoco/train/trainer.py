@@ -16,12 +16,13 @@ from fastmoco.models.encoder import Encoder
 from fastmoco.models.weights import initial_backbone
 from fastmoco.queue import Queue
 from fastmoco.train.checkpoint import Checkpoint
-from fastmoco.train.config import Config, to_json
+from fastmoco.train.config import Config
 from fastmoco.train.engines.engine import COMPUTE_DTYPE
 from fastmoco.train.engines.make import make_engine
 from fastmoco.train.graph import GraphedMicroBatch, MicroBatch, check_capturable, use_own_stream
 from fastmoco.train.history import History
 from fastmoco.train.objective import MomentumContrast, Output
+from fastmoco.train.stored import to_json
 
 
 class Trainer:
