@@ -77,10 +77,10 @@ def trained(world: World, method: str, changes: dict[str, Any]) -> dict[str, Ten
     return found
 
 
-def compare(expected: dict[str, Tensor], actual: dict[str, Tensor], tolerance: float) -> None:
+def compare(expected: dict[str, Tensor], actual: dict[str, Tensor], tolerance: float, *more: str) -> None:
     names = [name for name in expected if not name.startswith(("sent.", "checksum.")) and name in actual]
     kinds = {name.split(".")[0].rstrip("0123456789") for name in names}
-    assert {"loss", "module", "momentum", "queue"} <= kinds
+    assert {"loss", "module", "momentum", "queue", *more} <= kinds
     for name in names:
         error = (expected[name] - actual[name]).abs().max().item()
         size = max(1.0, expected[name].abs().max().item())
@@ -125,7 +125,7 @@ def test_processes_are_one_process_to_nine_digits(size: int, alone: Callable[[Ca
     assert all(any(name.startswith("gradient2.") for name in one) for one in expected)
     for actual in in_world(size, trained_in_turn, cases):
         for one, other in zip(expected, actual, strict=True):
-            compare(one, other, 1e-9)
+            compare(one, other, 1e-9, "gradient")
             assert other["sent.shuffle"] > 0
 
 
@@ -139,7 +139,8 @@ def test_each_engine_trains_as_one_process(engine: str, alone: Callable[[Cases],
     results = in_world(2, trained_in_turn, shared)
     for actual in results:
         for one, other in zip(expected, actual, strict=True):
-            compare(one, other, 2e-4)
+            # A single ReLU that flips is worth this much of a gradient; a wrong factor would be worth far more.
+            compare(one, other, 3e-3)
             assert torch.allclose(other["loss.0"], one["loss.0"], rtol=1e-5, atol=1e-6)
     for here, there in zip(*results, strict=True):
         # What the ranks have they have alike to the last bit.
@@ -178,7 +179,7 @@ def test_a_checkpoint_of_any_engine_goes_on_with_any_other(engine: str, precisio
     back = _after_checkpoint(World(), "auto", shared, precision)
     again, *_ = in_world(3, _after_checkpoint, engine, shared, precision)
     assert back is not None and again is not None
-    tolerance = 2e-4 if precision == "fp32" else 2e-2
+    tolerance = 3e-3 if precision == "fp32" else 5e-2
     for one, other in ((expected, shared), (back, again)):
         assert one.tensors.keys() == other.tensors.keys()
         for name, value in one.tensors.items():

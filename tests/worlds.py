@@ -37,9 +37,11 @@ def in_world(
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["worlds", "fastmoco.train.trainer"])
     results = context.Queue()
+    # As bytes, both ways: handed over themselves, tensors would be memory of the process that made them.
+    task = pickle.dumps((function, args))
     port = free_port()
     processes = [
-        context.Process(target=_run, args=(rank, size, port, timeout, results, bridge, function, args), daemon=True)
+        context.Process(target=_run, args=(rank, size, port, timeout, results, bridge, task), daemon=True)
         for rank in range(size)
     ]
     for process in processes:
@@ -62,11 +64,11 @@ def _run(
     timeout: float,
     results: Any,
     bridge: Bridge | None,
-    function: Callable[..., Any],
-    args: tuple[Any, ...],
+    task: bytes,
 ) -> None:
     torch.set_num_threads(1)
     try:
+        function, args = pickle.loads(task)
         launch = Launch("test", rank, size, rank, size, port=port)
         if bridge is not None:
             enter(bridge.namespaces[rank])
@@ -74,7 +76,6 @@ def _run(
             launch = Launch("test", rank, size, 0, 1, bridge.addresses[0], port)
         with joined("cpu", timeout=timeout, launch=launch) as world:
             result = function(world, *args)
-        # As bytes: the queue itself would leave tensors in memory that goes with this process.
         results.put((rank, ("", pickle.dumps(result))))
     except BaseException:
         results.put((rank, (traceback.format_exc(), b"")))

@@ -49,12 +49,13 @@ class DataParallel(SingleProcess):
         world: World,
     ) -> None:
         super().__init__(module, optim, precision=precision, world=world)
-        # The graph is the same at every step, and gradients lie in the buckets that are sent. BatchNorm's running
-        # statistics are no part of what is shared: each process has its own, and training does not use them.
+        # The graph is the same at every step, which torch cannot use where its first backward sends nothing, and
+        # gradients lie in the buckets that are sent. BatchNorm's running statistics are no part of what is shared: each
+        # process has its own, and training does not use them.
         self._ddp = DistributedDataParallel(
             _Shared(self.copies, self.trainable),
             process_group=world.group,
-            static_graph=True,
+            static_graph=optim.accumulate == 1,
             gradient_as_bucket_view=True,
         )
         self._ddp.register_comm_hook(None, self._average)
