@@ -60,10 +60,13 @@ once() {
     fi
 }
 
+# tried COMMAND: once more, and again, where it fails: SLURM's controller may be busy.
+tried() { "$@" || { sleep 2 && "$@"; } || { sleep 4 && "$@"; }; }
+
 # train RECIPE OPTIONS: pretrain, or go on, to the end. A signal (the time is nearly up, or the node is wanted) is passed
 # on; the run saves and ends, and the job is put back into the queue, as it is after an accident. Returns srun's status.
 train() {
-    local asked=0 status srun
+    local asked=0 status srun job state
     # Not by a function: a signal must reach srun itself, not a shell around it.
     "${step[@]}" "${program[@]}" pretrain "$@" --resume &
     srun=$!
@@ -76,11 +79,15 @@ train() {
     done
     trap '' USR1 TERM
     ((status == 0)) && return 0
-    # A job that was cancelled, or that SLURM requeues by itself, is not running any more.
-    if [[ $(squeue --noheader --format=%T --jobs="$SLURM_JOB_ID") != RUNNING ]]; then
+    # One task of an array has the array's number as its job's, which stands for all tasks.
+    job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}
+    job=${job:-$SLURM_JOB_ID}
+    # A job that was cancelled, or that SLURM requeues by itself, is not running any more. No answer says neither.
+    state=$(tried squeue --noheader --format=%T --jobs="$job") || state=""
+    if [[ ${state:-RUNNING} != RUNNING ]]; then
         echo "the job ends by SLURM's own doing; it is not requeued from here"
     elif once slurm requeue --status "$status" --max-requeues "$max_requeues" -- "$@"; then
-        scontrol requeue "$SLURM_JOB_ID"
+        tried scontrol requeue "$job" || echo "the job could not be requeued: submit it again" >&2
     fi
     return "$status"
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import io
 from itertools import combinations
 from pathlib import Path
@@ -129,6 +130,20 @@ def test_folders_that_are_not_the_same(tmp_path: Path) -> None:
     assert in_world(3, _unseen, [one, one, other]) == [[2], [2], [0]]
     assert in_world(3, _unseen, [one, one, tmp_path / "nowhere"])[2] == [0, 2]
     assert not list(one.iterdir()) and not list(other.iterdir())
+
+
+def test_a_folder_that_was_made_read_only_is_one_that_cannot_be_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(path: Path, *args: Any, **options: Any) -> None:
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    # So such a mount answers to both, also where there is nothing to remove.
+    for name in ("open", "write_text", "unlink"):
+        monkeypatch.setattr(Path, name, refused)
+    monkeypatch.setattr("fastmoco.preflight.disk.texts", lambda world, text: [text])
+    assert measure_disk(tmp_path, 1).problem == f"{tmp_path}: Read-only file system"
+    assert unseen(World(), tmp_path, speaks=True, patience=0.1) == [0]
 
 
 def _preflights(world: World, outs: list[Path]) -> list[tuple[int, str]]:

@@ -73,8 +73,19 @@ def test_the_record_holds_every_end(
 
 
 def test_before_there_is_a_run_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert requeue(monkeypatch, tmp_path / "run", KILLED) == 0
-    assert not (tmp_path / "run").exists()
+    run = tmp_path / "runs" / "first"
+    assert requeue(monkeypatch, run, KILLED) == 0
+    # What ends at the very start would be tried again and again, were that not noted.
+    assert requeue(monkeypatch, run, KILLED, 1) == 1
+    assert read_record(run) == [end(KILLED, 0), end(KILLED, 0, restart=1)]
+
+
+def test_a_record_that_cannot_be_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("")
+    assert requeue(monkeypatch, tmp_path / "file" / "run", KILLED) == 0
+    assert f"warning: {tmp_path}/file/run/requeue.json could not be written (Not a dir" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("text", ["", "[]", '{"ends": [{"job": 1}]}', '{"ends": 3}'])
@@ -116,12 +127,12 @@ def test_speeds_against_the_smallest(tmp_path: Path, capsys: pytest.CaptureFixtu
 class Stage:
     """The rendered script with stand-ins: srun runs `step`, squeue says `state`, scontrol notes what it is told."""
 
-    def __init__(self, folder: Path, step: str, state: str = "RUNNING") -> None:
+    def __init__(self, folder: Path, step: str, state: str = "RUNNING", **environment: str) -> None:
         self.folder, self.run = folder, folder / "run"
         self.run.mkdir()
         for name, body in (
             ("srun", step),
-            ("squeue", f"echo {state}"),
+            ("squeue", f'echo "$@" >> {folder}/squeue.txt; echo {state}'),
             ("scontrol", f'echo "$@" >> {folder}/scontrol.txt'),
         ):
             program = folder / name
@@ -133,7 +144,8 @@ class Stage:
         assert cli.dispatch([*render, "--", "mocov2", "--data", "/images", "--out", str(self.run)]) == 0
         path = f"{folder}{os.pathsep}{os.environ['PATH']}"
         self.process = subprocess.Popen(
-            ["bash", script], env=os.environ | {"PATH": path, "SLURM_JOB_ID": "7", "PYTHONPATH": str(ROOT)},
+            ["bash", script],
+            env=os.environ | {"PATH": path, "SLURM_JOB_ID": "7", "PYTHONPATH": str(ROOT)} | environment,
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
         )  # fmt: skip
 
@@ -148,6 +160,20 @@ def test_the_script_requeues_after_an_accident(tmp_path: Path) -> None:
     status, said, told = Stage(tmp_path, 'echo "$@"; exit 137').end()
     assert (status, told) == (137, "requeue 7\n"), said
     assert f"pretrain mocov2 --data /images --out {tmp_path}/run --resume" in said
+
+
+def test_one_task_of_an_array_requeues_itself_alone(tmp_path: Path) -> None:
+    # Its job's number may be that of the whole array.
+    stage = Stage(tmp_path, "exit 137", SLURM_ARRAY_JOB_ID="7", SLURM_ARRAY_TASK_ID="1")
+    status, said, told = stage.end()
+    assert (status, told) == (137, "requeue 7_1\n"), said
+    assert "--jobs=7_1" in (tmp_path / "squeue.txt").read_text()
+
+
+def test_a_controller_that_does_not_answer_is_asked_again(tmp_path: Path) -> None:
+    status, said, told = Stage(tmp_path, "exit 137", "; exit 1").end()
+    assert (status, told) == (137, "requeue 7\n"), said
+    assert len((tmp_path / "squeue.txt").read_text().splitlines()) == 3
 
 
 @pytest.mark.parametrize(("step", "state", "expected"), [("exit 0", "RUNNING", 0), ("exit 2", "RUNNING", 2),

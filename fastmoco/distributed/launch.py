@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -78,12 +79,17 @@ def joined(device: str, *, timeout: float = 300.0, launch: Launch | None = None)
     timeout: seconds that a collective may take, those of `control` apart, and that processes wait for each other at
     the start.
 
-    Raises UserError where the device cannot be used or the others do not come.
+    Raises UserError where the device cannot be used, or would be that of several processes, or the others do not come.
     """
     launch = launch or find_launch()
     if launch.size == 1:
         yield World(device=find_device(device))
         return
+    if device.startswith("cuda:") and launch.local_size > 1:
+        raise UserError(
+            f"--device {device} is one GPU, and {launch.local_size} processes of this machine would share it: leave it "
+            "out, or give --device cuda, and each takes its own"
+        )
     where = find_device(f"cuda:{_own_gpu(launch)}" if _wants_gpu(device) else device)
     backend = "nccl" if where.type == "cuda" else "gloo"
     if where.type == "cuda":
@@ -95,18 +101,31 @@ def joined(device: str, *, timeout: float = 300.0, launch: Launch | None = None)
             timeout=wait,
         )  # fmt: skip
     except (RuntimeError, ValueError, OSError) as error:
-        raise UserError(
-            f"rank {launch.rank} of {launch.size}, started by {launch.by}, could not meet the others at "
-            f"{launch.address}:{launch.port}: {error}"
-        ) from error
+        raise _unmet(launch, error) from error
     try:
-        # What is waited for here may be a look at all images, or their copy. That a process is gone is seen elsewhere.
-        control = dist.new_group(backend="gloo", timeout=timedelta(days=7))
         yield World(
-            launch.rank, launch.size, launch.local_rank, launch.local_size, where, dist.group.WORLD, control
+            launch.rank, launch.size, launch.local_rank, launch.local_size, where, dist.group.WORLD, _control(launch)
         )
     finally:
         dist.destroy_process_group()
+
+
+def _control(launch: Launch) -> Any:
+    try:
+        # What is waited for here may be a look at all images, or their copy. That a process is gone is seen elsewhere.
+        return dist.new_group(backend="gloo", timeout=timedelta(days=7))
+    except (RuntimeError, ValueError, OSError) as error:
+        raise _unmet(launch, error) from error
+
+
+def _unmet(launch: Launch, error: Exception) -> UserError:
+    # gloo listens at the address of the host's own name, which on some is 127.0.1.1.
+    hint = "; where a machine has several networks, or its own name stands for 127.0.1.1, name the one to meet over in "
+    hint += "GLOO_SOCKET_IFNAME (`ip -br addr` lists them)"
+    return UserError(
+        f"rank {launch.rank} of {launch.size}, started by {launch.by}, could not meet the others at "
+        f"{launch.address}:{launch.port}: {error}{hint if launch.size > launch.local_size else ''}"
+    )
 
 
 def _wants_gpu(device: str) -> bool:

@@ -6,6 +6,7 @@ import json
 import os
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from rich.table import Table
 import fastmoco
 from fastmoco.distributed.agreement import largest, texts
 from fastmoco.distributed.launch import find_launch, joined
+from fastmoco.distributed.monitor import watched
 from fastmoco.distributed.world import World
 from fastmoco.errors import UserError
 from fastmoco.preflight.disk import measure_disk, unseen
@@ -28,6 +30,8 @@ from fastmoco.preflight.links import clock_offsets, decision_seconds, pair_bandw
 NETWORK = {"cuda": 256 * 2**20, "cpu": 16 * 2**20}
 FILE = 64 * 2**20
 MEETING_SECONDS = 60.0
+# No one measurement takes so long; a folder whose file system hangs would be waited for for ever.
+WATCHDOG = 300.0
 # More pairs than these fit no table; the slowest are shown.
 PAIRS_SHOWN = 12
 
@@ -46,18 +50,23 @@ def preflight(out: Path | None, *, device: str = "auto", timeout: float = MEETIN
             "with srun (in a job of several tasks) or torchrun"
         )
     start = time.monotonic()
-    with joined(device, timeout=timeout, launch=launch) as world:
+    with joined(device, timeout=timeout, launch=launch) as world, watched(world, launch, WATCHDOG) as monitor:
         largest(world, 0)
-        return preflight_in(world, out, met=time.monotonic() - start)
+        return preflight_in(world, out, met=time.monotonic() - start, alive=monitor.alive)
 
 
-def preflight_in(world: World, out: Path | None, *, met: float, node: str | None = None) -> int:
-    """`preflight` as one process of `world`; `met`: seconds that it took to meet; `node`: this one's name."""
+def preflight_in(
+    world: World, out: Path | None, *, met: float, node: str | None = None, alive: Callable[[], None] = lambda: None
+) -> int:
+    """`preflight` as one process of `world`; `met`: seconds that it took to meet; `node`: this one's name.
+
+    `alive` is called after each measurement.
+    """
     # A host may be several nodes, in a test of SLURM.
     names = texts(world, node or os.environ.get("SLURMD_NODENAME") or world.host)
     nodes = list(dict.fromkeys(names))
     speakers = [names.index(name) for name in nodes]
-    report = _measured(world, nodes.index(names[world.rank]), speakers, out) | {"met": met}
+    report = _measured(world, nodes.index(names[world.rank]), speakers, out, alive) | {"met": met}
     reports = [json.loads(text) for text in texts(world, json.dumps(report))]
     if not world.first:
         return 0
@@ -66,12 +75,21 @@ def preflight_in(world: World, out: Path | None, *, met: float, node: str | None
     return 1 if found.problems else 0
 
 
-def _measured(world: World, node: int, speakers: list[int], out: Path | None) -> dict[str, Any]:
+def _measured(
+    world: World, node: int, speakers: list[int], out: Path | None, alive: Callable[[], None]
+) -> dict[str, Any]:
     speaks = speakers[node] == world.rank
     gpu = torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else ""
     size = NETWORK[world.device.type]
+    alive()
     clocks = clock_offsets(world, speakers)
-    pairs = pair_bandwidths(world, speakers, size)
+    pairs = pair_bandwidths(world, speakers, size, alive)
+    decision, whole = decision_seconds(world), whole_bandwidth(world, size)
+    alive()
+    local = measure_disk(Path(tempfile.gettempdir()), FILE) if speaks else None
+    alive()
+    shared = measure_disk(out, FILE) if speaks and out is not None else None
+    alive()
     return {
         "node": node,
         "fastmoco": fastmoco.__version__,
@@ -79,10 +97,10 @@ def _measured(world: World, node: int, speakers: list[int], out: Path | None) ->
         "device": f"cuda: {gpu}" if gpu else "cpu",
         "clock": clocks.get(node, 0.0),
         "pairs": [[first, second, speed] for (first, second), speed in pairs.items()],
-        "decision": decision_seconds(world),
-        "whole": whole_bandwidth(world, size),
-        "local": asdict(measure_disk(Path(tempfile.gettempdir()), FILE)) if speaks else None,
-        "shared": asdict(measure_disk(out, FILE)) if speaks and out is not None else None,
+        "decision": decision,
+        "whole": whole,
+        "local": asdict(local) if local else None,
+        "shared": asdict(shared) if shared else None,
         "unseen": unseen(world, out, speaks=speaks) if out is not None else [],
     }
 

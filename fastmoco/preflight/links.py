@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from statistics import median
 from typing import Any
 
@@ -27,11 +27,13 @@ def rounds(count: int) -> list[list[tuple[int, int]]]:
     return found
 
 
-def pair_bandwidths(world: World, speakers: Sequence[int], size: int) -> dict[tuple[int, int], float]:
+def pair_bandwidths(
+    world: World, speakers: Sequence[int], size: int, alive: Callable[[], None] = lambda: None
+) -> dict[tuple[int, int], float]:
     """Bytes a second that each of two nodes sends the other in an all-reduce of `size` bytes, by the nodes' numbers.
 
     Node i is measured by rank `speakers[i]`; pairs of a round at the same time, as in training. To be called by all
-    processes at once; a process knows the pairs that it is in.
+    processes at once; a process knows the pairs that it is in, and calls `alive` after every round.
     """
     found = {}
     backend = dist.get_backend(world.group)
@@ -43,6 +45,7 @@ def pair_bandwidths(world: World, speakers: Sequence[int], size: int) -> dict[tu
                 # Of n bytes, two processes send n each.
                 found[pair] = size / _seconds(world, group, size)
                 dist.destroy_process_group(group)
+        alive()
     return found
 
 

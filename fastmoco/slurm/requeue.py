@@ -57,9 +57,7 @@ def requeue_command(args: list[str]) -> int:
     )
     before = read_record(run)
     reason = refusal(end, before, max_requeues=asked.max_requeues)
-    if run.is_dir():
-        ends = [asdict(known) for known in [*before, end]]
-        write_text(run / RECORD, json.dumps({"ends": ends}, indent=2) + "\n")
+    _keep(run, [*before, end])
     said = f"the step ended with status {end.status} {_meaning(end.status)}, at step {end.step} of the training"
     if reason:
         print(f"{said}; not requeued: {reason}")
@@ -105,6 +103,16 @@ def read_record(run: Path) -> list[End]:
         return [End(**end) for end in json.loads(path.read_text(encoding="utf-8"))["ends"]]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} is not a record of requeued jobs ({error}): remove it") from error
+
+
+def _keep(run: Path, ends: list[End]) -> None:
+    # Also before the run has made its folder: what fails at the start would else never be known to have failed before.
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+        write_text(run / RECORD, json.dumps({"ends": [asdict(end) for end in ends]}, indent=2) + "\n")
+    except OSError as error:
+        # --max-requeues still bounds how often the job is put back.
+        print(f"warning: {run / RECORD} could not be written ({error.strerror or error})")
 
 
 def _meaning(status: int) -> str:
