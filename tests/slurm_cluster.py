@@ -72,7 +72,7 @@ class Cluster:
     def call(self, *command: str | Path, cwd: Path | None = None) -> str:
         """What `command` prints; AssertionError, with the daemons' last words, where it fails."""
         done = subprocess.run(
-            [str(word) for word in command], env=self.environment, cwd=cwd, capture_output=True, text=True, timeout=60
+            [str(word) for word in command], env=self.environment, cwd=cwd, capture_output=True, text=True, timeout=300
         )
         assert done.returncode == 0, f"{command}: {done.stdout}{done.stderr}\n{self.logs()}"
         return done.stdout
@@ -145,8 +145,14 @@ def cluster() -> Iterator[Cluster]:
             return "up" if done.stdout.split() == ["idle", "idle"] else ""
 
         wait_for(up, timeout=60, otherwise=made.logs)
-        stack.callback(lambda: subprocess.run(["scancel", "--user=root"], env=made.environment, timeout=60))
+        stack.callback(_cancel_all, made)
         yield made
+
+
+def _cancel_all(made: Cluster) -> None:
+    """Cancel what runs, and wait until its processes are gone: nobody else would end them."""
+    made.call("scancel", "--user=root")
+    wait_for(lambda: "" if made.call("squeue", "--noheader") else "none", timeout=120, otherwise=made.logs)
 
 
 _MUNGE = {"key-file": "key", "socket": "socket", "pid-file": "pid", "log-file": "log", "seed-file": "seed"}

@@ -71,13 +71,13 @@ class Job:
         """Wait until the metrics hold a row of `step`."""
         wait_for(
             lambda: "yes" if len(read_rows(self.out / "metrics.jsonl")) >= step else "",
-            timeout=120, every=0.02, otherwise=self.output,
+            timeout=300, every=0.02, otherwise=self.output,
         )  # fmt: skip
 
     def ends(self, state: str = "COMPLETED") -> None:
         """Wait until the job is over; AssertionError, with its output, where it is not in `state` then."""
         over = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY")
-        found = self.slurm.wait(self.id, *over, timeout=240)
+        found = self.slurm.wait(self.id, *over, timeout=600)
         assert found == state, f"{found}\n{self.output()}\n{self.slurm.logs()}"
 
     def record(self) -> list[dict[str, Any]]:
@@ -138,7 +138,7 @@ def test_a_clone_in_which_two_lines_were_edited(slurm: Cluster, images: Path, tm
     path = f"{tmp_path}{os.pathsep}{slurm.environment['PATH']}"
     small = ("--ntasks-per-node=1", "--cpus-per-task=1", f"--export=ALL,PATH={path}")
     job = slurm.submit(Path("slurm/pretrain.sbatch"), *small, cwd=clone)
-    slurm.wait(job, "COMPLETED", "FAILED", timeout=120)
+    slurm.wait(job, "COMPLETED", "FAILED", timeout=600)
     (said,) = [path.read_text() for path in clone.glob("*.out")]
     assert slurm.field(job, "JobState") == "COMPLETED", said
     assert "by 2 processes" in said and len(read_rows(tmp_path / "run" / "metrics.jsonl")) == 4
@@ -197,15 +197,50 @@ def test_a_cancelled_job_saves_and_stays_cancelled(slurm: Cluster, images: Path,
 
 
 def test_before_its_time_is_up_it_saves_and_is_requeued(slurm: Cluster, images: Path, tmp_path: Path) -> None:
-    # SLURM gives times in minutes, and looks for those that are nearly up twice a minute.
-    times = ("--time", "2", "--notice", "60")
+    # SLURM gives times in minutes, and looks for those that are nearly up twice a minute: the notice comes after one to
+    # two minutes, in which the run has begun.
+    times = ("--time", "3", "--notice", "60")
     job = Job(slurm, tmp_path / "job", images, "--steps", "100000", job=times)
-    wait_for(lambda: "yes" if slurm.field(job.id, "Restarts") == "1" else "", timeout=150, otherwise=job.output)
+    wait_for(lambda: "yes" if slurm.field(job.id, "Restarts") == "1" else "", timeout=300, otherwise=job.output)
     slurm.call("scancel", job.id)
     (end,) = job.record()
     assert end["status"] == 128 + signal.SIGUSR1
     assert f"stopped at step {end['step']} of 100000; saved" in job.output()
     assert (job.out / "checkpoints" / f"step-{end['step']:09d}.safetensors").is_file()
+
+
+def test_one_task_of_a_study_requeues_itself_alone(slurm: Cluster, images: Path, tmp_path: Path) -> None:
+    script, study = tmp_path / "study.sbatch", tmp_path / "runs"
+    asked = [
+        "--recipes", "histology-mse-small", "--seeds", "0", "1", "--gpus", "0", "--cpus", "1", "--time", "10",
+        "--notice", "60", "--command", f"{sys.executable} -m fastmoco.cli", "--out", str(script),
+    ]  # fmt: skip
+    options = ["--data", str(images), "--out", str(study), "--batch-size", "8", *QUICK, "--steps", "100000"]
+    assert cli.dispatch(["slurm", "render", "study", *asked, "--", *options]) == 0
+    array = slurm.submit(script, cwd=tmp_path)
+    tasks = [f"{array}_0", f"{array}_1"]
+    runs = [study / "histology-mse-small" / f"seed-{seed}" for seed in (0, 1)]
+
+    def said() -> str:
+        return "".join(path.read_text() for path in tmp_path.glob("*.out"))
+
+    def both_train() -> str:
+        return "yes" if all(read_rows(run / "metrics.jsonl") for run in runs) else ""
+
+    wait_for(both_train, timeout=300, otherwise=said)
+    # The job of one of them has the array's number.
+    numbers = [slurm.call("squeue", "--noheader", "--format=%A", f"--jobs={task}").strip() for task in tasks]
+    told = numbers.index(array)
+    slurm.call("scancel", "--batch", "--signal=USR1", tasks[told])
+
+    def again() -> str:
+        return "yes" if slurm.field(tasks[told], "Restarts") == "1" else ""
+
+    wait_for(again, timeout=300, otherwise=said)
+    assert slurm.field(tasks[1 - told], "Restarts") == "0"
+    assert slurm.field(tasks[1 - told], "JobState") == "RUNNING"
+    assert [(run / "requeue.json").exists() for run in runs] == [task == told for task in (0, 1)]
+    slurm.call("scancel", array)
 
 
 def test_the_preflight_of_two_nodes(slurm: Cluster, tmp_path: Path) -> None:
