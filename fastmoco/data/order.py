@@ -50,7 +50,10 @@ class Order:
         if not 0 <= self.shard < self.shards:
             raise UserError(f"shard {self.shard} of {self.shards}: shards are numbered from 0")
         if self.batch_size % self.shards:
-            raise UserError(f"{self.batch_size} images a batch cannot be shared out evenly to {self.shards} processes")
+            raise UserError(
+                f"--batch-size {self.batch_size} cannot be shared out evenly to {self.shards} processes: give a "
+                f"multiple of {self.shards}"
+            )
         if self.samples < 1 or (self.drop_last and self.samples < self.batch_size):
             raise UserError(
                 f"{self.samples} images do not fill one batch of {self.batch_size}: lower --batch-size, "

@@ -17,6 +17,7 @@ from fastmoco.plan.memory import memory
 from fastmoco.plan.predict import Prediction, predict
 from fastmoco.plan.traffic import Flow, flows
 from fastmoco.train.config import Config, LossConfig, ModelConfig, OptimConfig
+from fastmoco.train.copies import uses_copies
 from fastmoco.train.recipes import find
 
 
@@ -61,9 +62,7 @@ def make_plan(args: PlanArgs) -> Plan:
         )
     rows = optim.batch_size // world
     counts = count(args.model, loss, size=args.views.size, rows=rows, precision=args.precision, world=world)
-    through_copies = (
-        args.engine == "ddp" and args.precision == "bf16" and optim.accumulate == 1 and optim.update == "fused"
-    )
+    through_copies = args.engine == "ddp" and uses_copies(optim, args.precision)
     sent = flows(
         counts, args.model, loss, size=args.views.size, world=world, precision=args.precision,
         accumulate=optim.accumulate, through_copies=through_copies, engine=args.engine, zero=args.zero,

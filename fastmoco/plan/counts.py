@@ -12,10 +12,10 @@ from fastmoco.errors import UserError
 from fastmoco.plan.operations import Operations, crosscorr_flops, record
 from fastmoco.train.config import LossConfig, ModelConfig
 from fastmoco.train.copies import Copies
+from fastmoco.train.engines.engine import COMPUTE_DTYPE
 from fastmoco.train.objective import MomentumContrast
 
 BYTES = {"bf16": 2, "fp16": 2, "fp32": 4, "fp64": 8}
-COMPUTE = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp64": torch.float64}
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ def count(
     module.to(memory_format=torch.channels_last)
     half = BYTES[precision] == 2
     copies = Copies(module, module.multiplied if half else [])
-    view = torch.empty(rows, 3, size, size, device="meta", dtype=COMPUTE[precision])
+    view = torch.empty(rows, 3, size, size, device="meta", dtype=COMPUTE_DTYPE[precision])
     view = view.to(memory_format=torch.channels_last)
     bank = torch.empty(loss.queue_size, model.dim, device="meta")
 

@@ -72,7 +72,8 @@ class ModelConfig:
     norm: Literal["batch", "sync", "frozen"] = "batch"
     """Statistics that the BatchNorms of both encoders and of the projectors use in training: batch, those of each
     process's images; sync, those of all processes' together, so that their number makes no difference; frozen, the
-    running ones of --init's weights, which then stay as they are."""
+    running ones of --init's weights, which then stay as they are (without --init, and in the projectors, mean 0 and
+    variance 1: no normalisation)."""
     norm_groups: int = 1
     """Groups of consecutive images that --norm batch normalises each on its own, on every process."""
 

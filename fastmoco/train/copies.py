@@ -7,6 +7,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastmoco.train.config import OptimConfig
+
+
+def uses_copies(optim: OptimConfig, precision: str) -> bool:
+    """Whether training goes through copies: several micro-batches sum their gradients, which takes float32, and torch's
+    SGD writes no copies."""
+    return precision == "bf16" and optim.accumulate == 1 and optim.update == "fused"
+
 
 class Copies:
     """The bfloat16 copies through which `module` runs; its own weights stay as they are, the float32 originals.

@@ -157,6 +157,7 @@ class DeepSpeed:
         raise UserError("DeepSpeed makes and shares out gradients itself")
 
     def state(self) -> dict[str, Tensor]:
+        # One by one to the host: whole, they are more than a device that needs ZeRO has room for.
         tensors = {f"module.{name}": self._full(name) for name in self._shapes}
         if self._has_momentum:
             tensors |= {f"momentum.{name}": self._full_momentum(p) for name, p in self.trainable.items()}
@@ -168,7 +169,7 @@ class DeepSpeed:
 
     @torch.no_grad()
     def load(self, tensors: Mapping[str, Tensor]) -> None:
-        check_fits(self.state(), tensors)
+        check_fits(self._expected(), tensors)
         for name in self._shapes:
             self._set(name, tensors[f"module.{name}"])
         if self._has_momentum:
@@ -179,6 +180,15 @@ class DeepSpeed:
             kept |= {"scale": tensors["scaler.scale"].item(), "_growth_tracker": int(tensors["scaler.good"].item())}
             self._scaler.load_state_dict(kept)
 
+    def _expected(self) -> dict[str, Tensor]:
+        """What `state` holds, without its values."""
+        shapes = {f"module.{name}": shape for name, shape in self._shapes.items()}
+        if self._has_momentum:
+            shapes |= {f"momentum.{name}": self._shapes[name] for name in self.trainable}
+        if self._scaler is not None:
+            shapes |= {"scaler.scale": torch.Size(), "scaler.good": torch.Size()}
+        return {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
+
     def _full(self, name: str) -> Tensor:
         parameter = self.module.get_parameter(name)
         if self.zero < 3:
@@ -186,7 +196,7 @@ class DeepSpeed:
         import deepspeed
 
         with deepspeed.zero.GatheredParameters([parameter]):
-            return parameter.detach().clone()
+            return parameter.detach().to("cpu", copy=True)
 
     def _set(self, name: str, value: Tensor) -> None:
         from deepspeed.utils import safe_get_local_fp32_param, safe_set_full_fp32_param
@@ -208,7 +218,7 @@ class DeepSpeed:
         if not self.zero:
             return self._sgd.state[parameter][_MOMENTUM]
         full: Tensor = safe_get_full_optimizer_state(parameter, _MOMENTUM)
-        return full
+        return full.cpu()
 
     def _set_momentum(self, parameter: nn.Parameter, value: Tensor) -> None:
         from deepspeed.utils import safe_get_local_optimizer_state, safe_set_full_optimizer_state

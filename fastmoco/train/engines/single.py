@@ -12,7 +12,7 @@ from torch import Tensor
 from fastmoco.distributed.world import World
 from fastmoco.errors import UserError
 from fastmoco.train.config import OptimConfig
-from fastmoco.train.copies import Copies
+from fastmoco.train.copies import Copies, uses_copies
 from fastmoco.train.engines.engine import autocast
 from fastmoco.train.engines.loss_scale import LossScale
 from fastmoco.train.objective import MomentumContrast
@@ -39,9 +39,7 @@ class SingleProcess:
         self.scaler = LossScale(self.device) if precision == "fp16" else None
         # What the update skips for: blocked, or gradients that overflowed.
         self._skip = self.blocked if self.scaler is None else torch.zeros((), device=self.device)
-        # Several micro-batches sum their gradients, which takes float32; torch's SGD writes no copies.
-        through_copies = precision == "bf16" and optim.accumulate == 1 and optim.update == "fused"
-        self.copies = Copies(module, module.multiplied if through_copies else [])
+        self.copies = Copies(module, module.multiplied if uses_copies(optim, precision) else [])
         self._keeps = False
         self.update = make_update(self.trainable, module.averages, self.copies, optim, self._skip)
 
