@@ -12,7 +12,9 @@ BIN := $(VENV)/bin
 # One stamp a choice of extras, so that another choice installs again.
 STAMP := $(VENV)/.installed-$(subst $(comma),-,$(EXTRAS))
 # What `make test` runs is needed whatever the extras.
-TOOLS := pytest hypothesis ruff mypy
+TOOLS := pytest pytest-xdist hypothesis ruff mypy
+# Tests at a time, of one thread each: those that are about threads say how many. More than four take memory for little.
+JOBS ?= $(shell n=$$(nproc 2>/dev/null || echo 2); echo $$((n < 4 ? n : 4)))
 
 .DELETE_ON_ERROR:
 .PHONY: install demo test test-system lint bench gpu clean
@@ -23,7 +25,7 @@ demo: $(STAMP)
 	$(BIN)/fastmoco demo
 
 test: lint
-	$(BIN)/python -m pytest -q --durations=10
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS) --durations=10
 
 test-system: $(STAMP)
 	$(BIN)/python -m pytest -q --durations=10 -m system
