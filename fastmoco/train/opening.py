@@ -44,6 +44,8 @@ def describe(trainer: Trainer, manifest: Manifest, plan: Plan, *, start: int, se
         f"{config.run.precision} on {where}, loading with {config.data.loader}; run folder {config.run.out}",
         flush=True,
     )
+    if config.model.norm == "frozen" and config.model.init is None:
+        print("warning: --norm frozen without --init normalises nothing: its statistics are mean 0 and variance 1")
     if set_aside:
         print(f"{set_aside} of the images were set aside before, as {config.run.out / BAD_FILES} says")
     if start == plan.total:

@@ -10,6 +10,7 @@ import contextlib
 import importlib.util
 import logging
 import os
+import warnings
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -65,7 +66,9 @@ class DeepSpeed:
         if world.device.type == "cpu":
             # Else it compiles C++ at the first start, for half a minute, to do in shared memory what gloo does.
             deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-        logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+        # It warns of optimisers that it has not tried, of torch's new names and of every step that overflowed.
+        logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+        warnings.filterwarnings("ignore", message=r".*torch\.distributed\..* is deprecated", category=FutureWarning)
         self.module = module
         self.world = world
         self.device = world.device

@@ -22,7 +22,7 @@ def engine_name(config: Config, world: World) -> str:
     if chosen != "single" and world.alone:
         raise UserError(
             f"--engine {chosen} shares work out to several processes, and there is one: start it with torchrun "
-            "--nproc-per-node N -m fastmoco.cli pretrain ..., or with srun"
+            "--nproc-per-node N -m fastmoco pretrain ..., or with srun"
         )
     if chosen == "deepspeed":
         if config.run.precision == "fp64":

@@ -1,0 +1,7 @@
+"""`python -m fastmoco`, which torchrun can start."""
+
+import sys
+
+from fastmoco.cli import main
+
+sys.exit(main())
