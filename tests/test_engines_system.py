@@ -13,11 +13,10 @@ from bench.engines_rank import METHODS
 pytestmark = pytest.mark.system
 
 
-@pytest.mark.parametrize("norm", ["sync", "frozen"])
 def test_every_engine_keeps_to_one_process(
-    norm: str, real_data: Callable[[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    real_data: Callable[[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    args = EnginesArgs(data=real_data("idrid_fundus_256"), norm=norm, out=tmp_path / "engines.md")  # type: ignore[arg-type]
+    args = EnginesArgs(data=real_data("idrid_fundus_256"), out=tmp_path / "engines.md")
     status = main(args)
     said = capsys.readouterr()
     with capsys.disabled():
