@@ -36,7 +36,8 @@ def pretrain(args: list[str]) -> int:
     try:
         folder = train(config)
     except Stopped as stopped:
-        print(stopped, file=sys.stderr)
+        if launch.rank == 0:
+            print(stopped, file=sys.stderr)
         return 128 + stopped.signal
     finally:
         if launch.size > 1:

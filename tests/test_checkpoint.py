@@ -182,6 +182,18 @@ def test_a_save_that_must_succeed_is_tried_again(tmp_path: Path, monkeypatch: py
     assert len(said) == 2
 
 
+def test_tries_come_no_further_apart_than_half_a_minute_and_are_signs_of_life(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    happened: list[object] = []
+    monkeypatch.setattr(module.time, "sleep", happened.append)
+    store = Store(tmp_path, max_failed=9, warn=lambda _: None, alive=lambda: happened.append("alive"))
+    store.folder.write_text("in the way of the folder")
+    with pytest.raises(UserError, match="no earlier checkpoint"):
+        store.save_now(checkpoint(1))
+    assert happened == [word for pause in (1, 2, 4, 8, 16, 30, 30, 30) for word in (pause, "alive")]
+
+
 def test_what_must_be_on_disk_before_comes_before(tmp_path: Path) -> None:
     said: list[str] = []
 

@@ -10,6 +10,8 @@ import torchvision
 from safetensors.torch import load_file
 
 from fastmoco import cli
+from fastmoco.train.config import Config
+from fastmoco.train.pretrain import Stopped
 from fastmoco.train.recipes import RECIPES
 from runs import draw_images
 
@@ -139,3 +141,19 @@ def test_commands_that_do_not_exist_or_fit(
 def test_version(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     assert fastmoco(monkeypatch, "--version") == 0
     assert "fastmoco 0.1.0" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("rank", "said"), [(0, "stopped at step 3\n"), (1, "")])
+def test_only_the_first_process_says_where_the_run_stopped(
+    rank: int, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def stop(config: Config) -> Path:
+        raise Stopped("stopped at step 3", 15)
+
+    for name, value in {"RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "n0", "MASTER_PORT": 1234}.items():
+        monkeypatch.setenv(name, str(value))
+    monkeypatch.setattr("fastmoco.train.pretrain.pretrain", stop)
+    monkeypatch.setattr("fastmoco.train.stop.end_undisturbed", lambda: None)
+    args = ["pretrain", "mocov2", "--data", tmp_path, "--out", tmp_path / "run"]
+    assert fastmoco(monkeypatch, *args) == 128 + 15
+    assert capsys.readouterr().err == said

@@ -66,10 +66,11 @@ def foretold(config: Config, world: int) -> list[Flow]:
     precision, optim, run = config.run.precision, config.optim, config.run
     rows = optim.batch_size // world
     counts = count(config.model, config.loss, size=SIZE, rows=rows, precision=precision)
+    zero = 1 if run.zero is None else run.zero
     through = precision == "bf16" and optim.accumulate == 1 and optim.update == "fused"
     return flows(
         counts, config.model, config.loss, size=SIZE, world=world, precision=precision, accumulate=optim.accumulate,
-        through_copies=through, engine="deepspeed" if run.engine == "deepspeed" else "ddp", zero=run.zero,
+        through_copies=through, engine="deepspeed" if run.engine == "deepspeed" else "ddp", zero=zero,
     )  # fmt: skip
 
 

@@ -15,8 +15,8 @@ from torch import Tensor
 from fastmoco.errors import UserError
 from fastmoco.models.weights import CHECKPOINTS, read_weights, write_weights
 
-# Seconds before a save that has to succeed is tried again; twice as many before the next try.
-RETRY_AFTER = 1.0
+# Seconds before a save that has to succeed is tried again; twice as many before each further try, up to the longest.
+RETRY_AFTER, LONGEST_PAUSE = 1.0, 30.0
 
 
 @dataclass
@@ -45,16 +45,24 @@ class Store:
     """The checkpoints of the run folder `run`, of which the newest `keep` stay.
 
     A save may fail, or be left out because the one before is still being written: it is then missed, which `warn` is
-    told, from any thread. `max_failed` missed in a row are an error.
+    told, from any thread. `max_failed` missed in a row are an error. `alive` is called between two tries of a save that
+    has to succeed.
     """
 
     def __init__(
-        self, run: Path, keep: int = 2, *, max_failed: int = 3, warn: Callable[[str], None] = print
+        self,
+        run: Path,
+        keep: int = 2,
+        *,
+        max_failed: int = 3,
+        warn: Callable[[str], None] = print,
+        alive: Callable[[], None] = _nothing,
     ) -> None:
         self.folder = run / CHECKPOINTS
         self.keep = keep
         self.max_failed = max_failed
         self.warn = warn
+        self.alive = alive
         self._writing: _Writing | None = None
         self._missed = 0
 
@@ -97,9 +105,10 @@ class Store:
             except UserError as error:
                 if attempt == self.max_failed:
                     raise UserError(f"{error}; {self.last_good()}") from error
-                pause = RETRY_AFTER * 2 ** (attempt - 1)
+                pause = min(RETRY_AFTER * 2 ** (attempt - 1), LONGEST_PAUSE)
                 self.warn(f"warning: {error}; trying again in {pause:g} s ({attempt} of {self.max_failed} failed)")
                 time.sleep(pause)
+                self.alive()
         self._missed = 0
         return path
 

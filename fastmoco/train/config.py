@@ -206,9 +206,9 @@ class RunConfig:
     engine: Literal["auto", "single", "ddp", "deepspeed"] = "auto"
     """What runs the steps: auto takes one process alone where it was started alone, and otherwise DDP. The number of
     processes is that of torchrun or srun; a checkpoint of one engine goes on with another."""
-    zero: Literal[0, 1, 2, 3] = 1
-    """With --engine deepspeed, what processes share out instead of keeping whole: 1 SGD's momentum, 2 gradients too, 3
-    weights too, 0 nothing."""
+    zero: Literal[0, 1, 2, 3] | None = None
+    """With --engine deepspeed, what processes share out instead of keeping whole: 1 SGD's momentum, as where it is not
+    given, 2 gradients too, 3 weights too, 0 nothing."""
     cuda_graph: bool = False
     """On a GPU, capture a micro-batch (forwards, losses, backward, queue) as a CUDA graph and replay it, which spares
     the host from launching its kernels one by one: for small batches and fast GPUs."""
