@@ -20,6 +20,7 @@ from fastmoco.errors import UserError
 from fastmoco.train import pretrain as module
 from fastmoco.train.config import Config
 from fastmoco.train.metrics import read_rows
+from fastmoco.train.opening import initial_weights
 from fastmoco.train.pretrain import NonFiniteLoss, Stopped, pretrain
 from fastmoco.train.stored import to_json
 from fastmoco.train.trainer import Trainer
@@ -235,8 +236,8 @@ def test_weights_that_overflow_are_not_saved(images: Path, tmp_path: Path, monke
 def test_pretraining_from_an_earlier_run(images: Path, tmp_path: Path) -> None:
     pretrain(small_config(images, tmp_path / "a", steps=2))
     config = small_config(images, tmp_path / "b", steps=1, init=str(tmp_path / "a"))
-    trainer = Trainer(config, precision="fp32", world=World())
     expected = fastmoco.load_encoder(tmp_path / "a").backbone.state_dict()
+    trainer = Trainer(config, precision="fp32", world=World(), backbone=initial_weights(World(), config, None))
     for encoder in (trainer.module.query, trainer.module.key):
         assert all(torch.equal(value, expected[name]) for name, value in encoder.backbone.state_dict().items())
     with pytest.raises(UserError, match="holds a resnet18, not --arch resnet34"):

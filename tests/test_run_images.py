@@ -201,3 +201,18 @@ def test_training_on_a_copy_is_training_on_the_original(images: Path, tmp_path: 
     pretrain(small_config(images, tmp_path / "plain", steps=3))
     assert loss_columns(tmp_path / "run") == loss_columns(tmp_path / "plain")
     assert (tmp_path / "run" / MANIFEST).read_text() == (tmp_path / "plain" / MANIFEST).read_text()
+
+
+def test_a_list_of_images_that_was_lost_is_made_again_from_the_same_images_only(images: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    pretrain(small_config(images, out, steps=2))
+    listed = (out / "manifest.csv").read_bytes()
+    (out / "manifest.csv").unlink()
+    moved = images / "001.png"
+    moved.rename(tmp_path / moved.name)
+    with pytest.raises(UserError, match="not those that the run in"):
+        pretrain(small_config(images, out, steps=2, resume=True))
+    assert not (out / "manifest.csv").exists()
+    (tmp_path / moved.name).rename(moved)
+    pretrain(small_config(images, out, steps=2, resume=True))
+    assert (out / "manifest.csv").read_bytes() == listed

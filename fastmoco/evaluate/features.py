@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import torch
@@ -69,6 +69,7 @@ def extract(
     device: torch.device | str = "cpu",
     precision: str = "fp32",
     progress: bool = True,
+    after_batch: Callable[[], None] | None = None,
 ) -> dict[str, np.ndarray]:
     """Features of all n images of `manifest`, in its order, as float32 arrays by name.
 
@@ -79,7 +80,7 @@ def extract(
     The encoder is moved to `device` and run in evaluation mode without gradients, under bfloat16 autocast
     where `precision` is "bf16" and in its own dtype otherwise; its modules are then put back in the modes
     they were in, and no random state is touched. `workers` counts loading processes; 0 loads in this one. No
-    feature depends on it, nor (beyond rounding) on `batch_size`.
+    feature depends on it, nor (beyond rounding) on `batch_size`. `after_batch` is called after each.
     """
     encoder.to(device)
     dtype = next(encoder.parameters()).dtype
@@ -101,6 +102,8 @@ def extract(
                 parts.setdefault(f"stage{number}", []).append(stage.float().mean(dim=(2, 3)).cpu())
             if has_head:
                 parts.setdefault("final", []).append(normalize(embedding.float()).cpu())
+            if after_batch is not None:
+                after_batch()
     return {name: torch.cat(rows).numpy() for name, rows in parts.items()}
 
 

@@ -222,7 +222,7 @@ class RunConfig:
     """Checkpoints missed in a row that end the run: a folder that is full or read-only, or so slow that the one before
     is still being written, is only warned of until then. A slow folder then makes training wait instead."""
     watchdog: float = 300.0
-    """Seconds that a step may take, from one step's end to the next one's, before the run is ended as hung and each
+    """Seconds that a micro-batch may take, to be loaded or to be computed, before the run is ended as hung and each
     process says where it stands."""
     knn_every: int = 10
     """Epochs between kNN scores of the training images, where they have labels; 0 for never."""

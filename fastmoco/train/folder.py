@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import platform
+from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
 
 import fastmoco
@@ -47,6 +49,15 @@ def write_description(config: Config, store: Store, skipped: list[Skipped]) -> N
     write_text(out / "environment.json", json.dumps(_environment(), indent=2) + "\n")
     if skipped:
         write_text(out / "skipped.txt", "".join(f"{item}\n" for item in skipped))
+
+
+@contextlib.contextmanager
+def writing(config: Config, store: Store) -> Iterator[None]:
+    """Where the run folder cannot be written, raise UserError for the OSError, naming the last good checkpoint."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"--out {config.run.out} could not be written: {error}; {store.last_good()}") from error
 
 
 def _environment() -> dict[str, str]:

@@ -46,9 +46,20 @@ def find_images(config: Config, saved: Checkpoint | None, *, listed: bool = Fals
     return manifest
 
 
-def list_images(config: Config, manifest: Manifest) -> None:
-    """Write `manifest` to the folder of a run that begins."""
-    write_manifest(config.run.out / MANIFEST, manifest)
+def list_images(config: Config, manifest: Manifest, saved: Checkpoint | None) -> None:
+    """Write `manifest` to the folder of a run that begins, or that goes on from `saved` and has lost its list."""
+    stored = config.run.out / MANIFEST
+    if saved is None or not stored.exists():
+        write_manifest(stored, manifest)
+
+
+def refuse_others(config: Config, manifest: Manifest, saved: Checkpoint | None) -> None:
+    """Raise UserError where `manifest` is not of the images that the run of `saved`, if any, began with."""
+    if saved is not None and saved.meta["data"] != fingerprint(manifest):
+        raise UserError(
+            f"--resume: the images under {config.data.data} are not those that the run in {config.run.out} "
+            "began with (files added, removed or of another size); restore them or start another run"
+        )
 
 
 def staged(config: Config, manifest: Manifest) -> Manifest:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 
 from fastmoco.data.manifest import Manifest
@@ -17,16 +19,18 @@ from fastmoco.train.trainer import Trainer
 MONITOR_IMAGES = 2000
 
 
-def knn_row(trainer: Trainer, encoder: Encoder, manifest: Manifest, quarantine: Quarantine) -> Row:
+def knn_row(
+    trainer: Trainer, encoder: Encoder, manifest: Manifest, quarantine: Quarantine, alive: Callable[[], None]
+) -> Row:
     """Leave-one-out kNN scores of `encoder`'s pooled stage-4 feature on some of the training images.
 
     Images in `quarantine` and others that cannot be read are left out: a score is no reason to set them aside, nor to
-    stop. {} where fewer than two are left.
+    stop. {} where fewer than two are left. `alive` is called after each image looked at and each batch of features.
     """
     name = next(iter(manifest.labels))
     rng = np.random.Generator(np.random.Philox(key=[trainer.config.run.seed, 0x5A37]))
     drawn = np.sort(rng.permutation(len(manifest))[:MONITOR_IMAGES]).tolist()
-    chosen = [index for index in drawn if index not in quarantine and _readable(manifest, index)]
+    chosen = [index for index in drawn if index not in quarantine and _readable(manifest, index, alive)]
     views = trainer.config.views
     while len(chosen) > 1:
         some = manifest.select(np.array(chosen))
@@ -40,6 +44,7 @@ def knn_row(trainer: Trainer, encoder: Encoder, manifest: Manifest, quarantine: 
                 device=trainer.engine.device,
                 precision=trainer.engine.precision,
                 progress=False,
+                after_batch=alive,
             )
         except BadImage as bad:
             del chosen[bad.index]
@@ -49,9 +54,11 @@ def knn_row(trainer: Trainer, encoder: Encoder, manifest: Manifest, quarantine: 
     return {}
 
 
-def _readable(manifest: Manifest, index: int) -> bool:
+def _readable(manifest: Manifest, index: int, alive: Callable[[], None]) -> bool:
     try:
         manifest.read(index)
     except BadFile:
         return False
+    finally:
+        alive()
     return True

@@ -1,16 +1,25 @@
-"""How a run begins: what "auto" means here, and the lines that say what will be trained."""
+"""How a run begins: what "auto" means here, what has to be there, and the lines that say what will be trained."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 
 import torch
+from torch import Tensor
 
 from fastmoco.data.dali import dali_installed
 from fastmoco.data.manifest import Manifest
+from fastmoco.data.order import Order
+from fastmoco.distributed.world import World
+from fastmoco.errors import UserError
+from fastmoco.models.weights import initial_backbone
 from fastmoco.precision import default_precision
+from fastmoco.train.checkpoint import Checkpoint, Store
 from fastmoco.train.config import Config
-from fastmoco.train.folder import BAD_FILES
+from fastmoco.train.engines.make import engine_name
+from fastmoco.train.folder import BAD_FILES, write_description, writing
+from fastmoco.train.graph import check_capturable
+from fastmoco.train.images import find_images, list_images, refuse_others, refuse_out_inside
 from fastmoco.train.schedules import Plan
 from fastmoco.train.trainer import Trainer
 
@@ -27,6 +36,43 @@ def resolve(config: Config, device: torch.device) -> Config:
         data=replace(config.data, loader=loader),
         run=replace(config.run, precision=precision, device=str(device)),
     )
+
+
+def listed_images(world: World, config: Config, store: Store, saved: Checkpoint | None) -> Manifest:
+    """The run's images: what rank 0 finds and checks it lists in the run folder, where the others then read it.
+
+    Raises UserError where they cannot be had, or are not those that the run of `saved` began with.
+    """
+    manifest = find_images(config, saved, listed=not world.first)
+    refuse_out_inside(config, manifest)
+    refuse_others(config, manifest, saved)
+    if world.first:
+        with writing(config, store):
+            write_description(config=config, store=store, skipped=manifest.skipped)
+            list_images(config, manifest, saved)
+    return manifest
+
+
+def initial_weights(world: World, config: Config, saved: Checkpoint | None) -> dict[str, Tensor] | None:
+    """The backbone that training begins with, where --init names one and there is nothing to go on from.
+
+    Raises UserError for whatever else a trainer may lack on this machine. A trainer's making is no place to find that:
+    there the others wait for this process already.
+    """
+    check_capturable(config, world)
+    engine_name(config, world)
+    if saved is not None or config.model.init is None:
+        return None
+    return initial_backbone(config.model.init, config.model.arch)
+
+
+def refuse_single_images(world: World, config: Config, order: Order) -> None:
+    """Raise UserError where BatchNorm has no variance: neither of one image's projection, nor of one 1 x 1 map."""
+    if order.local_size == 1 and (config.loss.method == "barlow" or config.views.size <= 32):
+        of = "" if world.alone else f" for {world.size} processes"
+        raise UserError(
+            f"--batch-size {order.batch_size}{of}: BatchNorm cannot train on one image here; give a process at least 2"
+        )
 
 
 def describe(trainer: Trainer, manifest: Manifest, plan: Plan, *, start: int, set_aside: int) -> None:

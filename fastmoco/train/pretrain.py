@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
 
@@ -14,20 +14,21 @@ from fastmoco.data.loader import Batch, make_loader
 from fastmoco.data.manifest import Manifest
 from fastmoco.data.order import Order
 from fastmoco.data.quarantine import ImagesGone, TooManyBad
-from fastmoco.distributed.agreement import agree_to_raise, everywhere, first_then_others, largest
+from fastmoco.distributed.agreement import agree_to_raise, everywhere, first_then_others, largest, texts
 from fastmoco.distributed.launch import find_launch, joined
 from fastmoco.distributed.monitor import Monitor, watched
 from fastmoco.distributed.world import World
 from fastmoco.errors import UserError
 from fastmoco.models.weights import EXPORTED, save_encoder
+from fastmoco.train.alike import check_settings, check_start
 from fastmoco.train.checkpoint import Checkpoint, Store, non_finite
 from fastmoco.train.clock import Clock
 from fastmoco.train.config import Config
-from fastmoco.train.folder import BAD_FILES, find_checkpoint, write_description
-from fastmoco.train.images import find_images, fingerprint, list_images, refuse_out_inside, root_of, staged
+from fastmoco.train.folder import BAD_FILES, find_checkpoint, writing
+from fastmoco.train.images import fingerprint, root_of, staged
 from fastmoco.train.metrics import Row
 from fastmoco.train.monitor import knn_row
-from fastmoco.train.opening import describe, resolve
+from fastmoco.train.opening import describe, initial_weights, listed_images, refuse_single_images, resolve
 from fastmoco.train.record import Record, make_record
 from fastmoco.train.schedules import learning_rate, plan
 from fastmoco.train.set_aside import SetAside
@@ -64,41 +65,26 @@ def pretrain(config: Config) -> Path:
         joined(config.run.device, launch=launch, timeout=max(300.0, 2 * seconds)) as world,
         watched(world, launch, seconds, orderly=(Stopped,)) as monitor,
     ):
-        return _pretrain_in(world, config, monitor, stop)
+        return _begin(world, config, monitor).go(stop)
 
 
-def _pretrain_in(world: World, config: Config, monitor: Monitor, stop: StopRequest) -> Path:
+def _begin(world: World, config: Config, monitor: Monitor) -> _Run:
+    """The run, ready to go. What it was made of, a whole checkpoint maybe, is let go when this returns."""
     config = resolve(config, world.device)
-    store = Store(config.run.out, config.run.keep_checkpoints, max_failed=config.run.max_failed_saves)
+    check_settings(world, config)
+    run = config.run
+    store = Store(run.out, run.keep_checkpoints, max_failed=run.max_failed_saves, alive=monitor.alive)
     saved = everywhere(world, lambda: find_checkpoint(config, store))
-    # What rank 0 finds and checks it lists in the run folder, where the others read it.
-    manifest = first_then_others(world, lambda: _images(world, config, store, saved))
+    check_start(world, saved)
+    listed = first_then_others(world, lambda: listed_images(world, config, store, saved))
+    manifest = everywhere(world, lambda: staged(config, listed))
+    backbone = everywhere(world, lambda: initial_weights(world, config, saved))
     # torch seeds each process at random.
-    torch.manual_seed(config.run.seed)
-    trainer = everywhere(
-        world, lambda: Trainer(config, precision=config.run.precision, world=world, initialise=saved is None)
+    torch.manual_seed(run.seed)
+    trainer = everywhere(world, lambda: Trainer(config, precision=run.precision, world=world, backbone=backbone))
+    return everywhere(
+        world, lambda: _Run(config, store, manifest, trainer, saved, monitor, root=root_of(listed))
     )
-    run = everywhere(world, lambda: _Run(config, store, manifest, trainer, saved, monitor))
-    return run.go(stop)
-
-
-def _images(world: World, config: Config, store: Store, saved: Checkpoint | None) -> Manifest:
-    manifest = find_images(config, saved, listed=not world.first)
-    refuse_out_inside(config, manifest)
-    if world.first:
-        with _writing(config, store):
-            write_description(config=config, store=store, skipped=manifest.skipped)
-            if saved is None:
-                list_images(config, manifest)
-    return manifest
-
-
-@contextlib.contextmanager
-def _writing(config: Config, store: Store) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise UserError(f"--out {config.run.out} could not be written: {error}; {store.last_good()}") from error
 
 
 class _Run:
@@ -112,11 +98,13 @@ class _Run:
         trainer: Trainer,
         saved: Checkpoint | None,
         monitor: Monitor,
+        *,
+        root: str,
     ) -> None:
         self.config = config
         self.store = store
-        self.listed = manifest
-        self.manifest = staged(config, manifest)
+        self.manifest = manifest
+        self.root = root
         self.trainer = trainer
         self.monitor = monitor
         self.world = world = trainer.world
@@ -126,53 +114,36 @@ class _Run:
             len(manifest), optim.batch_size, config.run.seed, optim.drop_last, shard=world.rank, shards=world.size
         )
         self.plan = plan(config, self.order)
-        self._refuse_single_images()
+        refuse_single_images(world, config, self.order)
         self.data = fingerprint(manifest)
         self.start = 0
         # The newest step that the run folder holds a checkpoint of.
         self.saved_at: int | None = None
         if saved is not None:
-            self._take_up(saved)
+            trainer.restore(saved)
+            self.start = self.saved_at = saved.step
         self.set_aside = SetAside(world, config.data.max_bad, saved.meta.get("quarantine", []) if saved else [])
-
-    def _refuse_single_images(self) -> None:
-        """BatchNorm has no variance of a single value: neither of one image's projection, nor of one 1 x 1 map."""
-        single = self.order.local_size == 1
-        if single and (self.config.loss.method == "barlow" or self.config.views.size <= 32):
-            of = "" if self.world.alone else f" for {self.world.size} processes"
-            raise UserError(
-                f"--batch-size {self.order.batch_size}{of}: BatchNorm cannot train on one image here; give a "
-                "process at least 2"
-            )
-
-    def _take_up(self, saved: Checkpoint) -> None:
-        if saved.meta["data"] != self.data:
-            raise UserError(
-                f"--resume: the images under {self.config.data.data} are not those that the run in {self.out} "
-                "began with (files added, removed or of another size); restore them or start another run"
-            )
-        self.trainer.restore(saved)
-        self.start = self.saved_at = saved.step
 
     def go(self, stop: StopRequest) -> Path:
         if self.world.first:
             set_aside = len(self.set_aside.quarantine)
             describe(self.trainer, self.manifest, self.plan, start=self.start, set_aside=set_aside)
-        with _writing(self.config, self.store):
-            record = make_record(
-                self.config, self.world, self.trainer.module.loss_names, start=self.start, total=self.plan.total
-            )
-            with record:
-                try:
-                    self._steps(record, stop)
-                finally:
-                    self.store.finish()
+        with writing(self.config, self.store), everywhere(self.world, self._make_record) as record:
+            try:
+                self._steps(record, stop)
+            finally:
+                self.store.finish()
         encoder = self.trainer.query_encoder()
         if self.world.first:
             save_encoder(self.out / EXPORTED, encoder, to_json(self.config))
             if bad := self.set_aside.quarantine:
                 print(f"{len(bad)} image(s) went bad and were replaced by others: see {self.out / BAD_FILES}")
         return self.out
+
+    def _make_record(self) -> Record:
+        parts = self.trainer.module.loss_names
+        with writing(self.config, self.store):
+            return make_record(self.config, self.world, parts, start=self.start, total=self.plan.total)
 
     def _steps(self, record: Record, stop: StopRequest) -> None:
         config, trainer, total = self.config, self.trainer, self.plan.total
@@ -196,11 +167,17 @@ class _Run:
             batches = clock.timing(loader)
             for done in range(self.start, total):
                 ready = self._fetch(batches, done, clock, stop)
-                trainer.step(ready, self._lr(done))
+                trainer.step(self._alive(ready), self._lr(done))
                 self.monitor.beat(done + 1)
                 # Their memory is wanted for others.
                 del ready
                 self._after(done + 1, clock)
+
+    def _alive(self, batches: Iterable[Batch]) -> Iterator[Batch]:
+        """`batches`, each of which is a sign of life: the watchdog is not for as many micro-batches as a step has."""
+        for batch in batches:
+            self.monitor.alive()
+            yield batch
 
     def _fetch(self, batches: Iterator[Batch], done: int, clock: Clock, stop: StopRequest) -> list[Batch]:
         """The micro-batches of the next step, once every process has its own.
@@ -210,7 +187,7 @@ class _Run:
         ready: list[Batch] = []
         problem: UserError | None = None
         try:
-            ready = list(islice(batches, self.config.optim.accumulate))
+            ready = list(self._alive(islice(batches, self.config.optim.accumulate)))
         except (TooManyBad, ImagesGone) as error:
             problem = error
         failed, bad, asked = largest(self.world, problem is not None, self.set_aside.unshared(), stop.signal or 0)
@@ -240,7 +217,9 @@ class _Run:
         if knn:
             encoder = self.trainer.query_encoder()
             if self.world.first:
-                rows[-1] |= knn_row(self.trainer, encoder, self.manifest, self.set_aside.quarantine)
+                rows[-1] |= knn_row(
+                    self.trainer, encoder, self.manifest, self.set_aside.quarantine, self.monitor.alive
+                )
             self.monitor.alive()
         self.record.write(rows)
         if save:
@@ -268,7 +247,7 @@ class _Run:
                 self.record.write(rows)
                 raise NonFiniteLoss(
                     f"step {step}: {' and '.join(broken)} is not finite ({values[broken[0]]}); no update was made "
-                    f"from that step on; {self.store.last_good()}. A lower --lr or a longer --warmup-epochs may help"
+                    f"from that step on; {self._last_good()}. A lower --lr or a longer --warmup-epochs may help"
                 )
         rows[-1] |= {"queue_fill": self.trainer.queue_fill, "bad_files": len(self.set_aside.quarantine)}
         rows[-1] |= clock.read(self.trainer.pushed)
@@ -282,14 +261,18 @@ class _Run:
 
     def _saved_before(self, done: int, clock: Clock) -> str:
         """What was saved of the `done` steps when the images of the next could not be had."""
-        return f"saved {self._finish_at(done, clock)}" if done else self.store.last_good()
+        return f"saved {self._finish_at(done, clock)}" if done else self._last_good()
+
+    def _last_good(self) -> str:
+        """What rank 0 knows of the last good checkpoint, once it has written all, which the others wait for."""
+        return texts(self.world, self.store.last_good() if self.world.first else "")[0]
 
     def _save(self, step: int, *, now: bool) -> Path:
         """Have the state after `step` written: `now`, before this returns, or while training goes on."""
         checkpoint = self.trainer.checkpoint(step, self.data)
         self.saved_at = step if now else None
         if self.world.first:
-            checkpoint.meta |= {"root": root_of(self.listed), "quarantine": self.set_aside.quarantine.state()}
+            checkpoint.meta |= {"root": self.root, "quarantine": self.set_aside.quarantine.state()}
         everywhere(self.world, lambda: self._write(checkpoint, now=now))
         return self.store.path(step)
 

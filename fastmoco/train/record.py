@@ -83,7 +83,11 @@ class Files:
         if new:
             for entry in quarantine.entries[-new:]:
                 self.say(f"set aside {entry}; another image takes its place")
-            write_text(self.out / BAD_FILES, "".join(f"{entry}\n" for entry in quarantine.entries))
+            try:
+                write_text(self.out / BAD_FILES, "".join(f"{entry}\n" for entry in quarantine.entries))
+            except OSError as error:
+                # Checkpoints hold the list too, and the next image that goes bad has it written again.
+                self.say(f"warning: {self.out / BAD_FILES} could not be written: {error}")
 
     def sync(self) -> None:
         self.metrics.sync()

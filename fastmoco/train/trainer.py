@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor
@@ -13,13 +13,12 @@ from fastmoco.distributed.exchange import draw_order
 from fastmoco.distributed.world import World
 from fastmoco.errors import UserError
 from fastmoco.models.encoder import Encoder
-from fastmoco.models.weights import initial_backbone
 from fastmoco.queue import Queue
 from fastmoco.train.checkpoint import Checkpoint
 from fastmoco.train.config import Config
 from fastmoco.train.engines.engine import COMPUTE_DTYPE
 from fastmoco.train.engines.make import make_engine
-from fastmoco.train.graph import GraphedMicroBatch, MicroBatch, check_capturable, use_own_stream
+from fastmoco.train.graph import GraphedMicroBatch, MicroBatch, use_own_stream
 from fastmoco.train.history import History
 from fastmoco.train.objective import MomentumContrast, Output
 from fastmoco.train.stored import to_json
@@ -28,21 +27,21 @@ from fastmoco.train.stored import to_json
 class Trainer:
     """The objective, its queue and its engine, and the step that moves them.
 
-    `precision` is "bf16", "fp16", "fp32" or "fp64"; "auto" has been resolved by the caller. `initialise` False leaves
-    --init's weights unread, for a trainer that a checkpoint will be restored into. Every process of `world` has one,
-    and all of them call its methods in the same order.
+    `precision` is "bf16", "fp16", "fp32" or "fp64"; "auto" has been resolved by the caller. `backbone` is what both
+    encoders' backbones begin with, by name; their random start where it is None. Every process of `world` has one, and
+    all of them make it and call its methods in the same order: they send and wait.
     """
 
-    def __init__(self, config: Config, *, precision: str, world: World, initialise: bool = True) -> None:
+    def __init__(
+        self, config: Config, *, precision: str, world: World, backbone: Mapping[str, Tensor] | None = None
+    ) -> None:
         self.config = config
         self.world = world
         run, loss = config.run, config.loss
-        check_capturable(config, world)
         if run.cuda_graph:
             use_own_stream(world.device)
         module = MomentumContrast(config.model, loss, seed=run.seed, world=world)
-        if initialise and config.model.init is not None:
-            backbone = initial_backbone(config.model.init, config.model.arch)
+        if backbone is not None:
             module.query.backbone.load_state_dict(backbone)
             module.key.backbone.load_state_dict(backbone)
         wide = torch.float64 if precision == "fp64" else torch.float32
