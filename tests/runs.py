@@ -99,6 +99,8 @@ def shared_trainer(world: World, method: str, **changes: Any) -> Trainer:
     engine = settings.pop("engine", "auto")
     if engine.startswith("zero"):
         settings |= {"engine": "deepspeed", "zero": int(engine[-1])}
+    else:
+        settings["engine"] = engine
     config = small_config(Path(), Path(), method=method, **settings)
     t = Trainer(config, precision=config.run.precision, world=world)
     # Residual branches start at zero, and with them most gradients: not a test.
