@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import os
 import zlib
@@ -75,6 +76,8 @@ def trained(world: World, method: str, changes: dict[str, Any]) -> dict[str, Ten
     found |= {name: sketch(value) for name, value in kept.items()}
     found |= {f"checksum.{name}": checksum(value) for name, value in kept.items()}
     found |= {f"sent.{kind}": torch.tensor(count) for kind, count in world.sent.items()}
+    # Its own step, which is looked at, holds the trainer: one after the other they would fill the memory.
+    t.engine.step = step  # type: ignore[method-assign]
     return found
 
 
@@ -97,6 +100,7 @@ def trained_in_turn(world: World, cases: Cases) -> list[dict[str, Tensor]]:
     for method, changes in cases:
         world.sent.clear()
         found.append(trained(world, method, changes))
+        gc.collect()
     return found
 
 
@@ -109,6 +113,7 @@ def alone() -> Callable[[Cases], list[dict[str, Tensor]]]:
         for method, changes in cases:
             if (key := f"{method} {changes}") not in known:
                 known[key] = trained(World(), method, changes)
+                gc.collect()
         return [known[f"{method} {changes}"] for method, changes in cases]
 
     return find

@@ -25,7 +25,7 @@ def _as_recorded(once: Callable[[], None]) -> Callable[[], None]:
 
 
 def graphed(t: Trainer) -> Trainer:
-    t._run = GraphedMicroBatch(t._micro_batch, t.world, capture=_as_recorded, warm_up=2)
+    t.graph = GraphedMicroBatch(t._micro_batch, t.world, capture=_as_recorded, warm_up=2)
     t.engine.keep_gradients()
     return t
 

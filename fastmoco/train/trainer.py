@@ -56,18 +56,19 @@ class Trainer:
         self.engine = make_engine(config, module, precision=precision, world=world)
         self.history = History(module.loss_names, run.log_every, world)
         self.pushed = 0
-        self._run: MicroBatch = self._micro_batch
+        self.graph: GraphedMicroBatch | None = None
         if run.cuda_graph:
-            self._run = GraphedMicroBatch(self._micro_batch, world)
+            self.graph = GraphedMicroBatch(self._micro_batch, world)
             self.engine.keep_gradients()
 
     def step(self, batches: Iterable[Batch], lr: float) -> None:
         """One optimiser step over `accumulate` micro-batches. Nothing in it waits for the device."""
         accumulate = self.config.optim.accumulate
+        run: MicroBatch = self.graph or self._micro_batch
         for number, views in enumerate(batches, start=1):
             view_q, view_k = (view.to(self.world.device, non_blocking=True) for view in (views.q, views.k))
             with self.engine.micro_batch(last=number == accumulate):
-                output = self._run(view_q, view_k, self._order(len(view_k)))
+                output = run(view_q, view_k, self._order(len(view_k)))
             self.pushed += self.world.size * len(output.key)
             self.history.add(output.losses, output.query, output.rank, divisor=accumulate)
         self.engine.step(lr, ema=self.config.loss.ema)

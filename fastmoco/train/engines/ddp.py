@@ -58,7 +58,7 @@ class DataParallel(SingleProcess):
             static_graph=optim.accumulate == 1,
             gradient_as_bucket_view=True,
         )
-        self._ddp.register_comm_hook(None, self._average)
+        self._ddp.register_comm_hook(world, _average)
         self._last = True
         self._agreeing: Any = None
 
@@ -80,6 +80,8 @@ class DataParallel(SingleProcess):
         if self._last:
             self._agreeing.wait()
 
-    def _average(self, _: None, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
-        self.world.sent["gradients"] += sum_bytes(self.world, bucket.buffer())
-        return allreduce_hook(self.world.group, bucket)
+
+def _average(world: World, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+    # No method: torch's C++ would hold the engine for ever.
+    world.sent["gradients"] += sum_bytes(world, bucket.buffer())
+    return allreduce_hook(world.group, bucket)
