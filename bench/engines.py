@@ -24,7 +24,10 @@ from bench.engines_rank import METHODS, Setting
 from bench.timing import environment, save
 
 FIRST_STEP, TIMES = 1e-5, 3.0
-ENGINES = {"DDP": ("ddp", 0)} | {f"DeepSpeed, ZeRO {stage}": ("deepspeed", stage) for stage in range(4)}
+ENGINES: dict[str, tuple[str, int | None]] = {
+    "DDP": ("ddp", None),
+    **{f"DeepSpeed, ZeRO {stage}": ("deepspeed", stage) for stage in range(4)},
+}
 COLUMNS = ["engine", "method", "first_loss", "first_step_off", "largest_off", "of_rounding", "ratio", "holds"]
 
 
@@ -38,12 +41,13 @@ class EnginesArgs(Setting):
     """Markdown file to write; the whole rows are put beside it as JSON."""
 
 
-def losses(setting: Setting, *, ranks: int, engine: str, zero: int, orders: int) -> dict[str, np.ndarray]:
+def losses(setting: Setting, *, ranks: int, engine: str, zero: int | None, orders: int) -> dict[str, np.ndarray]:
     """Of each method the (orders, steps) losses. Raises subprocess.CalledProcessError where a process fails."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "losses.json")
         options = [f"--{name.replace('_', '-')}={value}" for name, value in asdict(setting).items()]
-        options += [f"--engine={engine}", f"--zero={zero}", f"--orders={orders}", f"--write={path}"]
+        options += [f"--engine={engine}", f"--orders={orders}", f"--write={path}"]
+        options += [] if zero is None else [f"--zero={zero}"]
         launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
         command = [*(launcher if ranks > 1 else [sys.executable]), "-m", "bench.engines_rank", *options]
         done = subprocess.run(command, capture_output=True, text=True)
@@ -69,7 +73,7 @@ def main(args: EnginesArgs) -> int:
     """Run the comparison; status 1 where an engine does not hold."""
     console = Console(width=140, highlight=False)
     setting = Setting(**{field.name: getattr(args, field.name) for field in fields(Setting)})
-    alone = losses(setting, ranks=1, engine="auto", zero=0, orders=6)
+    alone = losses(setting, ranks=1, engine="auto", zero=None, orders=6)
     rows = []
     for name, (engine, zero) in ENGINES.items():
         shared = losses(setting, ranks=args.ranks, engine=engine, zero=zero, orders=1)

@@ -50,7 +50,7 @@ class RankArgs(Setting):
 
     engine: Literal["auto", "ddp", "deepspeed"] = "auto"
     """What shares out the steps."""
-    zero: Literal[0, 1, 2, 3] = 0
+    zero: Literal[0, 1, 2, 3] | None = None
     """DeepSpeed's stage."""
     orders: int = 1
     """Runs of each method: the first with the images of a batch as they come, the others with them permuted, which
