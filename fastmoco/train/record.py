@@ -28,9 +28,6 @@ class Record(Protocol):
     ) -> None:
         """End, on an exception as well."""
 
-    def say(self, text: str) -> None:
-        """Tell a person something."""
-
     def advance(self, step: int) -> None:
         """`step` steps are done."""
 
@@ -67,9 +64,6 @@ class Files:
             self.board.close()
             draw_curves(read_rows(self.out / "metrics.jsonl"), self.out / "curves.png")
 
-    def say(self, text: str) -> None:
-        self.progress.say(text)
-
     def advance(self, step: int) -> None:
         self.progress.advance(step)
 
@@ -82,12 +76,12 @@ class Files:
     def bad_files(self, quarantine: Quarantine, new: int) -> None:
         if new:
             for entry in quarantine.entries[-new:]:
-                self.say(f"set aside {entry}; another image takes its place")
+                self.progress.say(f"set aside {entry}; another image takes its place")
             try:
                 write_text(self.out / BAD_FILES, "".join(f"{entry}\n" for entry in quarantine.entries))
             except OSError as error:
                 # Checkpoints hold the list too, and the next image that goes bad has it written again.
-                self.say(f"warning: {self.out / BAD_FILES} could not be written: {error}")
+                self.progress.say(f"warning: {self.out / BAD_FILES} could not be written: {error}")
 
     def sync(self) -> None:
         self.metrics.sync()
@@ -102,9 +96,6 @@ class Silence:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        pass
-
-    def say(self, text: str) -> None:
         pass
 
     def advance(self, step: int) -> None:

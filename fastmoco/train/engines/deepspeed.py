@@ -55,7 +55,6 @@ class DeepSpeed:
         world: World,
         zero: int,
     ) -> None:
-        require_deepspeed()
         if world.device.type == "cpu":
             # Else it looks for an accelerator, and warns.
             os.environ.setdefault("DS_ACCELERATOR", "cpu")

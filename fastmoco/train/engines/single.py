@@ -106,13 +106,11 @@ class SingleProcess:
 
 
 def check_fits(mine: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> None:
-    """Raise UserError unless `tensors` holds each of `mine`, in its shape, and no more of those kinds."""
-    kinds = {name.partition(".")[0] for name in mine} | {"momentum", "scaler"}
-    parameters = {name for name in tensors if name.partition(".")[0] in kinds and name in mine}
-    others = {name for name in tensors if name.startswith(("momentum.", "scaler.")) and name not in mine}
-    lacking = sorted((set(mine) - parameters) | others)
-    if lacking:
-        raise UserError(f"the checkpoint does not fit: it and this run differ in {', '.join(lacking[:4])}")
+    """Raise UserError unless `tensors` holds each of `mine`, in its shape, and no other momentum or loss scale."""
+    optimiser = {name for name in tensors if name.startswith(("momentum.", "scaler."))}
+    differing = sorted((mine.keys() - tensors.keys()) | (optimiser - mine.keys()))
+    if differing:
+        raise UserError(f"the checkpoint does not fit: it and this run differ in {', '.join(differing[:4])}")
     for name, value in mine.items():
         if tensors[name].shape != value.shape:
             raise UserError(
