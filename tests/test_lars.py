@@ -112,7 +112,7 @@ def test_a_trainers_step_is_the_formula_and_then_the_average() -> None:
         t.step([batch(i)], lr=0.2)
         for name, p in expected.items():
             assert torch.allclose(t.engine.trainable[name], p, rtol=1e-12, atol=1e-14), name
-            assert torch.allclose(t.engine.momentum_buffers[name], momenta[name], rtol=1e-10, atol=1e-13), name
+            assert torch.allclose(t.engine.update.buffers[name], momenta[name], rtol=1e-10, atol=1e-13), name
         for name, follower in followers.items():
             followers[name] = m * follower + (1 - m) * expected[f"query.{name}"]
             assert torch.allclose(t.module.key.get_parameter(name), followers[name], rtol=1e-12, atol=1e-14), name
@@ -122,13 +122,13 @@ def test_a_non_finite_loss_stops_it() -> None:
     t = lars()
     t.step([batch(0)], lr=0.1)
     before = {name: p.clone() for name, p in t.engine.trainable.items()}
-    momenta = {name: b.clone() for name, b in t.engine.momentum_buffers.items()}
+    momenta = {name: b.clone() for name, b in t.engine.update.buffers.items()}
     broken = batch(1)
     broken.q[0, 0, 0, 0] = float("nan")
     t.step([broken], lr=0.1)
     t.step([batch(2)], lr=0.1)
     assert all(torch.equal(p, before[name]) for name, p in t.engine.trainable.items())
-    assert all(torch.equal(b, momenta[name]) for name, b in t.engine.momentum_buffers.items())
+    assert all(torch.equal(b, momenta[name]) for name, b in t.engine.update.buffers.items())
 
 
 def test_copies_and_shadows_follow_in_bfloat16() -> None:
