@@ -23,7 +23,7 @@ from rich.table import Table
 from bench.loaders import LOADERS, Pair, Setting, fastmoco_loader
 from bench.photographs import draw_photographs
 from bench.plot import save_speeds
-from bench.step import LOSS_TOLERANCE, StepArgs, build, build_paper
+from bench.step import LOSS_TOLERANCE, StepArgs, Variant, build, build_paper
 from bench.timing import environment, save
 from bench.turns import Contestant, Turn, as_rows, rounds, summary, take_turn
 from fastmoco.data.dali import dali_installed
@@ -114,7 +114,7 @@ Steps = tuple[Callable[[Pair], float], Callable[[Pair], object]]
 
 def _papers(args: StepArgs) -> Steps:
     """The paper's: eager, float32, NCHW, torch's SGD."""
-    trainer = build(args, "fp32", channels_last=False)
+    trainer = build(args, Variant("fp32", channels_last=False))
     paper, optim = build_paper(trainer), trainer.config.optim
     parameters = [p for module in (paper.query, *paper.projectors) for p in module.parameters()]
     sgd = torch.optim.SGD(parameters, lr=LR, momentum=optim.sgd_momentum, weight_decay=optim.weight_decay)
@@ -133,7 +133,7 @@ def _papers(args: StepArgs) -> Steps:
 def _ours(args: StepArgs) -> Steps:
     """fastmoco's as a run has it: channels-last, in bfloat16 where the device multiplies it."""
     fast = args.device != "cpu" or cpu_has_bf16()
-    trainer = build(args, "bf16" if fast else "fp32", channels_last=True)
+    trainer = build(args, Variant("bf16" if fast else "fp32", channels_last=True))
 
     def advance(pair: Pair, lr: float) -> float:
         q, k = (view.contiguous(memory_format=torch.channels_last) for view in pair)

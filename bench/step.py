@@ -32,11 +32,23 @@ from fastmoco.train.trainer import Trainer
 PAPER = "paper, fp32 NCHW"
 # The tolerance that the parity tests hold bfloat16 to.
 LOSS_TOLERANCE = 2e-2
-VARIANTS: dict[str, tuple[Literal["bf16", "fp32"], bool]] = {
-    "fp32 NCHW": ("fp32", False),
-    "fp32 channels-last": ("fp32", True),
-    "bf16 channels-last": ("bf16", True),
+
+
+@dataclass(frozen=True)
+class Variant:
+    """How fastmoco's step runs."""
+
+    precision: Literal["bf16", "fp32"]
+    channels_last: bool
+    cuda_graph: bool = False
+
+
+VARIANTS = {
+    "fp32 NCHW": Variant("fp32", False),
+    "fp32 channels-last": Variant("fp32", True),
+    "bf16 channels-last": Variant("bf16", True),
 }
+ON_CUDA = {"bf16 channels-last, CUDA graph": Variant("bf16", True, cuda_graph=True)}
 
 
 @dataclass(kw_only=True)
@@ -59,25 +71,33 @@ class StepArgs:
     """Markdown file to write; the whole rows are put beside it as JSON."""
 
 
-def build(args: StepArgs, precision: Literal["bf16", "fp32"], channels_last: bool) -> Trainer:
+def build(args: StepArgs, variant: Variant) -> Trainer:
     """A trainer for one variant; all variants start from the same weights."""
+    precision = variant.precision
     config: Config = find(args.recipe)(Path(), Path())
     config = replace(
         config,
         views=replace(config.views, size=args.size),
         model=replace(config.model, arch=args.arch),
         optim=replace(config.optim, batch_size=args.batch_size),
-        run=replace(config.run, precision=precision, channels_last=channels_last, log_every=10**4),
+        run=replace(
+            config.run,
+            precision=precision,
+            channels_last=variant.channels_last,
+            cuda_graph=variant.cuda_graph,
+            log_every=10**4,
+        ),
     )
     return Trainer(config, precision=precision, world=World(device=torch.device(args.device)))
 
 
 def views(args: StepArgs, channels_last: bool) -> Batch:
-    """The same random views for every variant, as a loader for that variant would lay them out."""
+    """The same random views for every variant, on the device and laid out as a loader for that variant would."""
     generator = torch.Generator().manual_seed(0)
     shape = (args.batch_size, 3, args.size, args.size)
     layout = torch.channels_last if channels_last else torch.contiguous_format
-    q, k = (torch.rand(shape, generator=generator).half().contiguous(memory_format=layout) for _ in range(2))
+    images = (torch.rand(shape, generator=generator).half() for _ in range(2))
+    q, k = (view.to(args.device).contiguous(memory_format=layout) for view in images)
     return Batch(q, k, np.arange(args.batch_size))
 
 
@@ -108,8 +128,10 @@ def main(args: StepArgs) -> int:
     console = Console()
     if args.device == "cpu" and not cpu_has_bf16():
         console.print("this processor has no bfloat16 instructions: expect bf16 to be slower than fp32 here")
-    trainers = {name: build(args, *variant) for name, variant in VARIANTS.items()}
-    batches = {name: views(args, layout) for name, (_, layout) in VARIANTS.items()}
+    on_cuda = torch.device(args.device).type == "cuda"
+    variants = VARIANTS | ON_CUDA if on_cuda else VARIANTS
+    trainers = {name: build(args, variant) for name, variant in variants.items()}
+    batches = {name: views(args, variant.channels_last) for name, variant in variants.items()}
     paper = build_paper(trainers["fp32 NCHW"])
 
     def papers_views() -> tuple[Tensor, Tensor]:
@@ -120,6 +142,10 @@ def main(args: StepArgs) -> int:
     for name, trainer in trainers.items():
         trainer.step([batches[name]], lr=0.0)
         first[name] = trainer.history.read()[0]["loss"]
+        # A graph is captured after some launched steps.
+        while trainer.graph is not None and not trainer.graph.captured:
+            trainer.step([batches[name]], lr=0.0)
+            trainer.history.read()
     errors = {name: abs(loss - first[PAPER]) / abs(first[PAPER]) for name, loss in first.items()}
     for name, error in errors.items():
         console.print(f"first loss, {name}: {first[name]:.6f}, off by {error:.1e} (tolerance {LOSS_TOLERANCE:g})")
@@ -142,7 +168,7 @@ def main(args: StepArgs) -> int:
 
         return step
 
-    runs = {PAPER: papers_step} | {name: stepper(name) for name in VARIANTS}
+    runs = {PAPER: papers_step} | {name: stepper(name) for name in variants}
     seconds = interleaved(runs, rounds=args.rounds, device=args.device)
     base = float(np.median(seconds[PAPER]))
     table = Table(title=f"{args.arch}, {args.size} px, batch {args.batch_size}, {args.recipe}: one training step")
@@ -167,7 +193,7 @@ def main(args: StepArgs) -> int:
             args.out,
             title=f"One training step: {args.arch}, {args.size} px, batch {args.batch_size}, {args.recipe}",
             command=f"python -m bench.step --recipe {args.recipe} --arch {args.arch} --size {args.size} "
-            f"--batch-size {args.batch_size} --rounds {args.rounds}",
+            f"--batch-size {args.batch_size} --rounds {args.rounds}{' --device cuda' if on_cuda else ''}",
             columns=["implementation", "p20_ms", "p50_ms", "p80_ms", "pairs_per_s", "ratio", "loss_error"],
         )
     return 0

@@ -108,7 +108,7 @@ def shared_trainer(world: World, method: str, **changes: Any) -> Trainer:
     generator = torch.Generator().manual_seed(9)
     for name, value in start.items():
         if name.startswith("module.query") and value.ndim == 1:
-            value += 0.2 * torch.rand(value.shape, generator=generator, dtype=value.dtype)
+            value += 0.2 * torch.rand(value.shape, generator=generator, dtype=value.dtype).to(value.device)
     t.engine.load(start)
     return t
 

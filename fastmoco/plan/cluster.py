@@ -44,8 +44,8 @@ class ClusterConfig:
     """Bandwidth of its memory, TB/s."""
     memory_gb: float | None = None
     """Size of its memory, GB."""
-    reached: float = 0.7
-    """Share of both peaks that kernels reach."""
+    reached: float = 0.5
+    """Share of both peaks that kernels reach; half is what an H100 was seen to (docs/results/gpu/planned.md)."""
     kernel_us: float = 4.0
     """Least time of one operation, microseconds: what small batches are bounded by."""
     overhead_ms: float = 0.0

@@ -60,6 +60,11 @@ class GraphedMicroBatch:
         self._output: Output | None = None
         self._sent: Counter[str] = Counter()
 
+    @property
+    def captured(self) -> bool:
+        """Whether the next call will be a replay."""
+        return self._replay is not None
+
     def __call__(self, view_q: Tensor, view_k: Tensor, order: Tensor | None) -> Output:
         if self._left > 0:
             self._left -= 1

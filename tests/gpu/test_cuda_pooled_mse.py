@@ -84,6 +84,8 @@ def test_the_host_does_not_wait(implementation: str) -> None:
 def test_the_maps_are_not_copied(implementation: str) -> None:
     """One gradient of a map's size and the pooled difference, no third thing as large; the reference widens maps."""
     a, b = (maps((16, 256, 56, 56), torch.bfloat16) for _ in range(2))
+    # As the keys' maps are: else their gradient is written too.
+    b.requires_grad_(False)
     size, pooled = a.nbytes, 16 * 256 * 16 * 16 * 4
-    limit = size + 2 * pooled + (1 << 20) if implementation != "reference" else 6 * size
+    limit = size + 2 * pooled + (1 << 20) if implementation != "reference" else 7 * size
     assert_peak_below(limit, lambda: torch.autograd.grad(pooled_mse(a, b, grid=16, implementation=implementation), a))
