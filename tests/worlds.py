@@ -33,10 +33,11 @@ def in_world(
     `function` is one of a module's own, its arguments and results can be pickled. AssertionError, with the tracebacks,
     where any process fails.
     """
-    # Torch, and DeepSpeed where there is one, are imported once, by the server that all processes are forked from.
+    # Torch, and DeepSpeed where there is one, are imported once, by the server that all processes are forked from: with
+    # what DeepSpeed would import as an engine is made, seconds in each process.
     context = multiprocessing.get_context("forkserver")
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    context.set_forkserver_preload(["worlds", "fastmoco.train.trainer", "deepspeed"])
+    context.set_forkserver_preload(["worlds", "fastmoco.train.trainer", "deepspeed", "torch._inductor.compile_fx"])
     results = context.Queue()
     # As bytes, both ways: handed over themselves, tensors would be memory of the process that made them.
     task = pickle.dumps((function, args))
