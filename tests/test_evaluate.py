@@ -14,7 +14,7 @@ import pytest
 import torch
 from PIL import Image
 from sklearn.linear_model import LogisticRegression
-from sklearn.metrics import roc_auc_score
+from sklearn.metrics import average_precision_score, roc_auc_score
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from torchvision.transforms import v2
@@ -23,11 +23,11 @@ from fastmoco.data.manifest import Manifest, load_manifest
 from fastmoco.errors import UserError
 from fastmoco.evaluate.baselines import colour_statistics, gray_pixels
 from fastmoco.evaluate.features import evaluation_image, extract
+from fastmoco.evaluate.intervals import replicates
 from fastmoco.evaluate.knn import knn_probabilities
 from fastmoco.evaluate.protocol import evaluate_features
 from fastmoco.evaluate.report import Result, print_result, to_csv, to_json, to_markdown, write_results
 from fastmoco.evaluate.run import EvaluateArgs, default_folder, evaluate, evaluate_command
-from fastmoco.evaluate.scores import auc_interval
 from fastmoco.models.encoder import Encoder
 from fastmoco.models.weights import save_encoder
 
@@ -220,8 +220,9 @@ def test_rows_are_refitted_on_training_and_validation_and_scored_by_patient(
     expected = fitted.fit(x[:130].astype(np.float64), y[:130]).predict_proba(x[130:].astype(np.float64))
     assert probe.test.auc == pytest.approx(roc_auc_score(y[130:], expected[:, 1]), abs=2e-3)
     assert manifest.patients is not None
-    low, high, _ = auc_interval(votes, y[130:], groups=manifest.patients[130:], seed=4)
-    assert (knn.test.low, knn.test.high) == (low, high)
+    found = replicates(votes[None, None], y[130:], manifest.patients[130:], "auc", draws=1000, seed=4)
+    assert (knn.test.low, knn.test.high) == (found.low, found.high)
+    assert knn.test.average_precision == pytest.approx(average_precision_score(y[130:], votes[:, 1]), abs=1e-12)
 
 
 def test_test_features_choose_nothing_either(numbers: dict[str, dict[str, np.ndarray]]) -> None:
@@ -258,10 +259,16 @@ def test_undefined_is_null_with_its_reason_in_every_output(numbers: dict[str, di
     assert len(lines) == len(result.rows) == 10
     assert lines[-1]["auc"] == "" and "NaN" in lines[-1]["notes"]
     assert float(lines[0]["auc"]) == result.rows[0].test.auc
+    assert float(lines[0]["average_precision"]) == result.rows[0].test.average_precision
+    assert float(lines[0]["calibration_error"]) == result.rows[0].test.calibration_error
 
     markdown = to_markdown([result])
     assert markdown.count("| net |") == 3 and "Made \\| up." in markdown
     assert markdown.count("\\* ") >= 2 and "undefined" in markdown
+    first = next(row.test for row in result.rows if row.encoder == "net" and row.method == "probe")
+    line = next(line for line in markdown.splitlines() if line.startswith("| net | stage1 |"))
+    cells = [cell.strip() for cell in line.split("|")]
+    assert (cells[6], cells[9]) == (f"{first.average_precision:.3f}", f"{first.calibration_error:.3f}")
     assert len({line.replace("\\|", "").count("|") for line in markdown.splitlines() if line.startswith("|")}) == 1
 
 

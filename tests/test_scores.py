@@ -1,13 +1,13 @@
-"""AUC, F1 and intervals against scikit-learn and against a bootstrap written out as a loop."""
+"""Scores against scikit-learn, calibration against an example worked by hand, and what is undefined."""
 
 from __future__ import annotations
 
 import numpy as np
 import pytest
-from sklearn.metrics import accuracy_score, f1_score, roc_auc_score
+from sklearn.metrics import accuracy_score, average_precision_score, f1_score, roc_auc_score
 
-from fastmoco.evaluate import scores
-from fastmoco.evaluate.scores import auc, auc_interval, f1, score
+from fastmoco.evaluate.scores import auc, f1, score
+from fastmoco.evaluate.weighted import CALIBRATION_BINS, Score, calibration_errors, weighted_score
 
 NAMES = ["a", "b", "c", "d"]
 
@@ -64,9 +64,10 @@ def test_one_class_has_no_auc_and_says_why(classes: int) -> None:
 
 def test_f1_without_a_positive_anywhere_is_undefined_but_without_a_hit_is_zero() -> None:
     nobody = np.zeros(5, dtype=np.int64)
-    value, notes = f1(nobody, nobody, classes=2)
+    never = np.eye(2)[nobody]
+    value, notes = f1(never, nobody, class_names=NAMES[:2])
     assert value is None and "F1 undefined" in notes[0]
-    assert f1(nobody, np.array([0, 0, 1, 0, 1]), classes=2)[0] == 0.0
+    assert f1(never, np.array([0, 0, 1, 0, 1]), class_names=NAMES[:2])[0] == 0.0
 
 
 @pytest.mark.parametrize("classes", [2, 3, 4])
@@ -88,6 +89,7 @@ def test_not_finite_predictions_are_undefined_not_zero(bad: float) -> None:
     probabilities[2, 1] = bad
     found = score(probabilities, np.array([0, 1, 0, 1]), class_names=NAMES[:2])
     assert (found.auc, found.low, found.high, found.accuracy, found.f1) == (None,) * 5
+    assert (found.average_precision, found.calibration_error) == (None, None)
     assert "NaN or infinite" in found.notes[0]
 
 
@@ -96,82 +98,109 @@ def test_no_images_are_undefined() -> None:
     assert found.auc is None and found.notes == ("no images to score",)
 
 
-@pytest.mark.parametrize("classes", [2, 3])
-def test_interval_is_that_of_a_bootstrap_written_as_a_loop(classes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def sigmoids(rng: np.random.Generator, n: int, labels: int) -> tuple[np.ndarray, np.ndarray]:
+    values = (rng.random((n, labels)) < 0.3).astype(np.int64)
+    return np.clip(rng.random((n, labels)) * 0.7 + 0.3 * values, 0, 1), values
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_scores_of_labels_are_sklearns_macro_scores(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    probabilities, values = sigmoids(rng, 71, 4)
+    probabilities = np.round(probabilities, 2)
+    found = score(probabilities, values, class_names=NAMES, draws=0)
+    guessed = probabilities > 0.5
+    assert found.auc == pytest.approx(roc_auc_score(values, probabilities, average="macro"), abs=1e-12)
+    expected = average_precision_score(values, probabilities, average="macro")
+    assert found.average_precision == pytest.approx(expected, abs=1e-12)
+    assert found.f1 == pytest.approx(f1_score(values, guessed, average="macro"), abs=1e-12)
+    assert found.accuracy == pytest.approx(accuracy_score(values.ravel(), guessed.ravel()), abs=1e-12)
+    assert found.notes == ()
+
+
+def test_labels_without_both_outcomes_are_left_out_and_named() -> None:
+    probabilities, values = sigmoids(np.random.default_rng(1), 40, 4)
+    values[:, 1], values[:, 2] = 0, 1
+    probabilities[:, 1] = 0.1
+    found = score(probabilities, values, class_names=NAMES, draws=50)
+    both = [roc_auc_score(values[:, c], probabilities[:, c]) for c in (0, 3)]
+    assert found.auc == pytest.approx(np.mean(both), abs=1e-12)
+    precisions = [average_precision_score(values[:, c], probabilities[:, c]) for c in (0, 3)]
+    assert found.average_precision == pytest.approx(np.mean(precisions), abs=1e-12)
+    # Label c is on every image: it has an F1, label b has none.
+    each = [f1_score(values[:, c], probabilities[:, c] > 0.5) for c in (0, 2, 3)]
+    assert found.f1 == pytest.approx(np.mean(each), abs=1e-12)
+    assert [note.rsplit(": ", 1)[1] for note in found.notes] == ["b (none), c (all)", "b"]
+    assert found.notes[0].startswith("AUC and average precision: left out") and found.notes[1].startswith("F1: left out")
+    nothing = score(np.full((6, 2), 0.2), np.zeros((6, 2), dtype=np.int64), class_names=NAMES[:2])
+    assert (nothing.auc, nothing.average_precision, nothing.f1, nothing.low) == (None,) * 4
+    assert nothing.accuracy == 1.0 and nothing.calibration_error == pytest.approx(0.2)
+    assert len(nothing.notes) == 2 and all("undefined" in note for note in nothing.notes)
+
+
+@pytest.mark.parametrize("classes", [2, 4])
+def test_average_precision_is_sklearns_with_ties(classes: int) -> None:
     rng = np.random.default_rng(classes)
-    n, draws = 41, 70
-    labels = np.r_[np.arange(classes), rng.integers(0, classes, n - classes)]
-    groups = rng.choice(["p", "q", "r", "s", "t", "u", "v"], n)
-    probabilities = np.round(simplex(rng, n, classes), 1)
-    # Blocks of 24 draws and a short last one; the draws themselves come from one stream all the same.
-    monkeypatch.setattr(scores, "_BLOCK", 24 * n)
-    low, high, notes = auc_interval(probabilities, labels, groups=groups, seed=5, draws=draws)
-
-    stream = np.random.default_rng(5)
-    names, codes = np.unique(groups, return_inverse=True)
-    values = []
-    for _ in range(draws):
-        times = stream.multinomial(len(names), np.full(len(names), 1 / len(names)))
-        rows = np.repeat(np.arange(n), times[codes])
-        each = [
-            roc_auc_score(labels[rows] == c, probabilities[rows, c])
-            for c in ([1] if classes == 2 else range(classes))
-            if 0 < (labels[rows] == c).sum() < len(rows)
-        ]
-        values.append(np.mean(each))
-    assert (low, high) == pytest.approx(tuple(np.percentile(values, (2.5, 97.5))), abs=1e-12)
-    assert notes == []
+    labels = np.r_[np.arange(classes), rng.integers(0, classes, 60)]
+    probabilities = np.round(simplex(rng, 60 + classes, classes), 1)
+    wanted = [1] if classes == 2 else range(classes)
+    expected = np.mean([average_precision_score(labels == c, probabilities[:, c]) for c in wanted])
+    found = score(probabilities, labels, class_names=NAMES[:classes], draws=0)
+    assert found.average_precision == pytest.approx(expected, abs=1e-12)
+    assert found.low is None and found.notes == ()
 
 
-def test_ten_copies_of_an_image_of_one_patient_add_no_certainty() -> None:
-    rng = np.random.default_rng(1)
-    labels = rng.integers(0, 2, 60)
-    positive = rng.random(60) + 0.4 * labels
-    probabilities = np.stack([1 - positive, positive], axis=1)
-    alone = auc_interval(probabilities, labels, seed=2, draws=300)
-    patients = np.repeat(np.arange(60), 10)
-    copies = np.repeat(probabilities, 10, axis=0), np.repeat(labels, 10)
-    assert auc_interval(*copies, groups=patients, seed=2, draws=300)[:2] == pytest.approx(alone[:2])
-    naive = auc_interval(*copies, seed=2, draws=300)
-    assert naive[1] - naive[0] < 0.5 * (alone[1] - alone[0])
+def test_calibration_error_worked_by_hand() -> None:
+    # Confidence 0.9 three times, two right; 0.85 once, right, in the bin below; 0.6 twice, none right. Bins of 1/15:
+    # 0.9 in (13/15, 14/15], 0.85 in (12/15, 13/15], 0.6 = 9/15 in (8/15, 9/15], which is closed on the right.
+    # Differences: 3/6 |2/3 - 0.9| + 1/6 |1 - 0.85| + 2/6 |0 - 0.6| = 0.11667 + 0.025 + 0.2.
+    first = np.array([0.9, 0.9, 0.1, 0.15, 0.6, 0.4])
+    probabilities = np.stack([first, 1 - first], axis=1)
+    labels = np.array([0, 1, 1, 1, 1, 0])
+    found = score(probabilities, labels, class_names=NAMES[:2], draws=0)
+    assert CALIBRATION_BINS == 15
+    assert found.calibration_error == pytest.approx(0.7 / 6 + 0.025 + 0.2, abs=1e-12)
+    # Sigmoids: 0.2 four times, once true; 0.7 and 0.7 with one true; all in one set of bins over both labels.
+    sigmoid = np.array([[0.2, 0.7], [0.2, 0.2], [0.7, 0.2]])
+    truth = np.array([[0, 1], [1, 0], [0, 0]])
+    found = score(sigmoid, truth, class_names=NAMES[:2], draws=0)
+    assert found.calibration_error == pytest.approx(4 / 6 * 0.05 + 2 / 6 * 0.2, abs=1e-12)
+    with pytest.raises(ValueError, match="between 0 and 1"):
+        calibration_errors(np.array([[1.5, -0.5]]), np.array([0]), np.ones((1, 1)))
 
 
-def test_interval_width_agrees_with_hanley_and_mcneil() -> None:
-    rng = np.random.default_rng(8)
-    labels = np.repeat([0, 1], [300, 200])
-    positive = rng.normal(size=500) + 0.9 * labels
-    probabilities = np.stack([-positive, positive], axis=1)
-    area = roc_auc_score(labels, positive)
-    low, high, _ = auc_interval(probabilities, labels)
-    q1, q2 = area / (2 - area), 2 * area**2 / (1 + area)
-    variance = (area * (1 - area) + 199 * (q1 - area**2) + 299 * (q2 - area**2)) / (200 * 300)
-    assert high - low == pytest.approx(2 * 1.96 * np.sqrt(variance), rel=0.15)
-    assert low < area < high
+def test_calibrated_predictions_have_a_small_error_and_overconfident_ones_a_large_one() -> None:
+    rng = np.random.default_rng(0)
+    chance = rng.random(20_000)
+    labels = (rng.random(20_000) < chance).astype(np.int64)
+    honest = score(np.stack([1 - chance, chance], axis=1), labels, class_names=NAMES[:2], draws=0)
+    sure = np.where(chance > 0.5, 0.99, 0.01)
+    boastful = score(np.stack([1 - sure, sure], axis=1), labels, class_names=NAMES[:2], draws=0)
+    assert honest.calibration_error is not None and honest.calibration_error < 0.01
+    # Right three times in four, sure of 0.99.
+    assert boastful.calibration_error == pytest.approx(0.24, abs=0.01)
 
 
-def test_interval_needs_two_patients_and_both_classes_in_most_draws() -> None:
-    probabilities = np.array([[0.9, 0.1], [0.2, 0.8], [0.6, 0.4]])
-    labels = np.array([0, 1, 0])
-    low, high, notes = auc_interval(probabilities, labels, groups=np.array(["x", "x", "x"]))
-    assert low is None and high is None and "one patient" in notes[0]
-    # One image of class 1 in 12 patients: a third of the resamples miss it, and that is said.
-    labels = np.r_[1, np.zeros(11, dtype=np.int64)]
-    probabilities = np.random.default_rng(0).random((12, 2))
-    low, high, notes = auc_interval(probabilities, labels)
-    assert low is not None and high is not None and "of 1000 resamples" in notes[0]
+@pytest.mark.parametrize("name", ["auc", "average_precision", "f1", "accuracy", "calibration_error"])
+@pytest.mark.parametrize("labels", [False, True])
+def test_a_weight_of_two_is_the_image_twice(name: Score, labels: bool) -> None:
+    rng = np.random.default_rng(4)
+    probabilities, values = sigmoids(rng, 50, 3)
+    if not labels:
+        probabilities, values = simplex(rng, 50, 3), rng.integers(0, 3, 50)
+    probabilities = np.round(probabilities, 2)
+    times = rng.integers(0, 4, (3, 50))
+    found = weighted_score(name, probabilities, values, times.astype(np.float64))
+    for row, value in zip(times, found, strict=True):
+        rows = np.repeat(np.arange(50), row)
+        whole = weighted_score(name, probabilities[rows], values[rows], np.ones((1, len(rows))))[0]
+        assert value == pytest.approx(whole, abs=1e-12) and 0 < value < 1
 
 
-def test_interval_is_undefined_where_most_resamples_hold_one_class() -> None:
-    probabilities = np.random.default_rng(0).random((12, 2))
-    undefined = []
-    for seed in range(8):
-        # Two patients of one class each: about half of the resamples hold both.
-        times = np.random.default_rng(seed).multinomial(2, [0.5, 0.5], size=100)
-        lost = int((times != 1).any(axis=1).sum())
-        low, high, notes = auc_interval(
-            probabilities, np.repeat([0, 1], 6), groups=np.repeat(["x", "y"], 6), seed=seed, draws=100
-        )
-        undefined.append(lost > 50)
-        assert (low is None) == (high is None) == (lost > 50)
-        assert str(lost if lost > 50 else 100 - lost) in notes[0]
-    assert 0 < sum(undefined) < 8
+def test_shapes_that_do_not_fit_and_unknown_names_are_refused() -> None:
+    with pytest.raises(ValueError, match="do not fit"):
+        score(np.full((3, 2), 0.5), np.zeros((3, 3), dtype=np.int64), class_names=NAMES[:2])
+    with pytest.raises(ValueError, match="do not fit"):
+        auc(np.full((3, 2), 0.5), np.zeros(3, dtype=np.int64), class_names=NAMES)
+    with pytest.raises(ValueError, match="there are auc"):
+        weighted_score("roc", np.full((3, 2), 0.5), np.zeros(3, dtype=np.int64), np.ones((1, 3)))  # type: ignore[arg-type]

@@ -17,11 +17,13 @@ from rich.text import Text
 
 from fastmoco.atomic import write_text
 from fastmoco.errors import UserError
-from fastmoco.evaluate.scores import INTERVAL, Scores
+from fastmoco.evaluate.intervals import INTERVAL
+from fastmoco.evaluate.scores import Scores
+from fastmoco.evaluate.weighted import CALIBRATION_BINS
 
 Method = Literal["knn", "probe"]
 _TABLE_WIDTH = 120
-_HEADER = ("encoder", "features", "kNN AUC [95 %]", "kNN acc.", "probe AUC [95 %]", "acc.", "F1", "C")
+_HEADER = ("encoder", "features", "kNN AUC [95 %]", "acc.", "probe AUC [95 %]", "AP", "acc.", "F1", "ECE", "C")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,6 +78,7 @@ def remarks(result: Result) -> list[str]:
         "C and feature set (*) have the best AUC on the validation images; the fit is then repeated on "
         "training and validation images and scored once on the test images.",
         f"kNN: {result.neighbours} nearest by cosine. Probe: logistic regression on standardised features.",
+        f"AP: average precision. ECE: expected calibration error, {CALIBRATION_BINS} equal bins of confidence.",
         f"[ ]: {INTERVAL}; {result.draws} draws.",
     ]
     lines += result.context
@@ -126,7 +129,8 @@ def to_csv(results: Sequence[Result]) -> str:
     """One line a row of every result; an undefined score is an empty cell, its reason in the last column."""
     stream = io.StringIO()
     fields = ["label", "encoder", "features", "width", "method", "c", "validation_auc", "chosen"]
-    fields += ["auc", "low", "high", "accuracy", "f1", "test_images", "seed", "notes"]
+    fields += ["auc", "low", "high", "average_precision", "accuracy", "f1", "calibration_error"]
+    fields += ["test_images", "seed", "notes"]
     writer = csv.DictWriter(stream, fields, lineterminator="\n")
     writer.writeheader()
     for result in results:
@@ -174,8 +178,10 @@ def _cells(result: Result) -> list[tuple[str, ...]]:
                 _auc_cell(row),
                 _number(row.test.accuracy),
                 _auc_cell(probe),
+                _number(probe.test.average_precision),
                 _number(probe.test.accuracy),
                 _number(probe.test.f1),
+                _number(probe.test.calibration_error),
                 "undefined" if probe.c is None else f"{probe.c:g}",
             )
         )

@@ -1,4 +1,4 @@
-"""Scores of predicted class probabilities, with intervals; an undefined score is None and says why."""
+"""Scores of predicted probabilities, with an interval; an undefined score is None and says why."""
 
 from __future__ import annotations
 
@@ -7,159 +7,155 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from fastmoco.evaluate.intervals import replicates
+from fastmoco.evaluate.weighted import (
+    accuracies,
+    aucs,
+    average_precisions,
+    calibration_errors,
+    columns,
+    f1s,
+    macro,
+    outcomes,
+)
+
 DRAWS = 1000
-# Weights (draws x images) at a time: enough to keep numpy busy, few enough to stay near the caches.
-_BLOCK = 1_000_000
-INTERVAL = "percentile bootstrap, 95 %, patients redrawn with replacement (images where patients are unknown)"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Scores:
     """Scores of one set of predictions, each in [0, 1] or None where it is undefined.
 
-    `auc` is that of class 1 for two classes, otherwise the mean of the one-vs-rest AUCs over the classes that
-    have both outcomes. `f1` is that of class 1, or the mean over the classes seen or predicted. `low` and
-    `high` bound the AUC's 95 % interval. `notes` gives the reason for each None and names the classes left
-    out of a mean.
+    `auc`, `average_precision` and `f1` are those of class 1 for two classes; for more the means of one against the
+    rest over the classes, for labels over the labels: `auc` and `average_precision` over those that have both
+    outcomes, `f1` over those seen or predicted. `accuracy` is the share of images, for labels of (image, label)
+    decisions, that are right. `calibration_error` is `weighted.calibration_errors`'s. `low` and `high` bound the
+    AUC's 95 % interval. `notes` gives the reason for each None and names what was left out of a mean.
     """
 
     auc: float | None
     low: float | None
     high: float | None
+    average_precision: float | None
     accuracy: float | None
     f1: float | None
+    calibration_error: float | None
     notes: tuple[str, ...] = ()
 
     @classmethod
     def undefined(cls, reason: str) -> Scores:
         """No score at all, for one reason."""
-        return cls(auc=None, low=None, high=None, accuracy=None, f1=None, notes=(reason,))
+        return cls(
+            auc=None,
+            low=None,
+            high=None,
+            average_precision=None,
+            accuracy=None,
+            f1=None,
+            calibration_error=None,
+            notes=(reason,),
+        )
 
 
 def score(
     probabilities: np.ndarray,
-    labels: np.ndarray,
+    values: np.ndarray,
     *,
     class_names: Sequence[str],
     groups: np.ndarray | None = None,
     seed: int = 0,
     draws: int = DRAWS,
 ) -> Scores:
-    """Score (n, classes) probabilities against (n,) class numbers.
+    """Score (n, C) probabilities in [0, 1] against (n,) class numbers or (n, L) zeros and ones, as `weighted` does.
 
-    `groups` (n,) says which images are redrawn together by the bootstrap: their patients. None: each alone.
+    `class_names` holds the C classes or L labels. `groups` (n,) says which images are redrawn together by the
+    bootstrap of the AUC: their patients. None: each alone. `draws` 0 leaves the interval out. Raises ValueError for
+    shapes that do not fit and for probabilities outside [0, 1].
     """
-    if len(labels) == 0:
+    _check(probabilities, values, class_names)
+    if len(values) == 0:
         return Scores.undefined("no images to score")
     if not np.isfinite(probabilities).all():
         return Scores.undefined("the predictions hold NaN or infinite values")
-    notes: list[str] = []
-    value, reasons = auc(probabilities, labels, class_names=class_names)
-    notes += reasons
+    once = np.ones((1, len(values)))
+    area = macro(aucs(probabilities, values, once))
+    precision = macro(average_precisions(probabilities, values, once))
+    f1_value, f1_notes = f1(probabilities, values, class_names=class_names)
     low = high = None
-    if value is not None:
-        low, high, reasons = auc_interval(probabilities, labels, groups=groups, seed=seed, draws=draws)
-        notes += reasons
-    predicted = probabilities.argmax(axis=1)
-    f1_value, reasons = f1(predicted, labels, classes=len(class_names))
-    notes += reasons
+    notes = _without_both(values, class_names, what="AUC and average precision")
+    if draws and not np.isnan(area[0]):
+        found = replicates(probabilities[None, None], values, groups, "auc", draws=draws, seed=seed)
+        low, high = found.low, found.high
+        notes += found.notes
     return Scores(
-        auc=value,
+        auc=_or_none(area[0]),
         low=low,
         high=high,
-        accuracy=float((predicted == labels).mean()),
+        average_precision=_or_none(precision[0]),
+        accuracy=float(accuracies(probabilities, values, once)[0]),
         f1=f1_value,
-        notes=tuple(notes),
+        calibration_error=float(calibration_errors(probabilities, values, once)[0]),
+        notes=(*notes, *f1_notes),
     )
 
 
-def auc(probabilities: np.ndarray, labels: np.ndarray, *, class_names: Sequence[str]) -> tuple[float | None, list[str]]:
-    """Area under the ROC curve of (n, classes) probabilities, ties counted half, and what there is to say of
-    it.
+def auc(probabilities: np.ndarray, values: np.ndarray, *, class_names: Sequence[str]) -> tuple[float | None, list[str]]:
+    """Area under the ROC curve of (n, C) scores of any range, ties counted half, and what there is to say of it.
 
-    Two classes: that of class 1. More: the mean one-vs-rest AUC over the classes with both outcomes.
+    Two classes: that of class 1. Otherwise the mean over the classes or labels with both outcomes, the others named.
     """
-    targets = _targets(len(class_names))
-    values = _class_aucs(probabilities, labels, np.ones((1, len(labels))), targets)[0]
-    missing = [class_names[c] for c, value in zip(targets, values, strict=True) if np.isnan(value)]
-    if len(missing) == len(targets):
-        seen = ", ".join(class_names[c] for c in np.unique(labels))
-        return None, [f"AUC undefined: every image is of class {seen}"]
-    reasons = [f"AUC leaves out the classes without an image here: {', '.join(missing)}"] if missing else []
-    return float(np.nanmean(values)), reasons
+    _check(probabilities, values, class_names)
+    value = macro(aucs(probabilities, values, np.ones((1, len(values)))))[0]
+    return _or_none(value), _without_both(values, class_names, what="AUC")
 
 
-def auc_interval(
-    probabilities: np.ndarray,
-    labels: np.ndarray,
-    *,
-    groups: np.ndarray | None = None,
-    seed: int = 0,
-    draws: int = DRAWS,
-) -> tuple[float | None, float | None, list[str]]:
-    """2.5th and 97.5th percentile of `auc` over `draws` resamples of the groups, and remarks on them.
+def f1(probabilities: np.ndarray, values: np.ndarray, *, class_names: Sequence[str]) -> tuple[float | None, list[str]]:
+    """F1 of the most probable class, or of each label above 0.5: of two classes class 1's, otherwise the mean over
+    the classes or labels seen or predicted; and what there is to say of it."""
+    _check(probabilities, values, class_names)
+    by_column = f1s(probabilities, values, np.ones((1, len(values))))[0]
+    if np.isnan(by_column).all():
+        what = "is of class 1" if values.ndim == 1 else "has any label"
+        return None, [f"F1 undefined: no image {what}, in truth or by prediction"]
+    missing = [name for name, value in zip(class_names, by_column, strict=False) if np.isnan(value)]
+    # A class without an image is named with the AUC; a label predicted nowhere may well have a defined AUC.
+    named = missing if values.ndim == 2 else []
+    notes = [f"F1: left out are the labels neither there nor predicted: {', '.join(named)}"] if named else []
+    return float(np.nanmean(by_column)), notes
 
-    Each resample is scored as the whole set is: a resample without any defined AUC is left out, and counted.
-    """
-    codes = np.arange(len(labels)) if groups is None else np.unique(groups, return_inverse=True)[1]
-    count = int(codes.max()) + 1
-    if count < 2:
-        return None, None, ["interval undefined: one patient or image, so there is nothing to redraw"]
-    rng = np.random.default_rng(seed)
-    targets = _targets(probabilities.shape[1])
-    values = np.empty(draws)
-    block = max(1, _BLOCK // len(labels))
-    for start in range(0, draws, block):
-        here = min(block, draws - start)
-        times = rng.multinomial(count, np.full(count, 1.0 / count), size=here)
-        aucs = _class_aucs(probabilities, labels, times[:, codes].astype(np.float64), targets)
-        defined = ~np.isnan(aucs)
-        total = np.where(defined, aucs, 0.0).sum(axis=1)
-        values[start : start + here] = np.divide(
-            total, defined.sum(axis=1), out=np.full(here, np.nan), where=defined.any(axis=1)
+
+def _check(probabilities: np.ndarray, values: np.ndarray, class_names: Sequence[str]) -> None:
+    wide = (len(values), len(class_names))
+    if probabilities.shape != wide or (values.ndim == 2 and values.shape != wide) or values.ndim > 2:
+        raise ValueError(
+            f"probabilities {probabilities.shape} and values {values.shape} do not fit each other and "
+            f"{len(class_names)} class names"
         )
-    kept = values[~np.isnan(values)]
-    lost = draws - len(kept)
-    if lost > draws / 2:
-        return None, None, [f"interval undefined: {lost} of {draws} resamples held one class only"]
-    reasons = [f"interval over {len(kept)} of {draws} resamples; the rest held one class only"] if lost else []
-    low, high = np.percentile(kept, (2.5, 97.5))
-    return float(low), float(high), reasons
 
 
-def f1(predicted: np.ndarray, labels: np.ndarray, *, classes: int) -> tuple[float | None, list[str]]:
-    """F1 of (n,) class numbers: class 1's of two classes, else the mean over those seen or predicted."""
-    hits = np.bincount(labels[predicted == labels], minlength=classes)
-    involved = np.bincount(predicted, minlength=classes) + np.bincount(labels, minlength=classes)
-    targets = [c for c in _targets(classes) if involved[c] > 0]
-    if not targets:
-        return None, ["F1 undefined: no image is of class 1 and none is predicted to be"]
-    return float(np.mean([2 * hits[c] / involved[c] for c in targets])), []
-
-
-def _targets(classes: int) -> list[int]:
-    """The classes whose one-vs-rest scores are averaged: of two, the second says it all."""
-    return [1] if classes == 2 else list(range(classes))
-
-
-def _class_aucs(
-    probabilities: np.ndarray, labels: np.ndarray, weights: np.ndarray, targets: Sequence[int]
-) -> np.ndarray:
-    """(draws, targets) float64 one-vs-rest AUCs with (draws, n) weights on images; NaN: undefined."""
-    result = np.empty((len(weights), len(targets)))
-    for column, target in enumerate(targets):
-        order = np.argsort(probabilities[:, target], kind="stable")
-        ordered = probabilities[order, target]
-        # Images with equal scores form a run; a positive beats the negatives of lower runs, and half of its
-        # own's.
-        starts = np.flatnonzero(np.r_[True, ordered[1:] != ordered[:-1]])
-        positive = labels[order] == target
-        weight = weights[:, order]
-        up = np.add.reduceat(weight * positive, starts, axis=1)
-        down = np.add.reduceat(weight * ~positive, starts, axis=1)
-        below = np.cumsum(down, axis=1) - 0.5 * down
-        pairs = up.sum(axis=1) * down.sum(axis=1)
-        result[:, column] = np.divide(
-            (up * below).sum(axis=1), pairs, out=np.full(len(weights), np.nan), where=pairs > 0
+def _without_both(values: np.ndarray, class_names: Sequence[str], *, what: str) -> list[str]:
+    """A sentence on the columns that have one outcome only, if there are any."""
+    classes = len(class_names)
+    count = outcomes(values, classes).sum(axis=0)
+    wanted = columns(values, classes)
+    missing = [class_names[c] for c, there in zip(wanted, count, strict=True) if there in (0, len(values))]
+    if not missing or len(values) == 0:
+        return []
+    everything = len(missing) == len(wanted)
+    if values.ndim == 2:
+        named = ", ".join(
+            f"{class_names[c]} ({'all' if there else 'none'})"
+            for c, there in zip(wanted, count, strict=True)
+            if there in (0, len(values))
         )
-    return result
+        if everything:
+            return [f"{what} undefined: every label is on all of these images or on none: {named}"]
+        return [f"{what}: left out are the labels on all of these images or on none: {named}"]
+    if everything:
+        seen = ", ".join(class_names[c] for c in np.unique(values))
+        return [f"{what} undefined: every image is of class {seen}"]
+    return [f"{what}: left out are the classes without an image here: {', '.join(missing)}"]
+
+
+def _or_none(value: float) -> float | None:
+    return None if np.isnan(value) else float(value)
