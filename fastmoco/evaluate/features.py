@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
 import torch
@@ -82,8 +82,6 @@ def extract(
     they were in, and no random state is touched. `workers` counts loading processes; 0 loads in this one. No
     feature depends on it, nor (beyond rounding) on `batch_size`. `after_batch` is called after each.
     """
-    encoder.to(device)
-    dtype = next(encoder.parameters()).dtype
     # Without a generator of its own, a DataLoader draws from torch's global one, even to load in order.
     loader = DataLoader(
         _Images(manifest, size, resize),
@@ -91,11 +89,26 @@ def extract(
         num_workers=workers,
         generator=torch.Generator(),
     )
+    batches = track(loader, "extracting features", disable=not progress, transient=True)
+    return stage_features(encoder, batches, device=device, precision=precision, after_batch=after_batch)
+
+
+def stage_features(
+    encoder: Encoder,
+    batches: Iterable[Tensor],
+    *,
+    device: torch.device | str,
+    precision: str = "fp32",
+    after_batch: Callable[[], None] | None = None,
+) -> dict[str, np.ndarray]:
+    """What `extract` returns, of `batches` (N, 3, H, W) of values in [0, 1] on any device, one after the other."""
+    encoder.to(device)
+    dtype = next(encoder.parameters()).dtype
     autocast = torch.autocast(torch.device(device).type, torch.bfloat16, enabled=precision == "bf16")
     has_head = not isinstance(encoder.head, nn.Identity)
     parts: dict[str, list[Tensor]] = {}
-    with _evaluating(encoder), torch.no_grad(), autocast:
-        for images in track(loader, "extracting features", disable=not progress, transient=True):
+    with evaluating(encoder), torch.no_grad(), autocast:
+        for images in batches:
             batch = images.to(device, dtype, memory_format=torch.channels_last)
             embedding, stages = encoder(batch)
             for number, stage in enumerate(stages, start=1):
@@ -108,7 +121,7 @@ def extract(
 
 
 @contextlib.contextmanager
-def _evaluating(module: nn.Module) -> Iterator[None]:
+def evaluating(module: nn.Module) -> Iterator[None]:
     """Evaluation mode for a while; each submodule gets its own mode back, since some may be frozen."""
     modes = [(part, part.training) for part in module.modules()]
     module.eval()
