@@ -58,11 +58,16 @@ def look_at(manifest: Manifest, index: int) -> Look | BadFile:
         mode=mode,
         bits=bits,
         file_hash=_hash(encoded),
-        pixel_hash=_hash(f"{pixels.shape} {pixels.dtype} ".encode() + pixels.tobytes()),
+        pixel_hash=pixel_hash(pixels),
         mean=x.mean(0, dtype=np.float64),
         square=np.square(x).mean(0, dtype=np.float64),
         spread=float((x @ np.array([0.299, 0.587, 0.114], np.float32)).std(dtype=np.float64)),
     )
+
+
+def pixel_hash(pixels: np.ndarray) -> bytes:
+    """16 bytes that are alike for decoded images of the same shape, dtype and values alone."""
+    return _hash(f"{pixels.shape} {pixels.dtype} ".encode() + pixels.tobytes())
 
 
 def _hash(data: bytes) -> bytes:

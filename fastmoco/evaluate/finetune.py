@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -198,7 +198,7 @@ class _Looks:
         """The macro AUC, None where it is undefined, and the loss; both go into a row of the curve."""
         logits = model.predict(self._images)
         own = float(_loss(logits, torch.from_numpy(self._values), self._target))
-        score = macro_auc(_probabilities(logits, self._target), self._values, self._target)
+        score = _macro_auc(_probabilities(logits, self._target), self._values, self._target)
         row = {"step": step, "epoch": epoch, "loss": loss, "validation_loss": own, "validation_auc": score}
         # JSON has no NaN, nor infinity.
         self.curve.append({k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()})
@@ -215,7 +215,9 @@ def _train(
     seed: int,
 ) -> _Best:
     device = next(model.parameters()).device
-    chosen = images.select(train).on(device if config.views is None else views_device(device))
+    # Where things lie and how large they are may vary; of medical pictures the colour often is the finding.
+    views = None if config.views is None else replace(config.views, jitter_p=0.0, gray_p=0.0, blur_p=0.0)
+    chosen = images.select(train).on(device if views is None else views_device(device))
     values = torch.from_numpy(target.values[train]).to(device)
     groups = [{"params": list(model.classifier.parameters()), "lr": config.lr}]
     if not model.frozen:
@@ -229,7 +231,7 @@ def _train(
     waited = 0
     model.train()
     for step, (epoch, batch) in enumerate(_batches(len(train), per_epoch, seed), start=1):
-        inputs = _inputs(chosen, batch, config.views, seed=seed, epoch=epoch, device=device)
+        inputs = _inputs(chosen, batch, views, seed=seed, epoch=epoch, device=device)
         loss = _loss(model(inputs), values[torch.from_numpy(batch).to(device)], target)
         optimizer.zero_grad()
         loss.backward()
@@ -286,15 +288,8 @@ def _probabilities(logits: Tensor, target: Target) -> np.ndarray:
     return made
 
 
-def macro_auc(probabilities: np.ndarray, values: np.ndarray, target: Target) -> float | None:
-    """Mean AUC over the classes or labels of `target` that have both outcomes; None where none has, or of NaNs."""
+def _macro_auc(probabilities: np.ndarray, values: np.ndarray, target: Target) -> float | None:
+    """`scores.auc`; None also where a loss that diverged left no numbers."""
     if not np.isfinite(probabilities).all():
         return None
-    if target.kind != "multilabel":
-        return auc(probabilities, values, class_names=target.class_names)[0]
-    each = [
-        auc(np.stack([1 - p, p], axis=1), v, class_names=["no", "yes"])[0]
-        for p, v in zip(probabilities.T, values.T, strict=True)
-    ]
-    known = [value for value in each if value is not None]
-    return float(np.mean(known)) if known else None
+    return auc(probabilities, values, class_names=target.class_names)[0]

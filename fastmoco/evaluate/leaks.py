@@ -1,0 +1,55 @@
+"""What training, validation and test images share that they should not: patients, and images."""
+
+from __future__ import annotations
+
+import os
+from collections import defaultdict
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+
+from fastmoco.data.manifest import Manifest
+from fastmoco.data.stats import pixel_hash
+from fastmoco.evaluate.splits import Splits
+
+
+def find_leaks(manifest: Manifest, splits: Splits, *, workers: int = 0) -> list[str]:
+    """A line for each patient with images in two or three parts, then one for each image that lies in several.
+
+    Images are the same where they have the same pixels once decoded, by hash, whatever their names and encodings; one
+    that was cropped or compressed anew is not found. `workers` threads decode (0: one a core), as every image is read.
+    An empty list: nothing was found. Raises BadFile for an image that cannot be read.
+    """
+    part = np.full(len(manifest), "", dtype="U10")
+    for name in ("train", "validation", "test"):
+        part[getattr(splits, name)] = name
+    return _patients(manifest, part) + _duplicates(manifest, part, workers or os.cpu_count() or 1)
+
+
+def _patients(manifest: Manifest, part: np.ndarray) -> list[str]:
+    if manifest.patients is None:
+        return []
+    counts: dict[str, dict[str, int]] = defaultdict(lambda: defaultdict(int))
+    for patient, where in zip(manifest.patients.tolist(), part.tolist(), strict=True):
+        # An unnamed patient is another for each image.
+        if patient and where:
+            counts[patient][where] += 1
+    lines = []
+    for patient, own in sorted(counts.items()):
+        if len(own) > 1:
+            lines.append(f"patient {patient}: " + ", ".join(f"{n} in {where}" for where, n in sorted(own.items())))
+    return lines
+
+
+def _duplicates(manifest: Manifest, part: np.ndarray, workers: int) -> list[str]:
+    used = np.flatnonzero(part != "").tolist()
+    with ThreadPoolExecutor(workers) as pool:
+        hashes = list(pool.map(lambda i: pixel_hash(manifest.decode(i)), used))
+    same: dict[bytes, list[int]] = defaultdict(list)
+    for i, digest in zip(used, hashes, strict=True):
+        same[digest].append(i)
+    return [
+        "same pixels: " + ", ".join(f"{manifest.files[i]} ({part[i]})" for i in images)
+        for images in same.values()
+        if len({str(part[i]) for i in images}) > 1
+    ]
