@@ -10,12 +10,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 from scipy.stats import ks_2samp
 
-Kind = Literal["binary", "multiclass", "multilabel"]
+from fastmoco.evaluate.targets import Kind
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,0 +1,264 @@
+"""The pictures of a report, each from plain numbers to a matplotlib figure.
+
+All are 6.4 inches wide with text of 11 points and more, so that they can be read on a telephone and in print. A method
+has one colour, marker and dash everywhere (Okabe and Ito's colours, told apart by colour-blind readers; markers and
+dashes without any colour). Nothing here computes a score: what is drawn is what is given.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import NullFormatter
+from scipy.stats import ks_2samp
+
+from fastmoco.evaluate.cka import Alignments, Reuse
+
+WIDTH, HEIGHT = 6.4, 4.0
+SMALLEST = 11.0
+_TEXT = 12.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Style:
+    """How a method looks everywhere."""
+
+    label: str
+    colour: str
+    marker: str
+    dash: str
+
+
+STYLES: dict[str, Style] = {
+    "scratch": Style(label="from scratch", colour="#000000", marker="s", dash=":"),
+    "random": Style(label="random weights", colour="#7F7F7F", marker="x", dash="--"),
+    "moco": Style(label="MoCo", colour="#0072B2", marker="o", dash="-"),
+    "mse": Style(label="MoCo + MSE", colour="#D55E00", marker="^", dash="-"),
+    "barlow": Style(label="MoCo + Barlow", colour="#009E73", marker="D", dash="-"),
+}
+# Whatever has no style of its own: baselines by their order, and curves that belong to no method.
+_SPARE = ("#CC79A7", "#E69F00", "#56B4E9", "#8C6D31", "#5E3C99", "#333333")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Line:
+    """One curve: `y` over `x`, of one length, with the interval `low` to `high` where there is one.
+
+    `method` is a key of `STYLES`, or any other name, which is then its own label. None and NaN in `y` are gaps. `x` is
+    the number of labelled images, the place of a stage or an epoch.
+    """
+
+    method: str
+    x: Sequence[float]
+    y: Sequence[float | None]
+    low: Sequence[float | None] | None = None
+    high: Sequence[float | None] | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Level:
+    """A baseline: one score however many labels or whichever stage, drawn as a dashed line across."""
+
+    label: str
+    value: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outputs:
+    """Output probabilities for one class, (n,) each and finite: of a run with few labels and of its all-label run.
+
+    `mean` is the KS distance over all runs, of which these are one pair. `method` gives the colour.
+    """
+
+    title: str
+    few: np.ndarray
+    full: np.ndarray
+    mean: float | None = None
+    method: str = ""
+
+
+def style(method: str, place: int = 0) -> Style:
+    """The style of `method`; one that has none gets the `place`-th spare colour and its name as its label."""
+    spare = _SPARE[place % len(_SPARE)]
+    return STYLES.get(method) or Style(label=method, colour=spare, marker="", dash="-")
+
+
+def cka_heat_map(found: Alignments, *, title: str, rows: str = "", columns: str = "") -> Figure:
+    """CKA of each stage of one checkpoint (down) with each of another (across), numbers in the cells.
+
+    One scale from 0 to 1 in every picture, so that pictures can be compared: a value outside takes the colour of the
+    end, and shows its own number. A value that is not defined is "n/a".
+    """
+    figure, (axes,) = _panels(1, title, height=4.6)
+    image = axes.imshow(found.values, vmin=0.0, vmax=1.0, cmap="cividis", aspect="auto")
+    axes.set_xticks(range(len(found.columns)), found.columns)
+    axes.set_yticks(range(len(found.rows)), found.rows)
+    axes.set(xlabel=columns, ylabel=rows)
+    axes.grid(False)
+    for (i, j), value in np.ndenumerate(found.values):
+        # Undefined cells stay as white as the paper.
+        ink = "white" if value < 0.45 else "black"
+        shown = "n/a" if np.isnan(value) else f"{value:.2f}"
+        axes.text(j, i, shown, ha="center", va="center", fontsize=_TEXT, color=ink)
+    bar = figure.colorbar(image, ax=axes)
+    bar.set_label("CKA", size=_TEXT)
+    bar.ax.tick_params(labelsize=SMALLEST)
+    return figure
+
+
+def reuse_bars(reuse: Mapping[str, Mapping[str, Reuse]], *, title: str) -> Figure:
+    """Feature reuse by stage, a group of bars a stage and a bar a method; `reuse` is by method, then stage.
+
+    Whiskers are one standard deviation over the draws. A stage that a method lacks has no bar.
+    """
+    figure, (axes,) = _panels(1, title)
+    stages = list(dict.fromkeys(stage for found in reuse.values() for stage in found))
+    width = 0.8 / max(1, len(reuse))
+    for place, (method, found) in enumerate(reuse.items()):
+        look = style(method, place)
+        known = [(stages.index(stage), value) for stage, value in found.items()]
+        x = [at + (place - (len(reuse) - 1) / 2) * width for at, _ in known]
+        axes.bar(
+            x,
+            [value.mean for _, value in known],
+            0.92 * width,
+            yerr=[value.std for _, value in known],
+            color=look.colour,
+            alpha=0.85,
+            capsize=2,
+            error_kw={"ecolor": "#555555"},
+            label=look.label,
+        )
+    axes.set_xticks(range(len(stages)), stages)
+    axes.set_ylim(min(0.0, axes.get_ylim()[0]), 1.05)
+    axes.set_ylabel("CKA before against after")
+    axes.grid(axis="x", visible=False)
+    _legend(figure, axes)
+    return figure
+
+
+def ks_curves(outputs: Sequence[Outputs], *, title: str) -> Figure:
+    """Both empirical distribution functions of each of `outputs`, a panel each, with the KS distance marked.
+
+    Dashed: few labels; solid: all labels; the upright bar is the greatest gap, and the title says its height.
+    """
+    columns = 2 if len(outputs) in (2, 4) else 3
+    figure, places = _panels(len(outputs), title, columns=columns)
+    for place, (axes, output) in enumerate(zip(places, outputs, strict=True)):
+        colour = style(output.method, 5).colour
+        for values, dash in ((output.few, "--"), (output.full, "-")):
+            axes.ecdf(values, color=colour, linestyle=dash, linewidth=1.6)
+        found = ks_2samp(output.few, output.full, method="asymp")
+        at = float(found.statistic_location)
+        heights = sorted(float(np.mean(values <= at)) for values in (output.few, output.full))
+        axes.plot([at, at], heights, color="black", linewidth=2.2, marker="_", markersize=9)
+        mean = "" if output.mean is None else f" (mean {output.mean:.2f})"
+        axes.set_title(f"{output.title}\nKS {found.statistic:.2f}{mean}", fontsize=SMALLEST)
+        axes.set(xlim=(-0.02, 1.02), ylim=(0.0, 1.02), xticks=(0, 0.5, 1), yticks=(0, 0.5, 1))
+        if place + columns >= len(outputs):
+            axes.set_xlabel("output")
+        if place % columns == 0:
+            axes.set_ylabel("images below")
+    samples = [Line2D([], [], color="#333333", linestyle=dash, linewidth=1.6) for dash in ("--", "-")]
+    figure.legend(samples, ["few labels", "all labels"], loc="outside lower center", ncols=2, fontsize=SMALLEST)
+    return figure
+
+
+def low_label_curves(
+    lines: Sequence[Line],
+    levels: Sequence[Level] = (),
+    *,
+    title: str,
+    score: str,
+    ticks: Mapping[float, str] | None = None,
+) -> Figure:
+    """Score over the number of labelled images on a logarithmic axis, a line a method with its interval as a band.
+
+    `ticks` names the places on the axis, such as {24: "24 (1 %)"}; without it they are the numbers of the lines.
+    """
+    figure, (axes,) = _panels(1, title)
+    _draw(axes, lines, levels)
+    axes.set_xscale("log")
+    named = ticks or {x: f"{x:g}" for x in sorted({x for line in lines for x in line.x})}
+    axes.set_xticks(list(named), list(named.values()))
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.tick_params(axis="x", which="minor", bottom=False)
+    axes.set(xlabel="labelled training images", ylabel=score)
+    _legend(figure, axes)
+    return figure
+
+
+def probe_curves(
+    stages: Sequence[str], lines: Sequence[Line], levels: Sequence[Level] = (), *, title: str, score: str
+) -> Figure:
+    """Score of a probe over the stages it reads, a line a method; a line's `x` counts the stages from 0."""
+    figure, (axes,) = _panels(1, title)
+    _draw(axes, lines, levels)
+    axes.set_xticks(range(len(stages)), stages)
+    axes.set(xlabel="features of", ylabel=score)
+    _legend(figure, axes)
+    return figure
+
+
+def training_curves(panels: Mapping[str, Sequence[Line]], *, title: str, xlabel: str = "epoch") -> Figure:
+    """Metrics of training, a panel each by their names, a line a run."""
+    figure, places = _panels(len(panels), title, columns=2)
+    shown: dict[str, Any] = {}
+    for axes, (name, lines) in zip(places, panels.items(), strict=True):
+        _draw(axes, lines, (), markers=False)
+        axes.set_title(name, fontsize=_TEXT)
+        axes.set_xlabel(xlabel)
+        handles, texts = axes.get_legend_handles_labels()
+        shown.update(zip(texts, handles, strict=True))
+    figure.legend(shown.values(), shown.keys(), loc="outside lower center", ncols=3, fontsize=SMALLEST)
+    return figure
+
+
+def _panels(count: int, title: str, *, columns: int = 3, height: float = HEIGHT) -> tuple[Figure, list[Axes]]:
+    """A figure with `count` panels in rows of `columns`; more rows than one make it higher, never wider."""
+    columns = min(columns, max(1, count))
+    rows = -(-count // columns)
+    figure = Figure(figsize=(WIDTH, max(height, 1.2 + 2.1 * rows)), layout="constrained")
+    figure.suptitle(title, fontsize=_TEXT + 1)
+    places = [figure.add_subplot(rows, columns, place) for place in range(1, count + 1)]
+    for axes in places:
+        axes.tick_params(labelsize=SMALLEST)
+        axes.xaxis.label.set_fontsize(_TEXT)
+        axes.yaxis.label.set_fontsize(_TEXT)
+        axes.grid(alpha=0.3)
+        axes.set_axisbelow(True)
+        axes.spines[["top", "right"]].set_visible(False)
+    return figure, places
+
+
+def _draw(axes: Axes, lines: Sequence[Line], levels: Sequence[Level], *, markers: bool = True) -> None:
+    for place, line in enumerate(lines):
+        look = style(line.method, place)
+        y = np.array(line.y, dtype=np.float64)
+        axes.plot(
+            line.x,
+            y,
+            color=look.colour,
+            linestyle=look.dash,
+            # A point between two gaps shows by its marker only.
+            marker=(look.marker or "o") if markers or np.isfinite(y).sum() == 1 else "",
+            markersize=5,
+            linewidth=1.6,
+            label=look.label,
+        )
+        if line.low is not None and line.high is not None:
+            low, high = (np.array(bound, dtype=np.float64) for bound in (line.low, line.high))
+            axes.fill_between(line.x, low, high, color=look.colour, alpha=0.15, linewidth=0)
+    for place, level in enumerate(levels):
+        axes.axhline(level.value, color=_SPARE[place % len(_SPARE)], linestyle="--", linewidth=1.2, label=level.label)
+
+
+def _legend(figure: Figure, axes: Axes) -> None:
+    """Below the panels, where it hides nothing."""
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=SMALLEST)
