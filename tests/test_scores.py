@@ -131,7 +131,8 @@ def test_labels_without_both_outcomes_are_left_out_and_named() -> None:
     each = [f1_score(values[:, c], probabilities[:, c] > 0.5) for c in (0, 2, 3)]
     assert found.f1 == pytest.approx(np.mean(each), abs=1e-12)
     assert [note.rsplit(": ", 1)[1] for note in found.notes] == ["b (none), c (all)", "b"]
-    assert found.notes[0].startswith("AUC and average precision: left out") and found.notes[1].startswith("F1: left out")
+    assert found.notes[0].startswith("AUC and average precision: left out")
+    assert found.notes[1].startswith("F1: left out")
     nothing = score(np.full((6, 2), 0.2), np.zeros((6, 2), dtype=np.int64), class_names=NAMES[:2])
     assert (nothing.auc, nothing.average_precision, nothing.f1, nothing.low) == (None,) * 4
     assert nothing.accuracy == 1.0 and nothing.calibration_error == pytest.approx(0.2)

@@ -9,15 +9,17 @@ patients of the test set, the seed, the labels. One replicate therefore redraws 
 - seeds, and for each seed redrawn, anew, its label draws: draws of one seed share that seed's pretraining.
 
 The replicate's value is the mean over the redrawn runs of their scores on the redrawn patients; the interval runs from
-the 2.5th to the 97.5th percentile of the replicates (Efron and Tibshirani 1993, chapter 13). Redrawing patients and
-runs independently and crossing them never understates the variance of either (Owen 2007, "The pigeonhole bootstrap").
-Nothing is divided by the square root of the number of label draws: draws from one set of labelled patients, tested on
-one set of test patients, are not independent experiments.
+the 2.5th to the 97.5th percentile of the replicates (Efron and Tibshirani 1993, chapter 13). Patients and runs are
+redrawn independently and crossed, which counts what is peculiar to a patient in a run more than once, as redrawing
+labels within redrawn seeds does with the labels: both err on the wide side (Owen 2007, "The pigeonhole bootstrap",
+Annals of Applied Statistics 1; Davison and Hinkley 1997, section 3.8). Nothing is divided by the square root of the
+number of label draws: draws from one set of labelled patients, tested on one set of test patients, are not independent
+experiments.
 
 What few seeds can show: S seeds redrawn with replacement show (S - 1) / S of the variance between seeds, two thirds at
 S = 3, and none at S = 1, where the interval holds for that one pretraining only. With three seeds it is the patients'
-part that can be trusted; whether a difference stands for other seeds is better read from `seeds`, the mean of each:
-three seeds that all agree in sign are an even chance's outcome once in four times.
+part that can be trusted; whether a difference holds for other seeds is better read from `seeds`, the mean of each,
+knowing that three seeds agree in sign by mere chance once in four times.
 """
 
 from __future__ import annotations
@@ -69,9 +71,10 @@ class Replicates(Estimate):
     """An `Estimate` of one method's score, with what a paired difference needs.
 
     `by_run` (draws, S, D) float64 are the scores of every run in every redraw of the patients, `runs` (S, D) those on
-    the patients as they are; NaN: undefined. `design` tells the redraws apart.
+    the patients as they are; NaN: undefined. `score` names the score; `design` tells the redraws apart.
     """
 
+    score: Score
     by_run: np.ndarray = field(repr=False)
     runs: np.ndarray
     design: tuple[int, bytes] = field(repr=False)
@@ -97,7 +100,7 @@ def replicates(
     are counted in `notes`; where most are, there is no interval. Raises ValueError for shapes that do not fit and for
     probabilities that are not finite.
     """
-    probabilities, values = np.asarray(probabilities), np.asarray(values)
+    probabilities, values = np.asarray(probabilities), np.asarray(values, dtype=np.int64)
     if probabilities.ndim != 4 or probabilities.shape[2] != len(values) or 0 in probabilities.shape:
         raise ValueError(f"probabilities (seeds, draws, images, classes) {probabilities.shape}, values {values.shape}")
     if not np.isfinite(probabilities).all():
@@ -123,6 +126,7 @@ def replicates(
     samples = np.einsum("rsd,rsd->r", by_run, run_weights(shape, draws, seed=seed))
     low, high, notes = interval(samples, alone=count < 2)
     return Replicates(
+        score=score,
         value=_or_none(runs.mean()),
         low=low,
         high=high,
@@ -140,8 +144,10 @@ def paired(a: Replicates, b: Replicates) -> Estimate:
 
     Run (s, d) of `a` is compared with run (s, d) of `b`, which saw the same labels; a method with one seed or one
     draw only (a baseline without pretraining) is compared with every seed's or draw's. Raises ValueError where the two
-    are not of the same images, patients, seed and number of redraws, or of other numbers of runs.
+    are not the same score of the same images, patients, seed and number of redraws, or of other numbers of runs.
     """
+    if a.score != b.score:
+        raise ValueError(f"a paired difference needs the same score of both methods, not {a.score} and {b.score}")
     if a.design != b.design or len(a.samples) != len(b.samples):
         raise ValueError("a paired difference needs both methods on the same images, patients, labels and redraws")
     try:
