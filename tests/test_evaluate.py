@@ -400,7 +400,19 @@ def test_results_in_an_impossible_place_are_a_user_error(
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(UserError, match="--out"):
         write_results([result], tmp_path / "file")
+
+
+def test_the_printed_table_is_cut_nowhere_in_a_narrow_terminal(
+    numbers: dict[str, dict[str, np.ndarray]], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "60")
+    result = evaluate_features(numbers, abstract_manifest(SIGNAL), label="y")
     print_result(result)
+    printed = capsys.readouterr().out
+    assert "…" not in printed and "undefined" in printed
+    probe = next(row.test for row in result.rows if row.encoder == "net" and row.method == "probe")
+    line = next(line for line in printed.splitlines() if line.split()[:2] == ["net", "stage1"])
+    assert f"{probe.average_precision:.3f}" in line and f"{probe.calibration_error:.3f}" in line
 
 
 def test_sixteen_bit_images_are_what_eight_bit_ones_are() -> None:

@@ -22,7 +22,6 @@ from fastmoco.evaluate.scores import Scores
 from fastmoco.evaluate.weighted import CALIBRATION_BINS
 
 Method = Literal["knn", "probe"]
-_TABLE_WIDTH = 120
 _HEADER = ("encoder", "features", "kNN AUC [95 %]", "acc.", "probe AUC [95 %]", "AP", "acc.", "F1", "ECE", "C")
 
 
@@ -107,7 +106,7 @@ def print_result(result: Result, console: Console | None = None) -> None:
         # Text, as brackets would otherwise be read as markup.
         table.add_row(*(Text(cell) for cell in cells))
     # As wide as the table is: in a pipe, or a terminal of 80 columns, names and intervals would be cut.
-    console = console or Console(width=max(Console().width, _TABLE_WIDTH))
+    console = console or Console(width=max(Console().width, Console(width=1000).measure(table).maximum))
     console.print(table)
     for line in remarks(result):
         console.print(Text(line), soft_wrap=True)
