@@ -3,7 +3,7 @@
 #   make test EXTRAS=               no optional packages (DALI and the like)
 #   make gpu                        on a machine with a GPU: its tests and benchmarks, with python3 as it is
 VENV ?= .venv
-EXTRAS ?= dev,dali-cuda13,dicom,deepspeed
+EXTRAS ?= dev,dali-cuda13,dicom,deepspeed,parquet
 
 comma := ,
 PYTHON ?= $(shell for p in python3.11 python3.12 python3; do \

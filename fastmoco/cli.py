@@ -80,6 +80,20 @@ def evaluate(args: list[str]) -> int:
     return evaluate_command(tyro.cli(EvaluateArgs, prog="fastmoco evaluate", args=args))
 
 
+def finetune(args: list[str]) -> int:
+    """Train a classifier on a pretrained encoder, with all labels or a few."""
+    from fastmoco.evaluate.finetune_command import FinetuneArgs, finetune_command
+
+    return finetune_command(tyro.cli(FinetuneArgs, prog="fastmoco finetune", args=args))
+
+
+def embed(args: list[str]) -> int:
+    """Write the features of every image to a file."""
+    from fastmoco.evaluate.embed import EmbedArgs, embed_command
+
+    return embed_command(tyro.cli(EmbedArgs, prog="fastmoco embed", args=args))
+
+
 def export(args: list[str]) -> int:
     """Write a run's query encoder as safetensors in torchvision's key layout."""
     from fastmoco.models.weights import EXPORTED, load_encoder, run_folder, save_encoder
@@ -143,6 +157,8 @@ COMMANDS: dict[str, Command] = {
     "pretrain": pretrain,
     "recipes": list_recipes,
     "evaluate": evaluate,
+    "finetune": finetune,
+    "embed": embed,
     "export": export,
     "data": data,
     "plan": plan,

@@ -105,7 +105,6 @@ def stage_features(
     encoder.to(device)
     dtype = next(encoder.parameters()).dtype
     autocast = torch.autocast(torch.device(device).type, torch.bfloat16, enabled=precision == "bf16")
-    has_head = not isinstance(encoder.head, nn.Identity)
     parts: dict[str, list[Tensor]] = {}
     with evaluating(encoder), torch.no_grad(), autocast:
         for images in batches:
@@ -113,7 +112,7 @@ def stage_features(
             embedding, stages = encoder(batch)
             for number, stage in enumerate(stages, start=1):
                 parts.setdefault(f"stage{number}", []).append(stage.float().mean(dim=(2, 3)).cpu())
-            if has_head:
+            if encoder.has_head:
                 parts.setdefault("final", []).append(normalize(embedding.float()).cpu())
             if after_batch is not None:
                 after_batch()

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import copy
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import numpy as np
 import torch
+import tyro
 from torch import Tensor, nn
-from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
 
 from fastmoco.data.views import ViewConfig
 from fastmoco.errors import UserError
-from fastmoco.evaluate.features import evaluating
+from fastmoco.evaluate.classifier import Classifier, loss_of, probabilities_of
 from fastmoco.evaluate.images import Images, views_device
 from fastmoco.evaluate.scores import auc
 from fastmoco.evaluate.targets import Target
@@ -36,7 +35,7 @@ class FinetuneConfig:
     from random ones."""
     arch: str = "resnet18"
     """Torchvision ResNet of --mode scratch; the others have that of their weights."""
-    views: ViewConfig | None = None
+    views: tyro.conf.Suppress[ViewConfig | None] = None
     """How training images are augmented: random crop, rotation and flip of these settings, without change of colour.
     None: not at all."""
     lr: float = 1e-3
@@ -54,7 +53,7 @@ class FinetuneConfig:
     """Steps that are done even where --epochs would be fewer: for budgets of a few images."""
     most_steps: int = 10_000
     """Steps that are not exceeded even where --epochs would be more."""
-    validate_every: int = 10
+    validate_every: int = 20
     """Least number of steps between looks at the validation images; there is one at the end of an epoch at the most."""
     patience: int | None = None
     """Looks at the validation images without a better score after which training stops; never if not given."""
@@ -104,6 +103,7 @@ def finetune(
     *,
     seed: int,
     device: torch.device | str = "cpu",
+    on_look: Callable[[dict[str, Any]], None] | None = None,
 ) -> Finetuned:
     """Train on images `train` for `target`, keep the weights that do best on `validation`, and score `test` once.
 
@@ -111,7 +111,7 @@ def finetune(
     is left as it is; None stands for one of `config.arch` with weights drawn from `seed`. The loss is cross-entropy,
     or of several labels the binary one, averaged. After each epoch (and at least `validate_every` steps) the validation
     images are scored by macro AUC; of equal scores the lower loss is the better. The weights of the best look are those
-    that are tested and returned.
+    that are tested and returned. `on_look` is called with each row of the curve as it comes.
 
     `seed` fixes the classifier's first weights, the order of the images and their augmentation; on a CPU the result is
     the same bit for bit for one number of threads. Raises UserError where `encoder` is wanted and not given, where
@@ -125,15 +125,18 @@ def finetune(
     device = torch.device(device)
     # Random convolutions' algorithms would tell two runs of a GPU apart.
     with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=True):
-        model = _Classifier(encoder, target, config, seed=seed).to(device).to(memory_format=torch.channels_last)
+        start = Encoder(config.arch, seed=seed) if encoder is None else encoder
+        frozen = config.mode == "linear"
+        model = Classifier(start, len(target.class_names), frozen=frozen, precision=config.precision, seed=seed)
+        model = model.to(device).to(memory_format=torch.channels_last)
         images = images.on(device)
-        looks = _Looks(images.select(validation), target.values[validation], target)
+        looks = _Looks(images.select(validation), target.values[validation], target, on_look)
         best = _train(model, images, target, train, looks, config, seed)
         model.load_state_dict(best.weights)
         logits = model.predict(images.select(test))
     model.eval()
     return Finetuned(
-        probabilities=_probabilities(logits, target),
+        probabilities=probabilities_of(logits, target.kind),
         validation_score=best.score,
         best_epoch=best.epoch,
         best_step=best.step,
@@ -141,41 +144,6 @@ def finetune(
         encoder=model.encoder,
         classifier=model.classifier,
     )
-
-
-class _Classifier(nn.Module):
-    """A copy of an encoder without its head, and a linear layer on its pooled stage-4 feature."""
-
-    def __init__(self, encoder: Encoder | None, target: Target, config: FinetuneConfig, *, seed: int) -> None:
-        super().__init__()
-        self.encoder = Encoder(config.arch, seed=seed) if encoder is None else copy.deepcopy(encoder)
-        self.encoder.head = nn.Identity()
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            self.classifier = nn.Linear(self.encoder.width, len(target.class_names))
-        self.frozen = config.mode == "linear"
-        self.encoder.requires_grad_(not self.frozen)
-        self.precision = config.precision
-
-    def train(self, mode: bool = True) -> _Classifier:
-        """A frozen encoder stays in evaluation mode: its BatchNorms must not learn either."""
-        super().train(mode)
-        if self.frozen:
-            self.encoder.eval()
-        return self
-
-    def forward(self, images: Tensor) -> Tensor:
-        """`images` (N, 3, H, W) in [0, 1] -> logits (N, C) float32."""
-        with torch.autocast(images.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
-            feature = self.encoder(images).embedding
-        logits: Tensor = self.classifier(feature.float())
-        return logits
-
-    @torch.no_grad()
-    def predict(self, images: Images) -> Tensor:
-        """Logits (n, C) float32 of every one of the images, on the CPU."""
-        with evaluating(self):
-            return torch.cat([self(batch) for batch in images.batches()]).cpu()
 
 
 @dataclass(kw_only=True, slots=True)
@@ -190,23 +158,27 @@ class _Best:
 class _Looks:
     """Scores the validation images again and again, and keeps the rows."""
 
-    def __init__(self, images: Images, values: np.ndarray, target: Target) -> None:
-        self._images, self._values, self._target = images, values, target
+    def __init__(
+        self, images: Images, values: np.ndarray, target: Target, on_look: Callable[[dict[str, Any]], None] | None
+    ) -> None:
+        self._images, self._values, self._target, self._on_look = images, values, target, on_look
         self.curve: list[dict[str, Any]] = []
 
-    def look(self, model: _Classifier, *, step: int, epoch: int, loss: float) -> tuple[float | None, float]:
+    def look(self, model: Classifier, *, step: int, epoch: int, loss: float) -> tuple[float | None, float]:
         """The macro AUC, None where it is undefined, and the loss; both go into a row of the curve."""
         logits = model.predict(self._images)
-        own = float(_loss(logits, torch.from_numpy(self._values), self._target))
-        score = _macro_auc(_probabilities(logits, self._target), self._values, self._target)
+        own = float(loss_of(logits, torch.from_numpy(self._values), self._target.kind))
+        score = _macro_auc(probabilities_of(logits, self._target.kind), self._values, self._target)
         row = {"step": step, "epoch": epoch, "loss": loss, "validation_loss": own, "validation_auc": score}
         # JSON has no NaN, nor infinity.
         self.curve.append({k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()})
+        if self._on_look is not None:
+            self._on_look(self.curve[-1])
         return score, own
 
 
 def _train(
-    model: _Classifier,
+    model: Classifier,
     images: Images,
     target: Target,
     train: np.ndarray,
@@ -232,7 +204,7 @@ def _train(
     model.train()
     for step, (epoch, batch) in enumerate(_batches(len(train), per_epoch, seed), start=1):
         inputs = _inputs(chosen, batch, views, seed=seed, epoch=epoch, device=device)
-        loss = _loss(model(inputs), values[torch.from_numpy(batch).to(device)], target)
+        loss = loss_of(model(inputs), values[torch.from_numpy(batch).to(device)], target.kind)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -273,19 +245,6 @@ def _inputs(
     if views is None:
         return next(images.select(batch).batches(batch_size=len(batch)))
     return images.views(batch, views, seed=seed, epoch=epoch).to(device).float()
-
-
-def _loss(logits: Tensor, values: Tensor, target: Target) -> Tensor:
-    if target.kind == "multilabel":
-        return binary_cross_entropy_with_logits(logits, values.float())
-    return cross_entropy(logits, values)
-
-
-def _probabilities(logits: Tensor, target: Target) -> np.ndarray:
-    """(n, C) float64 of logits (n, C)."""
-    wide = logits.double()
-    made: np.ndarray = (wide.sigmoid() if target.kind == "multilabel" else wide.softmax(dim=1)).numpy()
-    return made
 
 
 def _macro_auc(probabilities: np.ndarray, values: np.ndarray, target: Target) -> float | None:

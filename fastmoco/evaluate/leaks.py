@@ -10,7 +10,10 @@ import numpy as np
 
 from fastmoco.data.manifest import Manifest
 from fastmoco.data.stats import pixel_hash
+from fastmoco.errors import UserError
 from fastmoco.evaluate.splits import Splits
+
+_LISTED = 20
 
 
 def find_leaks(manifest: Manifest, splits: Splits, *, workers: int = 0) -> list[str]:
@@ -24,6 +27,19 @@ def find_leaks(manifest: Manifest, splits: Splits, *, workers: int = 0) -> list[
     for name in ("train", "validation", "test"):
         part[getattr(splits, name)] = name
     return _patients(manifest, part) + _duplicates(manifest, part, workers or os.cpu_count() or 1)
+
+
+def refuse_leaks(manifest: Manifest, splits: Splits, *, allowed: bool) -> list[str]:
+    """`find_leaks`; raises UserError with the first of them where there are any, unless they are `allowed`."""
+    found = find_leaks(manifest, splits)
+    if found and not allowed:
+        more = [f"and {len(found) - _LISTED:,} more"] if len(found) > _LISTED else []
+        listed = "\n  ".join(found[:_LISTED] + more)
+        raise UserError(
+            f"the splits leak, so that scores would be too good:\n  {listed}\nMend the split column, take one of each "
+            "pair of images out, or pass --allow-leaks"
+        )
+    return found
 
 
 def _patients(manifest: Manifest, part: np.ndarray) -> list[str]:

@@ -11,11 +11,11 @@ import torch
 import tyro
 from rich.console import Console
 
-from fastmoco.data.manifest import Manifest, load_manifest
+from fastmoco.data.manifest import Manifest
 from fastmoco.device import find_device
-from fastmoco.errors import UserError
 from fastmoco.evaluate.baselines import colour_statistics, gray_pixels
 from fastmoco.evaluate.features import extract
+from fastmoco.evaluate.options import LabelledImages
 from fastmoco.evaluate.protocol import evaluate_features
 from fastmoco.evaluate.report import Result, print_result, write_results
 from fastmoco.evaluate.splits import make_splits
@@ -27,35 +27,17 @@ FeatureSets = dict[str, dict[str, np.ndarray]]
 
 
 @dataclass(kw_only=True, slots=True)
-class EvaluateArgs:
+class EvaluateArgs(LabelledImages):
     """Score a pretrained encoder by kNN and linear probes on every residual stage, beside baselines."""
 
     run: tyro.conf.Positional[Path]
     """Run folder (its newest checkpoint), checkpoint, exported encoder, or torchvision ResNet state dict."""
-    data: Path
-    """Folder of images or of tar shards, or .npz file as MedMNIST's."""
-    labels: Path | None = None
-    """CSV file, manifest file or list of findings that lists the images (paths relative to the data folder) with
-    labels and, where known, patient and split; without one, each image's class is its sub-folder, or what the shards
-    or the .npz file say."""
-    label: tuple[str, ...] = ()
-    """Label columns, each evaluated by itself; of a CSV file none if not given, otherwise all."""
-    file_column: str = "file"
-    """Name of the CSV column with the path of the image."""
-    patient_column: str = "patient"
-    """Name of the CSV column with the patient, if the file has one; a patient's images stay in one split."""
-    split_column: str = "split"
-    """Name of the CSV column with the split (train, test, perhaps val), if it has one; drawn otherwise."""
     allow_leaks: bool = False
     """Accept a split column that has images of one patient in two splits; the scores will be too good."""
-    size: int | None = None
-    """Side of the network's input, pixels; that of the run if not given."""
     batch_size: int = 64
     """Images in a batch; does not change the scores."""
     workers: int = 2
     """Processes that load images; 0 loads in the main process."""
-    device: str = "auto"
-    """Device such as cpu or cuda:0; auto takes a GPU where there is one."""
     precision: Precision = "fp32"
     """Arithmetic of the encoder: float32, or bfloat16 autocast, which is faster on GPUs and less exact."""
     baselines: bool = True
@@ -64,12 +46,6 @@ class EvaluateArgs:
     """Seed of the drawn splits, the random encoder and the intervals."""
     out: Path | None = None
     """Folder for evaluation.json, .csv and .md; "evaluation" in the run folder if not given."""
-
-    def __post_init__(self) -> None:
-        for name, least in (("size", 1), ("batch_size", 1), ("workers", 0), ("seed", 0)):
-            value = getattr(self, name)
-            if value is not None and value < least:
-                raise UserError(f"--{name.replace('_', '-')} must be at least {least}, not {value}")
 
 
 def evaluate(
@@ -150,25 +126,9 @@ def evaluate_command(args: EvaluateArgs) -> int:
     """Print a table for each label and write the results. Returns the exit status, 0; raises UserError."""
     device = find_device(args.device)
     encoder = load_encoder(args.run)
-    size = args.size or encoder.image_size
-    if size is None:
-        raise UserError(f"{args.run} does not say what size of image it was trained on: give --size")
+    size = args.input_size(encoder, args.run)
     resize = encoder.resize or 1.0
-    manifest = load_manifest(
-        args.data,
-        args.labels,
-        label=args.label,
-        file_column=args.file_column,
-        patient_column=args.patient_column,
-        split_column=args.split_column,
-    )
-    if not manifest.labels:
-        raise UserError(
-            f"--data {args.data}: no labels to evaluate with; sort the images into two or more class folders, or "
-            "name a CSV file with --labels and its column with --label"
-            if args.labels is None
-            else f"--labels {args.labels}: say with --label which of its columns to evaluate"
-        )
+    manifest = args.labelled()
     for label in manifest.labels:
         # Whatever is wrong with a label's splits is said before minutes go into features.
         make_splits(manifest, label, seed=args.seed, allow_leaks=args.allow_leaks)

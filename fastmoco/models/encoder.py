@@ -70,6 +70,11 @@ class Encoder(nn.Module):
         w = self.width // 8
         return w, 2 * w, 4 * w, 8 * w
 
+    @property
+    def has_head(self) -> bool:
+        """Whether the embedding is another than the pooled stage-4 feature."""
+        return not isinstance(self.head, nn.Identity)
+
     def forward(self, images: Tensor) -> Features:
         """`images` (N, 3, H, W) with values in [0, 1] -> Features."""
         net = self.backbone

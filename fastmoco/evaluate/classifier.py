@@ -1,0 +1,68 @@
+"""What is fine-tuned: an encoder with a linear classifier, its loss and its probabilities."""
+
+from __future__ import annotations
+
+import copy
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
+
+from fastmoco.evaluate.features import evaluating
+from fastmoco.evaluate.images import Images
+from fastmoco.evaluate.targets import Kind
+from fastmoco.models.encoder import Encoder
+from fastmoco.precision import Precision
+
+
+class Classifier(nn.Module):
+    """A copy of an encoder without its head, and a linear layer on its pooled stage-4 feature, drawn from `seed`.
+
+    A `frozen` encoder has no gradients and stays in evaluation mode.
+    """
+
+    def __init__(self, encoder: Encoder, outputs: int, *, frozen: bool, precision: Precision, seed: int) -> None:
+        super().__init__()
+        self.encoder = copy.deepcopy(encoder).float()
+        self.encoder.head = nn.Identity()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            self.classifier = nn.Linear(self.encoder.width, outputs)
+        self.frozen = frozen
+        self.encoder.requires_grad_(not frozen)
+        self.precision = precision
+
+    def train(self, mode: bool = True) -> Classifier:
+        """As every module's, but for a frozen encoder: its BatchNorms must not learn either."""
+        super().train(mode)
+        if self.frozen:
+            self.encoder.eval()
+        return self
+
+    def forward(self, images: Tensor) -> Tensor:
+        """`images` (N, 3, H, W) in [0, 1] -> logits (N, C) float32."""
+        with torch.autocast(images.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
+            feature = self.encoder(images).embedding
+        logits: Tensor = self.classifier(feature.float())
+        return logits
+
+    @torch.no_grad()
+    def predict(self, images: Images) -> Tensor:
+        """Logits (n, C) float32 of every one of the images, on the CPU."""
+        with evaluating(self):
+            return torch.cat([self(batch) for batch in images.batches()]).cpu()
+
+
+def loss_of(logits: Tensor, values: Tensor, kind: Kind) -> Tensor:
+    """Mean cross-entropy of logits (N, C) and (N,) class numbers, or of several labels the binary one, (N, C) each."""
+    if kind == "multilabel":
+        return binary_cross_entropy_with_logits(logits, values.float())
+    return cross_entropy(logits, values)
+
+
+def probabilities_of(logits: Tensor, kind: Kind) -> np.ndarray:
+    """(n, C) float64 of logits (n, C)."""
+    wide = logits.double()
+    made: np.ndarray = (wide.sigmoid() if kind == "multilabel" else wide.softmax(dim=1)).numpy()
+    return made
