@@ -146,6 +146,13 @@ def slurm(args: list[str]) -> int:
     return run("fastmoco slurm", OF_SLURM, args)
 
 
+def study(args: list[str]) -> int:
+    """Compare methods over data, label budgets and seeds, and write a report."""
+    from fastmoco.study.command import StudyArgs, study_command
+
+    return study_command(tyro.cli(StudyArgs, prog="fastmoco study", args=args))
+
+
 def demo(args: list[str]) -> int:
     """Draw tissue patches, pretrain on them, and show what was gained."""
     from fastmoco.demo import DemoArgs, run_demo
@@ -164,6 +171,7 @@ COMMANDS: dict[str, Command] = {
     "plan": plan,
     "doctor": doctor,
     "slurm": slurm,
+    "study": study,
     "demo": demo,
 }
 

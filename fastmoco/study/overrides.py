@@ -1,0 +1,100 @@
+"""Tables of overrides: fields of a recipe and of fine-tuning, by their names."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, get_type_hints
+
+from fastmoco.errors import UserError
+from fastmoco.evaluate.finetune import FinetuneConfig
+from fastmoco.study.typed import convert, read_values, require_known
+from fastmoco.train.config import Config
+from fastmoco.train.recipes import METHODS, find
+
+_GROUPS = ("data", "run", "views", "model", "loss", "optim")
+# What the study says itself, elsewhere.
+_TAKEN = {
+    "data",
+    "labels",
+    "label",
+    "split",
+    "file_column",
+    "patient_column",
+    "split_column",
+    "out",
+    "resume",
+    "seed",
+    "device",
+    "size",
+    "arch",
+    "method",
+    "engine",
+    "zero",
+    "knn_every",
+}
+_TAKEN_OF_FINETUNING = {"mode", "arch", "size"}
+
+
+def recipe_name(domain: str, method: str, *, small: bool) -> str:
+    """The recipe of a domain and method."""
+    return f"{domain}-{method}" + ("-small" if small else "")
+
+
+def apply(config: Config, table: Mapping[str, Any], where: str) -> Config:
+    """`config` with the fields that `table` names replaced.
+
+    Raises UserError for a key that no recipe has or that the study sets itself, and for a value that does not fit.
+    """
+    fields: dict[str, str] = {}
+    for group in _GROUPS:
+        fields |= {field.name: group for field in dataclasses.fields(getattr(config, group))}
+    free = {name: group for name, group in fields.items() if name not in _TAKEN}
+    for name in table:
+        if name in _TAKEN:
+            raise UserError(f"{where}: {name} is not set here: the study sets it, from its other tables")
+    require_known(table, free, where)
+    changes: dict[str, dict[str, Any]] = {}
+    for name, value in table.items():
+        hint = get_type_hints(type(getattr(config, free[name])))[name]
+        changes.setdefault(free[name], {})[name] = convert(value, hint, f"{where}: {name}")
+    try:
+        parts = {group: dataclasses.replace(getattr(config, group), **some) for group, some in changes.items()}
+        return dataclasses.replace(config, **parts)
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from error
+
+
+def for_method(table: Mapping[str, Any], method: str, where: str) -> dict[str, Any]:
+    """The keys of `table` that hold for `method`: those in it, and over them those of its table [.METHOD]."""
+    own = table.get(method, {})
+    if not isinstance(own, dict):
+        raise UserError(f"{where}: {method} must be a table, not {own!r}")
+    return {name: value for name, value in table.items() if name not in METHODS} | own
+
+
+def check_pretrain(recipe: str, method: str, table: Mapping[str, Any], where: str) -> None:
+    """Raise UserError where `table` cannot override `recipe`."""
+    apply(find(recipe)(Path(), Path()), for_method(table, method, where), where)
+
+
+def check_finetune(table: Mapping[str, Any], where: str) -> None:
+    """Raise UserError where `table` does not fit FinetuneConfig."""
+    for name in table:
+        if name in _TAKEN_OF_FINETUNING:
+            raise UserError(f"{where}: {name} is not set here: the study sets it, from its other tables")
+    require_known(table, {field.name: field for field in dataclasses.fields(FinetuneConfig)}, where)
+    values = read_values(FinetuneConfig, table, where)
+    try:
+        FinetuneConfig(**values)
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from error
+
+
+def finetune_config(tables: Sequence[Mapping[str, Any]], **own: Any) -> FinetuneConfig:
+    """The settings that the `tables`, the later over the earlier, and what the study says itself make."""
+    merged: dict[str, Any] = {}
+    for table in tables:
+        merged |= read_values(FinetuneConfig, table, "[finetune]")
+    return FinetuneConfig(**merged, **own)

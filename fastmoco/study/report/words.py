@@ -1,0 +1,43 @@
+"""Numbers in a report's tables."""
+
+from __future__ import annotations
+
+from fastmoco.evaluate.intervals import Estimate
+
+NOT_KNOWN = "-"
+
+
+def scored(estimate: Estimate | None) -> str:
+    """0.873 [0.841, 0.902]."""
+    if estimate is None or estimate.value is None:
+        return NOT_KNOWN
+    if estimate.low is None or estimate.high is None:
+        return f"{estimate.value:.3f}"
+    return f"{estimate.value:.3f} [{estimate.low:.3f}, {estimate.high:.3f}]"
+
+
+def points(estimate: Estimate | None) -> str:
+    """A difference in points, hundredths of a score: +3.1 [+0.2, +6.0]."""
+    if estimate is None or estimate.value is None:
+        return NOT_KNOWN
+    value = f"{100 * estimate.value:+.1f}"
+    if estimate.low is None or estimate.high is None:
+        return value
+    return f"{value} [{100 * estimate.low:+.1f}, {100 * estimate.high:+.1f}]"
+
+
+def seeds(estimate: Estimate | None) -> str:
+    """The least and the greatest of the seeds' means, in points."""
+    if estimate is None or len(estimate.seeds) < 2:
+        return NOT_KNOWN
+    return f"{100 * estimate.seeds.min():+.1f} to {100 * estimate.seeds.max():+.1f}"
+
+
+def number(value: float | None, digits: int = 3) -> str:
+    """A number, or a dash."""
+    return NOT_KNOWN if value is None else f"{value:.{digits}f}"
+
+
+def share(budget: float) -> str:
+    """A budget: 1 %, 100 %."""
+    return f"{100 * budget:g} %"

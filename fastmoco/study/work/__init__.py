@@ -1,0 +1,1 @@
+"""What computes a cell: one module a kind."""

@@ -1,0 +1,66 @@
+"""Fine-tuning as a cell: one start, one budget, one draw of the labels."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Any
+
+from fastmoco.evaluate.cka import feature_reuse
+from fastmoco.evaluate.finetune import Finetuned, finetune
+from fastmoco.models.encoder import Encoder
+from fastmoco.study.cell import Cell
+from fastmoco.study.cells import SECOND, draw_seed, finetune_settings
+from fastmoco.study.config import SCRATCH
+from fastmoco.study.work.context import Context
+from fastmoco.study.work.encoders import load_start
+from fastmoco.study.work.numbers import finite, pack
+from fastmoco.study.work.probing import budget_row
+from fastmoco.study.work.similarity import STAGES
+
+
+def run(cell: Cell, context: Context, needed: dict[str, Cell]) -> dict[str, Any]:
+    """{"probabilities" of the test images, "validation_score", "best_epoch", "best_step", "curve", "budget"}; after
+    full fine-tuning with all labels "reuse" too: CKA of each stage's features before with those after."""
+    s = cell.settings
+    init, seed, second = s["init"], s["seed"], s["target"] == SECOND
+    splits = context.splits
+    images, said = budget_row(context, s["budget"], seed, s["draw"])
+    encoder = None if init == SCRATCH else load_start(context, init, seed, needed)
+    found = finetune(
+        encoder,
+        context.images,
+        context.second if second else context.target,
+        images,
+        splits.validation,
+        splits.test,
+        finetune_settings(context.study, context.data, init, s["mode"]),
+        seed=draw_seed(seed, s["draw"]),
+        device=context.device,
+    )
+    result = {
+        "probabilities": pack(found.probabilities),
+        "validation_score": round(found.validation_score, 6),
+        "best_epoch": found.best_epoch,
+        "best_step": found.best_step,
+        "curve": [{k: round(v, 6) if isinstance(v, float) else v for k, v in row.items()} for row in found.curve],
+        "budget": said,
+    }
+    if s["mode"] == "full" and s["budget"] == 1 and not second:
+        # From scratch, what training kept of the random weights: what reuse is to be compared with.
+        before = Encoder(context.study.grid.arch, seed=draw_seed(seed, s["draw"])) if encoder is None else encoder
+        result["reuse"] = _reuse(context, before, found)
+    return result
+
+
+def _reuse(context: Context, before: Encoder, found: Finetuned) -> dict[str, Any]:
+    """Of each stage: mean and deviation over draws of test images of the CKA before against after."""
+    pictures = context.images.select(context.splits.test)
+    sets = []
+    for encoder in (before, found.encoder):
+        features = pictures.features(encoder, device=context.device)
+        sets.append({stage: features[stage] for stage in STAGES})
+    reuse = {stage: asdict(value) for stage, value in feature_reuse(sets[0], sets[1]).items()}
+    return {
+        stage: {name: finite(value) if isinstance(value, float) else value for name, value in row.items()}
+        for stage, row in reuse.items()
+    }

@@ -1,0 +1,41 @@
+"""How alike the encoders of one seed are, stage by stage: CKA on the test images."""
+
+from __future__ import annotations
+
+from itertools import combinations
+from typing import Any
+
+from fastmoco.evaluate.cka import cka_matrix
+from fastmoco.study.cell import Cell
+from fastmoco.study.work.context import Context
+from fastmoco.study.work.encoders import load_start
+from fastmoco.study.work.numbers import finite
+
+STAGES = ("stage1", "stage2", "stage3", "stage4")
+KERNELS = ("linear", "rbf")
+
+
+def run(cell: Cell, context: Context, needed: dict[str, Cell]) -> dict[str, Any]:
+    """{"pairs": rows {"a", "b", "kernel", "rows", "columns", "values"}}: unbiased CKA of each encoder's stages with
+    each other's, and of each with its own."""
+    seed = cell.settings["seed"]
+    pictures = context.images.select(context.splits.test)
+    sets = {}
+    for init in cell.settings["inits"]:
+        features = pictures.features(load_start(context, init, seed, needed), device=context.device)
+        sets[init] = {stage: features[stage] for stage in STAGES}
+    pairs = [(name, name) for name in sets] + list(combinations(sets, 2))
+    return {"pairs": [_pair(sets, a, b, kernel) for kernel in KERNELS for a, b in pairs]}
+
+
+def _pair(sets: dict[str, Any], a: str, b: str, kernel: Any) -> dict[str, Any]:
+    found = cka_matrix(sets[a], sets[b], kernel=kernel, estimator="unbiased")
+    values = [[finite(round(float(v), 6)) for v in row] for row in found.values]
+    return {
+        "a": a,
+        "b": b,
+        "kernel": kernel,
+        "rows": list(found.rows),
+        "columns": list(found.columns),
+        "values": values,
+    }
