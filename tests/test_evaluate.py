@@ -6,6 +6,7 @@ import csv
 import dataclasses
 import io
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -367,6 +368,20 @@ def test_command_with_class_folders(folder: Path, tmp_path: Path, encoder: Encod
     assert result["label"] == "folder" and result["patients"] is None
     assert {r["encoder"] for r in result["rows"]} == {"pretrained"}
     assert result["origin"] == "test drawn by image; validation drawn by image from the training images"
+
+
+def test_one_image_in_two_splits_stops_the_command_where_it_is_told_to_look(
+    folder: Path, tmp_path: Path, encoder: Encoder
+) -> None:
+    shutil.copytree(folder, tmp_path / "data")
+    shutil.copy(tmp_path / "data" / "000.png", tmp_path / "data" / "060.png")
+    path = tmp_path / "encoder.safetensors"
+    save_encoder(path, encoder, {})
+    labels = tmp_path / "data" / "labels.csv"
+    args = EvaluateArgs(run=path, data=tmp_path / "data", labels=labels, label=("warm",), size=32, duplicates=True)
+    with pytest.raises(UserError, match=r"same pixels: 000\.png \(\w+\), 060\.png \(test\)"):
+        evaluate_command(args)
+    assert not (tmp_path / "evaluation").exists()
 
 
 def test_command_mistakes(folder: Path, tmp_path: Path, encoder: Encoder) -> None:

@@ -210,6 +210,12 @@ def test_it_learns_what_can_be_learnt(images: Images) -> None:
     assert np.abs(said.sum(axis=1) - 1).min() > 0.1
 
 
+def test_bfloat16_is_the_same_to_its_rounding(encoder: Encoder, images: Images, target: Target) -> None:
+    still = replace(QUICK, mode="linear", lr=0.0, epochs=1, views=None)
+    wide, narrow = _run(encoder, images, target, still), _run(encoder, images, target, replace(still, precision="bf16"))
+    assert 0 < np.abs(wide.probabilities - narrow.probabilities).max() < 0.02
+
+
 def test_steps_epochs_and_patience_end_it(encoder: Encoder, images: Images, target: Target) -> None:
     linear = replace(QUICK, mode="linear", views=None, batch_size=5)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
@@ -49,11 +50,11 @@ class FinetuneConfig:
     them, so that none is left out and no batch is of one image."""
     epochs: int = 100
     """Passes over the training images."""
-    least_steps: int = 300
+    least_steps: int = 200
     """Steps that are done even where --epochs would be fewer: for budgets of a few images."""
     most_steps: int = 10_000
     """Steps that are not exceeded even where --epochs would be more."""
-    validate_every: int = 20
+    validate_every: int = 10
     """Least number of steps between looks at the validation images; there is one at the end of an epoch at the most."""
     patience: int | None = None
     """Looks at the validation images without a better score after which training stops; never if not given."""
@@ -123,8 +124,7 @@ def finetune(
     if len(train) < 2:
         raise UserError(f"fine-tuning needs at least 2 training images, not {len(train)}: raise --budget")
     device = torch.device(device)
-    # Random convolutions' algorithms would tell two runs of a GPU apart.
-    with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=True):
+    with _same_convolutions():
         start = Encoder(config.arch, seed=seed) if encoder is None else encoder
         frozen = config.mode == "linear"
         model = Classifier(start, len(target.class_names), frozen=frozen, precision=config.precision, seed=seed)
@@ -144,6 +144,18 @@ def finetune(
         encoder=model.encoder,
         classifier=model.classifier,
     )
+
+
+@contextlib.contextmanager
+def _same_convolutions() -> Iterator[None]:
+    """Keeps cuDNN from choosing by its own timings, and from algorithms that add up in any order."""
+    cudnn = torch.backends.cudnn
+    before = cudnn.benchmark, cudnn.deterministic
+    cudnn.benchmark, cudnn.deterministic = False, True
+    try:
+        yield
+    finally:
+        cudnn.benchmark, cudnn.deterministic = before
 
 
 @dataclass(kw_only=True, slots=True)

@@ -15,6 +15,7 @@ from fastmoco.data.manifest import Manifest
 from fastmoco.device import find_device
 from fastmoco.evaluate.baselines import colour_statistics, gray_pixels
 from fastmoco.evaluate.features import extract
+from fastmoco.evaluate.leaks import refuse_leaks
 from fastmoco.evaluate.options import LabelledImages
 from fastmoco.evaluate.protocol import evaluate_features
 from fastmoco.evaluate.report import Result, print_result, write_results
@@ -33,7 +34,11 @@ class EvaluateArgs(LabelledImages):
     run: tyro.conf.Positional[Path]
     """Run folder (its newest checkpoint), checkpoint, exported encoder, or torchvision ResNet state dict."""
     allow_leaks: bool = False
-    """Accept a split column that has images of one patient in two splits; the scores will be too good."""
+    """Accept a split column that has images of one patient in two splits, and what --duplicates finds; the scores will
+    be too good."""
+    duplicates: bool = False
+    """Also stop where an image is in two splits under two names, by a hash of its pixels, for which every image is read
+    once more."""
     batch_size: int = 64
     """Images in a batch; does not change the scores."""
     workers: int = 2
@@ -131,7 +136,9 @@ def evaluate_command(args: EvaluateArgs) -> int:
     manifest = args.labelled()
     for label in manifest.labels:
         # Whatever is wrong with a label's splits is said before minutes go into features.
-        make_splits(manifest, label, seed=args.seed, allow_leaks=args.allow_leaks)
+        splits = make_splits(manifest, label, seed=args.seed, allow_leaks=args.allow_leaks)
+        if args.duplicates:
+            refuse_leaks(manifest, splits, allowed=args.allow_leaks)
     encoders = {"random": Encoder(encoder.arch, seed=args.seed)} if args.baselines else {}
     features = collect_features(
         {**encoders, "pretrained": encoder},
