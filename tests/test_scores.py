@@ -191,10 +191,10 @@ def test_a_weight_of_two_is_the_image_twice(name: Score, labels: bool) -> None:
         probabilities, values = simplex(rng, 50, 3), rng.integers(0, 3, 50)
     probabilities = np.round(probabilities, 2)
     times = rng.integers(0, 4, (3, 50))
-    found = weighted_score(name, probabilities, values, times.astype(np.float64))
+    found = weighted_score(name, probabilities, values, times.T.astype(np.float64))
     for row, value in zip(times, found, strict=True):
         rows = np.repeat(np.arange(50), row)
-        whole = weighted_score(name, probabilities[rows], values[rows], np.ones((1, len(rows))))[0]
+        whole = weighted_score(name, probabilities[rows], values[rows], np.ones((len(rows), 1)))[0]
         assert value == pytest.approx(whole, abs=1e-12) and 0 < value < 1
 
 
@@ -204,4 +204,4 @@ def test_shapes_that_do_not_fit_and_unknown_names_are_refused() -> None:
     with pytest.raises(ValueError, match="do not fit"):
         auc(np.full((3, 2), 0.5), np.zeros(3, dtype=np.int64), class_names=NAMES)
     with pytest.raises(ValueError, match="there are auc"):
-        weighted_score("roc", np.full((3, 2), 0.5), np.zeros(3, dtype=np.int64), np.ones((1, 3)))  # type: ignore[arg-type]
+        weighted_score("roc", np.full((3, 2), 0.5), np.zeros(3, dtype=np.int64), np.ones((3, 1)))  # type: ignore[arg-type]

@@ -34,8 +34,8 @@ from fastmoco.evaluate.weighted import Score, weighted_score
 INTERVAL = "percentile bootstrap, 95 %, patients redrawn with replacement (images where patients are unknown)"
 DRAWS = 2000
 PERCENTILES = (2.5, 97.5)
-# Weights (draws x images) at a time: enough to keep numpy busy, few enough to stay near the caches.
-_BLOCK = 1_000_000
+# Weights (images x draws) at a time: enough to keep numpy busy, few enough to stay in the caches.
+_BLOCK = 100_000
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -110,7 +110,7 @@ def replicates(
         raise ValueError(f"groups {codes.shape} are not those of {len(values)} images")
     shape = probabilities.shape[:2]
     flat = probabilities.reshape(-1, *probabilities.shape[2:])
-    once = np.ones((1, len(values)))
+    once = np.ones((len(values), 1))
     runs = np.array([weighted_score(score, run, values, once)[0] for run in flat]).reshape(shape)
     count = int(codes.max()) + 1
     by_run = np.full((draws, *shape), np.nan)
@@ -120,7 +120,7 @@ def replicates(
         for start in range(0, draws, block):
             here = min(block, draws - start)
             times = rng.multinomial(count, np.full(count, 1.0 / count), size=here)
-            weights = times[:, codes].astype(np.float64)
+            weights = times.T[codes].astype(np.float64)
             scored = [weighted_score(score, run, values, weights) for run in flat]
             by_run[start : start + here] = np.stack(scored, axis=1).reshape(here, *shape)
     samples = np.einsum("rsd,rsd->r", by_run, run_weights(shape, draws, seed=seed))

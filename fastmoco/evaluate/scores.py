@@ -77,7 +77,7 @@ def score(
         return Scores.undefined("no images to score")
     if not np.isfinite(probabilities).all():
         return Scores.undefined("the predictions hold NaN or infinite values")
-    once = np.ones((1, len(values)))
+    once = np.ones((len(values), 1))
     area = macro(aucs(probabilities, values, once))
     precision = macro(average_precisions(probabilities, values, once))
     f1_value, f1_notes = f1(probabilities, values, class_names=class_names)
@@ -105,7 +105,7 @@ def auc(probabilities: np.ndarray, values: np.ndarray, *, class_names: Sequence[
     Two classes: that of class 1. Otherwise the mean over the classes or labels with both outcomes, the others named.
     """
     _check(probabilities, values, class_names)
-    value = macro(aucs(probabilities, values, np.ones((1, len(values)))))[0]
+    value = macro(aucs(probabilities, values, np.ones((len(values), 1))))[0]
     return _or_none(value), _without_both(values, class_names, what="AUC")
 
 
@@ -113,7 +113,7 @@ def f1(probabilities: np.ndarray, values: np.ndarray, *, class_names: Sequence[s
     """F1 of the most probable class, or of each label above 0.5: of two classes class 1's, otherwise the mean over
     the classes or labels seen or predicted; and what there is to say of it."""
     _check(probabilities, values, class_names)
-    by_column = f1s(probabilities, values, np.ones((1, len(values))))[0]
+    by_column = f1s(probabilities, values, np.ones((len(values), 1)))[0]
     if np.isnan(by_column).all():
         what = "is of class 1" if values.ndim == 1 else "has any label"
         return None, [f"F1 undefined: no image {what}, in truth or by prediction"]

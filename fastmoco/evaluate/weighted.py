@@ -2,13 +2,15 @@
 
 Every function takes probabilities (n, C) float in [0, 1] and values int64: (n,) class numbers for two or more
 exclusive classes, whose probabilities sum to 1, or (n, L) zeros and ones for L labels, each with a probability of
-its own (then C = L). `weights` (draws, n) float64 says how often each image counts in each draw: all ones for the
-plain score, how often its patient was redrawn for a bootstrap. Macro scores are returned by column: class 1 alone of
+its own (then C = L). `weights` (n, draws) float64 says how often each image counts in each draw: all ones for the
+plain score, how often its patient was redrawn for a bootstrap; draws lie side by side, so that sums over images run
+through all draws at once. Macro scores are returned by column: class 1 alone of
 two classes (the other says the same), every class of more, every label. NaN: undefined under these weights.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Literal, get_args
 
 import numpy as np
@@ -63,14 +65,13 @@ def aucs(probabilities: np.ndarray, values: np.ndarray, weights: np.ndarray) -> 
     """(draws, columns) areas under the ROC curve, one against the rest: the weighted share of pairs of a positive
     and a negative image that are in the right order, ties counted half. NaN without both outcomes."""
     positive = outcomes(values, probabilities.shape[1])
-    result = np.empty((len(weights), positive.shape[1]))
+    result = np.empty((weights.shape[1], positive.shape[1]))
     for column, target in enumerate(columns(values, probabilities.shape[1])):
-        up, down = _by_score(probabilities[:, target], positive[:, column], weights)
+        up, down = _ordered(probabilities[:, target], positive[:, column], weights)
         # A positive beats the negatives of lower scores, and half of those of its own.
-        below = np.cumsum(down, axis=1)
-        pairs = up.sum(axis=1) * below[:, -1]
-        below -= 0.5 * down
-        result[:, column] = _ratio(np.einsum("rn,rn->r", up, below), pairs)
+        twice = down.below[np.searchsorted(down.scores, up.scores, side="left")]
+        twice += down.below[np.searchsorted(down.scores, up.scores, side="right")]
+        result[:, column] = _ratio(0.5 * np.einsum("nr,nr->r", up.weights, twice), up.below[-1] * down.below[-1])
     return result
 
 
@@ -79,13 +80,15 @@ def average_precisions(probabilities: np.ndarray, values: np.ndarray, weights: n
     recall times the precision at that threshold (scikit-learn's, without interpolation). NaN without both outcomes,
     as for the AUC, so that both are means over the same columns."""
     positive = outcomes(values, probabilities.shape[1])
-    result = np.empty((len(weights), positive.shape[1]))
+    result = np.empty((weights.shape[1], positive.shape[1]))
     for column, target in enumerate(columns(values, probabilities.shape[1])):
-        up, down = _by_score(-probabilities[:, target], positive[:, column], weights)
-        found, wrong = np.cumsum(up, axis=1), np.cumsum(down, axis=1)
+        up, down = _ordered(probabilities[:, target], positive[:, column], weights)
+        # What a threshold at each positive's own score finds, and what it takes in by mistake.
+        found = up.below[-1] - up.below[np.searchsorted(up.scores, up.scores, side="left")]
+        wrong = down.below[-1] - down.below[np.searchsorted(down.scores, up.scores, side="left")]
         precision = np.divide(found, found + wrong, out=np.zeros_like(found), where=found > 0)
-        total = np.where(wrong[:, -1] > 0, found[:, -1], 0.0)
-        result[:, column] = _ratio(np.einsum("rn,rn->r", up, precision), total)
+        total = np.where(down.below[-1] > 0, up.below[-1], 0.0)
+        result[:, column] = _ratio(np.einsum("nr,nr->r", up.weights, precision), total)
     return result
 
 
@@ -95,15 +98,15 @@ def f1s(probabilities: np.ndarray, values: np.ndarray, weights: np.ndarray) -> n
     classes = probabilities.shape[1]
     true = outcomes(values, classes)
     guessed = outcomes(predictions(probabilities, values), classes)
-    involved = weights @ (true.astype(np.float64) + guessed)
-    return _ratio(2 * (weights @ (true & guessed).astype(np.float64)), involved)
+    involved = weights.T @ (true.astype(np.float64) + guessed)
+    return _ratio(2 * (weights.T @ (true & guessed).astype(np.float64)), involved)
 
 
 def accuracies(probabilities: np.ndarray, values: np.ndarray, weights: np.ndarray) -> np.ndarray:
     """(draws,) share of right `predictions`: of images, or of (image, label) decisions."""
     right = predictions(probabilities, values) == values
     share = right.astype(np.float64) if values.ndim == 1 else right.mean(axis=1)
-    return weights @ share / weights.sum(axis=1)
+    return share @ weights / weights.sum(axis=0)
 
 
 def calibration_errors(probabilities: np.ndarray, values: np.ndarray, weights: np.ndarray) -> np.ndarray:
@@ -126,19 +129,29 @@ def calibration_errors(probabilities: np.ndarray, values: np.ndarray, weights: n
     # Summed over the labels first: bins are weighted by the number of predictions, and every image makes as many.
     by_bin = np.zeros((len(values), CALIBRATION_BINS))
     np.add.at(by_bin, (np.arange(len(values))[:, None], place), excess)
-    return np.abs(weights @ by_bin).sum(axis=1) / (weights.sum(axis=1) * confidence.shape[1])
+    return np.abs(by_bin.T @ weights).sum(axis=0) / (weights.sum(axis=0) * confidence.shape[1])
 
 
-def _by_score(scores: np.ndarray, positive: np.ndarray, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Weights (draws, distinct scores) of the positive and of the negative images at each score, ascending."""
+@dataclass(frozen=True, slots=True)
+class _Ordered:
+    """Images of one outcome by ascending score: `scores` (m,), `weights` (m, draws), and `below` (m + 1, draws), the
+    weight of the first 0, 1, ... m of them."""
+
+    scores: np.ndarray
+    weights: np.ndarray
+    below: np.ndarray
+
+
+def _ordered(scores: np.ndarray, positive: np.ndarray, weights: np.ndarray) -> tuple[_Ordered, _Ordered]:
+    """The positive and the negative images."""
     order = np.argsort(scores, kind="stable")
-    ordered, up = scores[order], positive[order]
-    weight = weights[:, order]
-    ups, downs = weight * up, weight * ~up
-    starts = np.flatnonzero(np.r_[True, ordered[1:] != ordered[:-1]])
-    if len(starts) == len(ordered):
-        return ups, downs
-    return np.add.reduceat(ups, starts, axis=1), np.add.reduceat(downs, starts, axis=1)
+    found = []
+    for chosen in (order[positive[order]], order[~positive[order]]):
+        below = np.zeros((len(chosen) + 1, weights.shape[1]))
+        weight = weights[chosen]
+        np.cumsum(weight, axis=0, out=below[1:])
+        found.append(_Ordered(scores[chosen], weight, below))
+    return found[0], found[1]
 
 
 def _ratio(above: np.ndarray, below: np.ndarray) -> np.ndarray:
