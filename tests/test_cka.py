@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from scipy.spatial.distance import cdist, pdist
 
-from fastmoco.evaluate.cka import PAPER_SIGMA, cka, cka_matrix, feature_reuse
+from fastmoco.evaluate import cka as module
+from fastmoco.evaluate.cka import PAPER_SIGMA, WHOLE, cka, cka_matrix, feature_reuse, unbiased_for
 
 KERNELS = ("linear", "rbf", "paper")
 ESTIMATORS = ("biased", "unbiased", "minibatch")
@@ -107,18 +108,30 @@ def test_minibatches_of_all_images_are_the_unbiased_estimate_and_many_small_ones
 
 
 def test_minibatches_use_every_image_and_no_matrix_of_all(monkeypatch: pytest.MonkeyPatch) -> None:
-    from fastmoco.evaluate import cka as module
-
     seen = []
     plain = module._centred
     monkeypatch.setattr(module, "_centred", lambda g, u: (seen.append(len(g)), plain(g, u))[1])
-    monkeypatch.setattr(module, "_KEPT", 10)
+    monkeypatch.setattr(module, "WHOLE", 10)
     a, b = pair(47, 3, 4)
     few = cka(a, b, estimator="minibatch", batch=10)
     # The set itself and the other: 47 images in four parts, twice.
     assert seen == [12, 12, 12, 12, 12, 12, 11, 11]
-    monkeypatch.setattr(module, "_KEPT", 100)
+    monkeypatch.setattr(module, "WHOLE", 100)
     assert cka(a, b, estimator="minibatch", batch=10) == pytest.approx(few, rel=1e-12)
+
+
+def test_large_sets_are_compared_in_minibatches() -> None:
+    assert (unbiased_for(WHOLE), unbiased_for(WHOLE + 1)) == ("unbiased", "minibatch")
+
+
+def test_the_median_of_many_images_is_that_of_evenly_spaced_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_MEDIAN_OF", 10)
+    a, b = pair(30, 3, 4)
+    k, ell = (np.exp(-cdist(x, x, "sqeuclidean") / (2 * np.median(pdist(x[::3])) ** 2)) for x in (a, b))
+    centre = np.eye(30) - 1 / 30
+    k, ell = centre @ k @ centre, centre @ ell @ centre
+    wanted = (k * ell).sum() / (np.linalg.norm(k) * np.linalg.norm(ell))
+    assert cka(a, b, kernel="rbf") == pytest.approx(wanted, rel=1e-10)
 
 
 def test_unrelated_wide_sets_are_near_1_biased_and_near_0_unbiased() -> None:
@@ -132,7 +145,7 @@ def test_unrelated_wide_sets_are_near_1_biased_and_near_0_unbiased() -> None:
 
 
 def test_closed_forms() -> None:
-    # Two of four orthogonal, centred columns shared: |A'B|^2 = 2 n^2, |A'A| = sqrt(3) n, |B'B| = sqrt(2) n.
+    # Orthogonal, centred columns of one length, two of them in both: |A'B|^2 is 2, |A'A| sqrt(3), |B'B| sqrt(2).
     columns = np.array([[1, 1, 1, 1], [1, -1, 1, -1], [-1, 1, 1, -1], [-1, -1, 1, 1]] * 2, dtype=float)
     columns[4:, 2] = -1
     a, b = columns[:, :3], columns[:, [0, 1]]

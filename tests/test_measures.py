@@ -10,7 +10,8 @@ import torch
 from scipy.special import digamma, ive
 from scipy.stats import entropy
 
-from fastmoco.evaluate.measures import Tmi, alignment, effective_rank, rankme, tmi, uniformity
+from fastmoco.evaluate import measures
+from fastmoco.evaluate.measures import TMI_FLOOR, Tmi, alignment, effective_rank, rankme, tmi, uniformity
 
 
 def white(n: int, d: int) -> np.ndarray:
@@ -70,7 +71,9 @@ def test_uniformity_of_a_simplex_and_of_a_circle() -> None:
     assert uniformity(circle) == pytest.approx(math.log((m * ive(0, 4.0) - 1) / (m - 1)), rel=1e-9)
 
 
-def test_uniformity_is_the_papers_own_expression() -> None:
+@pytest.mark.parametrize("block", [1000, 7])
+def test_uniformity_is_the_papers_own_expression(block: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(measures, "_BLOCK", block)
     features = np.random.default_rng(2).normal(size=(30, 5))
     unit = torch.nn.functional.normalize(torch.from_numpy(features))
     wanted = torch.pdist(unit).pow(2).mul(-2).exp().mean().log().item()
@@ -88,13 +91,13 @@ def tmi_by_hand(features: np.ndarray, labels: np.ndarray, k: int, floor: float) 
     return total
 
 
-@pytest.mark.parametrize("floor", [1e-12, 1.0])
+@pytest.mark.parametrize("floor", [0.0, TMI_FLOOR])
 def test_tmi_is_the_conditional_entropy_by_neighbours(floor: float) -> None:
     rng = np.random.default_rng(3)
     features, labels = rng.normal(size=(60, 4)), rng.integers(0, 3, 60)
     found = tmi(features, labels, floor=floor)
     assert found.value == pytest.approx(tmi_by_hand(features, labels, 3, floor), rel=1e-12)
-    assert (found.floored == 0.0) if floor < 1 else (0.0 < found.floored < 1.0)
+    assert (found.floored == 0.0) if floor == 0 else (0.0 < found.floored < 1.0)
 
 
 def test_tmi_comes_to_the_entropy_of_known_distributions() -> None:
@@ -104,14 +107,24 @@ def test_tmi_comes_to_the_entropy_of_known_distributions() -> None:
     square, bell = 20 * rng.random((n, 2)), 10 * rng.normal(size=(n, 2)) + 1000
     labels = np.r_[np.zeros(n, dtype=int), np.ones(n, dtype=int)]
     wanted = 0.5 * (2 * math.log(20)) + 0.5 * (2 * math.log(10 * math.sqrt(2 * math.pi * math.e)))
-    assert tmi(np.r_[square, bell], labels, floor=1e-9).value == pytest.approx(wanted, abs=0.05)
+    found = tmi(np.r_[square, bell], labels).value
+    assert found == pytest.approx(wanted, abs=0.05)
+    # Stretching by 3 adds log 3 a dimension.
+    assert tmi(3 * np.r_[square, bell], labels).value == pytest.approx(found + 2 * math.log(3), rel=1e-9)
 
 
-def test_tmi_says_when_every_distance_is_below_the_floor() -> None:
+def test_the_published_floor_takes_everything_from_features_of_a_small_scale() -> None:
     features, labels = np.random.default_rng(5).random((40, 3)), np.repeat([0, 1], 20)
     other = features[::-1] ** 2
-    assert tmi(features, labels).floored == tmi(other, labels).floored == 1.0
-    assert tmi(features, labels).value == pytest.approx(tmi(other, labels).value)
+    first, second = tmi(features, labels, floor=TMI_FLOOR), tmi(other, labels, floor=TMI_FLOOR)
+    assert first.floored == second.floored == 1.0 and first.value == pytest.approx(second.value)
+    assert abs(tmi(features, labels).value - tmi(other, labels).value) > 0.1
+
+
+def test_tmi_of_coinciding_images_is_minus_infinity() -> None:
+    features = np.random.default_rng(7).random((20, 3))
+    features[:4] = features[0]
+    assert tmi(features, np.zeros(20, dtype=int)) == (-math.inf, 0.0)
 
 
 def test_tmi_leaves_out_classes_without_enough_neighbours() -> None:

@@ -30,10 +30,11 @@ Estimator = Literal["biased", "unbiased", "minibatch"]
 
 PAPER_SIGMA = 0.8
 BATCH = 256
+# Images up to which all pairs are compared: eight Gram matrices of so many take 256 MiB.
+WHOLE = 2048
 # Where no more than this share of the images is drawn, one draw still differs from the next.
 SHARE = 0.8
-# Images whose whole Gram matrix is kept (32 MiB), and images whose distances give the median.
-_KEPT = 2048
+# Images whose distances give the median.
 _MEDIAN_OF = 2000
 # Centring a matrix that does not vary leaves rounding, of this size relative to its elements.
 _ROUNDING = 64 * np.finfo(np.float64).eps
@@ -60,6 +61,11 @@ class Reuse:
     draws: int
     size: int
     images: int
+
+
+def unbiased_for(images: int) -> Estimator:
+    """The unbiased estimator for so many images: of all of them up to `WHOLE`, of minibatches above."""
+    return "unbiased" if images <= WHOLE else "minibatch"
 
 
 def cka(
@@ -159,7 +165,7 @@ class _Grams:
             self.width = sigma * _median_distance(self.features)
         elif kernel != "linear":
             raise ValueError(f"no kernel {kernel!r}: linear, rbf or paper")
-        self.whole = self._gram(self.features) if len(features) <= _KEPT else None
+        self.whole = self._gram(self.features) if len(features) <= WHOLE else None
 
     def __call__(self, rows: np.ndarray) -> np.ndarray:
         """(m, m): the Gram matrix of the images `rows` (m,)."""
