@@ -41,7 +41,7 @@ def reuse(mean: float, std: float) -> Reuse:
 
 
 def heat_map() -> Figure:
-    values = np.array([[0.93, -0.02], [np.nan, 0.4], [1.0, 0.126]])
+    values = np.array([[0.93, -0.02], [np.nan, 0.4], [0.97, 0.126]])
     found = Alignments(("stage1", "stage2", "final"), STAGES, values)
     return cka_heat_map(found, title="all", rows="MoCo", columns="MSE")
 
@@ -93,10 +93,10 @@ def test_a_heat_map_has_the_matrix_its_numbers_and_one_scale() -> None:
     axes = heat_map().axes[0]
     image = axes.images[0]
     drawn = np.ma.filled(image.get_array(), np.nan)
-    np.testing.assert_array_equal(drawn, [[0.93, -0.02], [np.nan, 0.4], [1.0, 0.126]])
+    np.testing.assert_array_equal(drawn, [[0.93, -0.02], [np.nan, 0.4], [0.97, 0.126]])
     assert image.get_clim() == (0.0, 1.0)
     cells = {text.get_position(): text.get_text() for text in axes.texts}
-    assert cells == {(0, 0): "0.93", (1, 0): "-0.02", (0, 1): "n/a", (1, 1): "0.40", (0, 2): "1.00", (1, 2): "0.13"}
+    assert cells == {(0, 0): "0.93", (1, 0): "-0.02", (0, 1): "n/a", (1, 1): "0.40", (0, 2): "0.97", (1, 2): "0.13"}
     assert [text.get_text() for text in axes.get_xticklabels()] == ["stage1", "stage2"]
     assert [text.get_text() for text in axes.get_yticklabels()] == ["stage1", "stage2", "final"]
     assert (axes.get_ylabel(), axes.get_xlabel()) == ("MoCo", "MSE")
@@ -218,7 +218,7 @@ def test_svg_is_well_formed_stands_beside_others_asks_for_nothing_and_is_the_sam
     assert root.get("role") == "img" and root.get("aria-label") == 'AUC < 1 & "more"' and root.get("viewBox")
     # Every reference is to something in the picture itself, and every id is referred to.
     ids = [element.get("id") for element in root.iter() if element.get("id")]
-    assert len(ids) == len(set(ids))
+    assert len(ids) == len(set(ids)) and all(f"#{name}" in text for name in ids)
     references = [value for element in root.iter() for name, value in element.items() if name.endswith("href")]
     assert all(value.startswith("data:image/png;") or (value[0] == "#" and value[1:] in ids) for value in references)
     assert not [element for element in root.iter() if element.tag.endswith(("script", "metadata"))]
