@@ -7,28 +7,14 @@ that a representation is good: they are for comparing encoders of one width on t
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import numpy as np
 from scipy.spatial import cKDTree
 from scipy.special import digamma
 
 RANKME_EPSILON = 1e-7
 TMI_NEIGHBOURS = 3
-# Of the authors' code, not of their definition.
-TMI_FLOOR = 1.0
 # Rows whose distances to all others are held at a time.
 _BLOCK = 1024
-
-
-class Tmi(NamedTuple):
-    """`value` in nats; `floored` is the share of images in [0, 1] whose neighbour distance was raised to the floor.
-
-    Where `floored` is 1, the value says nothing of the features but their width and the classes' sizes.
-    """
-
-    value: float
-    floored: float
 
 
 def rankme(features: np.ndarray, *, epsilon: float = RANKME_EPSILON) -> float:
@@ -92,7 +78,7 @@ def uniformity(features: np.ndarray, *, t: float = 2.0) -> float:
     return float(np.log(total / (len(rows) * (len(rows) - 1) / 2)))
 
 
-def tmi(features: np.ndarray, labels: np.ndarray, *, neighbours: int = TMI_NEIGHBOURS, floor: float = 0.0) -> Tmi:
+def tmi(features: np.ndarray, labels: np.ndarray, *, neighbours: int = TMI_NEIGHBOURS) -> float:
     """TMI, the variance within classes as an entropy in nats: H(Z | Y) of (n, d) features Z and (n,) classes Y.
 
     Xu and Kang (ICCV 2023) hold an encoder with a higher value to transfer better. H(Z | Y) = sum over classes of
@@ -101,9 +87,9 @@ def tmi(features: np.ndarray, labels: np.ndarray, *, neighbours: int = TMI_NEIGH
     Stoegbauer and Grassberger, Physical Review E 69, 2004); k = 3 is the authors'. It is an entropy of the features
     as they are: a times them is d log a more, so that only features of one width and like scale compare.
 
-    Their published code raises distances below 1 to 1, against distances of 0. It is left out, as it takes all that
-    there is to measure from features of a small scale (every one of a ResNet-18's on 64-pixel patches); `floor` =
-    `TMI_FLOOR` does it. Their code also divides by the number of classes, which changes no order and is left out.
+    Two steps of their published code are left out: it raises distances below 1 to 1 (against distances of 0), which
+    leaves nothing to measure where features are small, such as those of a ResNet-18 on 64-pixel patches, of which it
+    raised every one; and it divides by the number of classes, which changes no order.
 
     A class of `neighbours` images or fewer has no estimate and is left out, p(y) over the others; NaN if all are, and
     -inf where an image and its `neighbours` nearest coincide. Raises ValueError where features and labels differ in
@@ -112,9 +98,9 @@ def tmi(features: np.ndarray, labels: np.ndarray, *, neighbours: int = TMI_NEIGH
     if len(features) != len(labels):
         raise ValueError(f"{len(features)} rows of features for {len(labels)} labels")
     if not np.isfinite(features).all():
-        return Tmi(float("nan"), float("nan"))
+        return float("nan")
     wide = features.astype(np.float64)
-    total, images, floored = 0.0, 0, 0
+    total, images = 0.0, 0
     for label in np.unique(labels):
         own = wide[labels == label]
         if len(own) <= neighbours:
@@ -122,11 +108,10 @@ def tmi(features: np.ndarray, labels: np.ndarray, *, neighbours: int = TMI_NEIGH
         # The nearest of all is the image itself.
         reach = cKDTree(own).query(own, k=[neighbours + 1], p=np.inf)[0][:, 0]
         with np.errstate(divide="ignore"):
-            logs = np.log(2.0 * np.maximum(reach, floor))
+            logs = np.log(2.0 * reach)
         total += len(own) * (digamma(len(own)) - digamma(neighbours) + own.shape[1] * np.mean(logs))
         images += len(own)
-        floored += int((reach < floor).sum())
-    return Tmi(float(total / images), floored / images) if images else Tmi(float("nan"), float("nan"))
+    return float(total / images) if images else float("nan")
 
 
 def _shares(matrix: np.ndarray) -> np.ndarray:

@@ -166,7 +166,6 @@ def measure_table(found: Findings) -> list[Block]:
         "alignment": "alignment",
         "uniformity": "uniformity",
         "tmi": "TMI, nats",
-        "tmi_floored": "floored",
     }
     blocks: list[Block] = []
     for features in ("stage4", "final"):

@@ -56,14 +56,12 @@ def _measures(context: Context, encoder: Encoder, sets: dict[str, np.ndarray]) -
     found: dict[str, dict[str, float | None]] = {}
     for name, features in sets.items():
         own = features[test]
-        within = tmi(own, labels)
         found[name] = {
             "rankme": finite(rankme(own)),
             "effective_rank": finite(effective_rank(own)),
             "alignment": finite(alignment(first[name], second[name])),
             "uniformity": finite(uniformity(own)),
-            "tmi": finite(within.value),
-            "tmi_floored": finite(within.floored),
+            "tmi": finite(tmi(own, labels)),
         }
     return found
 

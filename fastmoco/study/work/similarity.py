@@ -5,7 +5,7 @@ from __future__ import annotations
 from itertools import combinations
 from typing import Any
 
-from fastmoco.evaluate.cka import cka_matrix
+from fastmoco.evaluate.cka import cka_matrix, unbiased_for
 from fastmoco.study.cell import Cell
 from fastmoco.study.work.context import Context
 from fastmoco.study.work.encoders import load_start
@@ -29,7 +29,8 @@ def run(cell: Cell, context: Context, needed: dict[str, Cell]) -> dict[str, Any]
 
 
 def _pair(sets: dict[str, Any], a: str, b: str, kernel: Any) -> dict[str, Any]:
-    found = cka_matrix(sets[a], sets[b], kernel=kernel, estimator="unbiased")
+    images = len(next(iter(sets[a].values())))
+    found = cka_matrix(sets[a], sets[b], kernel=kernel, estimator=unbiased_for(images))
     values = [[finite(round(float(v), 6)) for v in row] for row in found.values]
     return {
         "a": a,
