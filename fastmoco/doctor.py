@@ -29,6 +29,7 @@ PACKAGES = (
     ("nvidia-dali-cuda130", "dali-cuda13"),
     ("deepspeed", "deepspeed"),
     ("pydicom", "dicom"),
+    ("pyarrow", "parquet"),
     ("timm", "timm"),
 )
 INSTRUCTION_SETS = ("avx2", "avx512_f", "avx512_bf16", "avx512_fp16", "amx_bf16", "amx_int8", "sve", "bf16")
