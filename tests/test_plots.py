@@ -127,6 +127,8 @@ def test_distributions_are_drawn_and_the_greatest_gap_is_marked() -> None:
         distance = abs(gaps[at][0] - gaps[at][1])
         np.testing.assert_allclose(axes.lines[2].get_xdata(), [at, at])
         np.testing.assert_allclose(axes.lines[2].get_ydata(), sorted(gaps[at]))
+        low, high = axes.get_xlim()
+        assert low < min(first.min(), second.min()) and high > max(first.max(), second.max())
         assert axes.get_title() == f"{title}\nKS {distance:.2f}" + (" (mean 0.30)" if title == "Mass" else "")
     assert figure.axes[0].lines[0].get_color() == STYLES["barlow"].colour
 

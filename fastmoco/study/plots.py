@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.colors import to_rgba
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import NullFormatter
@@ -146,7 +147,8 @@ def reuse_bars(reuse: Mapping[str, Mapping[str, Reuse]], *, title: str) -> Figur
 def ks_curves(outputs: Sequence[Outputs], *, title: str) -> Figure:
     """Both empirical distribution functions of each of `outputs`, a panel each, with the KS distance marked.
 
-    Dashed: few labels; solid: all labels; the upright bar is the greatest gap, and the title says its height.
+    Dashed: few labels; solid: all labels; the upright bar is the greatest gap, and the title says its height. Each
+    panel spans the outputs that it shows.
     """
     columns = 2 if len(outputs) in (2, 4) else 3
     figure, places = _panels(len(outputs), title, columns=columns)
@@ -160,7 +162,8 @@ def ks_curves(outputs: Sequence[Outputs], *, title: str) -> Figure:
         axes.plot([at, at], heights, color="black", linewidth=2.2, marker="_", markersize=9)
         mean = "" if output.mean is None else f" (mean {output.mean:.2f})"
         axes.set_title(f"{output.title}\nKS {found.statistic:.2f}{mean}", fontsize=SMALLEST)
-        axes.set(xlim=(-0.02, 1.02), ylim=(0.0, 1.02), xticks=(0, 0.5, 1), yticks=(0, 0.5, 1))
+        axes.set(ylim=(0.0, 1.02), yticks=(0, 0.5, 1))
+        axes.locator_params(axis="x", nbins=4)
         if place + columns >= len(outputs):
             axes.set_xlabel("output")
         if place % columns == 0:
@@ -254,7 +257,9 @@ def _draw(axes: Axes, lines: Sequence[Line], levels: Sequence[Level], *, markers
         )
         if line.low is not None and line.high is not None:
             low, high = (np.array(bound, dtype=np.float64) for bound in (line.low, line.high))
-            axes.fill_between(line.x, low, high, color=look.colour, alpha=0.15, linewidth=0)
+            # Bands of several methods lie over each other: their edges tell them apart.
+            face, edge = to_rgba(look.colour, 0.1), to_rgba(look.colour, 0.6)
+            axes.fill_between(line.x, low, high, facecolor=face, edgecolor=edge, linewidth=0.8, linestyle=look.dash)
     for place, level in enumerate(levels):
         axes.axhline(level.value, color=_SPARE[place % len(_SPARE)], linestyle="--", linewidth=1.2, label=level.label)
 

@@ -141,7 +141,9 @@ def output_distances(own: Statistics) -> list[Block]:
     """KS distance of the outputs with few labels from those with all, and both distributions of a typical pair."""
     found = own.found
     truth = found.truth()
-    rows, pictures = [], []
+    rows: list[tuple[str, ...]] = []
+    # One panel a method where one class says it all; otherwise one picture a method, with a panel a class.
+    drawn: dict[str, list[plots.Outputs]] = {}
     smallest = [budget for budget in found.study.grid.budgets if budget < 1]
     for init in found.inits:
         full = found.runs(FULL, init, 1.0)
@@ -152,38 +154,34 @@ def output_distances(own: Statistics) -> list[Block]:
             if not both:
                 cells.append(number(None))
                 continue
-            few_runs = [run for run in complete(few) if run[0] in both]
-            full_runs = [run for run in complete(full) if run[0] in both]
-            a, b = stack(few, few_runs), stack(full, full_runs)
+            a = stack(few, [run for run in complete(few) if run[0] in both])
+            b = stack(full, [run for run in complete(full) if run[0] in both])
             distances = ks_distances(a, b, kind=truth.kind, class_names=truth.class_names)
             cells.append(number(distances.overall))
             if budget == min(smallest):
                 seed, draw = distances.pair
-                outputs = [
-                    plots.Outputs(
-                        title=f"class {name}",
+                chosen = columns(truth.kind, len(truth.class_names))
+                for name, column, mean in zip(distances.class_names, chosen, distances.mean, strict=True):
+                    outputs = plots.Outputs(
+                        title=baseline_name(init) if len(chosen) == 1 else name,
                         few=a[seed, draw, :, column],
                         full=b[seed, 0, :, column],
                         mean=float(mean),
                         method=init,
                     )
-                    for name, column, mean in zip(
-                        distances.class_names, columns(truth.kind, len(truth.class_names)), distances.mean, strict=True
-                    )
-                ]
-                title = f"{found.data.name}, {baseline_name(init)}: {share(budget)} and all labels"
-                who = f"{found.data.name}: outputs on test images, {baseline_name(init)}"
-                caption = f"{who}, {share(budget)} against all labels"
-                pictures.append(
-                    Picture(
-                        name=f"{found.data.name}-ks-{init}",
-                        caption=caption,
-                        figure=plots.ks_curves(outputs, title=title),
-                    )
-                )
+                    drawn.setdefault(f"class {name}" if len(chosen) == 1 else baseline_name(init), []).append(outputs)
         rows.append((baseline_name(init), *cells))
-    if not smallest or not pictures:
+    if not drawn:
         return []
+    said = f"{share(min(smallest))} of the labels against all"
+    pictures = [
+        Picture(
+            name=f"{found.data.name}-ks-{place}",
+            caption=f"{found.data.name}: outputs on test images, {who}, {said}; of each the run nearest to the mean",
+            figure=plots.ks_curves(outputs, title=f"{found.data.name}, {who}: {said}"),
+        )
+        for place, (who, outputs) in enumerate(drawn.items(), start=1)
+    ]
     caption = f"{found.data.name}. KS distance of the outputs from those with all labels (mean of runs and classes)"
     header = ("method", *(f"{share(budget)} of labels" for budget in smallest))
     return [
