@@ -21,7 +21,7 @@ from fastmoco.errors import UserError
 from fastmoco.evaluate.budgets import Budget, draw_budget
 from fastmoco.evaluate.finetune import FinetuneConfig, Finetuned, finetune
 from fastmoco.evaluate.images import load_images
-from fastmoco.evaluate.intervals import INTERVAL, replicates
+from fastmoco.evaluate.intervals import INTERVAL_OF_RUNS, replicates
 from fastmoco.evaluate.leaks import refuse_leaks
 from fastmoco.evaluate.options import LabelledImages
 from fastmoco.evaluate.scores import score
@@ -189,7 +189,7 @@ def _record(
         "images": {part: len(getattr(splits, part)) for part in ("train", "validation", "test")},
         "origin": splits.origin,
         "budget": {"asked": budgets[0].asked, "used": [b.used for b in budgets], "note": budgets[0].note},
-        "auc": {"mean": together.value, "low": together.low, "high": together.high, "interval": INTERVAL},
+        "auc": {"mean": together.value, "low": together.low, "high": together.high, "interval": INTERVAL_OF_RUNS},
         "draws": draws,
         "test": [
             {"file": manifest.files[i], "value": target.values[i].tolist()} for i in splits.test.tolist()

@@ -32,6 +32,10 @@ import numpy as np
 from fastmoco.evaluate.weighted import Score, weighted_score
 
 INTERVAL = "percentile bootstrap, 95 %, patients redrawn with replacement (images where patients are unknown)"
+INTERVAL_OF_RUNS = (
+    "percentile bootstrap, 95 %, redrawn with replacement: patients (images where patients are unknown), pretraining "
+    "seeds, label draws within seeds"
+)
 DRAWS = 2000
 PERCENTILES = (2.5, 97.5)
 # Weights (images x draws) at a time: enough to keep numpy busy, few enough to stay in the caches.
