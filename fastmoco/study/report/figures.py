@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from fastmoco.evaluate.cka import Alignments, Reuse
+from fastmoco.evaluate.cka import PAPER_SIGMA, Alignments, Reuse
 from fastmoco.evaluate.ks import columns, ks_distances
 from fastmoco.study import plots
 from fastmoco.study.report.blocks import Block, Heading, Picture, Table, Text
@@ -16,6 +16,7 @@ from fastmoco.study.report.words import number, share
 from fastmoco.study.work.similarity import STAGES
 
 _AUC = "test AUC"
+KERNELS = {"linear": "linear", "rbf": "RBF, median distance", "paper": f"RBF, absolute {PAPER_SIGMA}"}
 
 
 def label_curves(own: Statistics) -> list[Block]:
@@ -75,22 +76,31 @@ def stage_curves(own: Statistics) -> list[Block]:
 
 
 def heat_maps(found: Findings) -> list[Block]:
-    """CKA between the stages of two encoders, averaged over seeds: linear here, RBF too in the cells."""
-    sums: dict[tuple[str, str], list[np.ndarray]] = {}
+    """CKA between the stages of two encoders, mean of seeds: pictures of linear CKA, and like stages by kernel."""
+    each: dict[tuple[str, str], dict[str, list[np.ndarray]]] = {}
     for record in found.of_kind("similarity"):
         for pair in record["result"]["pairs"]:
-            if pair["kernel"] == "linear" and pair["a"] != pair["b"]:
+            if pair["a"] != pair["b"]:
                 values = np.array([[np.nan if v is None else v for v in row] for row in pair["values"]])
-                sums.setdefault((pair["a"], pair["b"]), []).append(values)
-    blocks: list[Block] = [Heading(level=3, text="How alike the encoders are")] if sums else []
-    for (a, b), each in sums.items():
-        mean = Alignments(STAGES, STAGES, np.mean(each, axis=0))
+                each.setdefault((pair["a"], pair["b"]), {}).setdefault(pair["kernel"], []).append(values)
+    blocks: list[Block] = [Heading(level=3, text="How alike the encoders are")] if each else []
+    rows: list[tuple[str, ...]] = []
+    for (a, b), kernels in each.items():
         names = baseline_name(a), baseline_name(b)
+        means = {kernel: np.mean(values, axis=0) for kernel, values in kernels.items()}
         figure = plots.cka_heat_map(
-            mean, title=f"{found.data.name}: {names[0]} and {names[1]}", rows=names[0], columns=names[1]
+            Alignments(STAGES, STAGES, means["linear"]),
+            title=f"{found.data.name}: {names[0]} and {names[1]}",
+            rows=names[0],
+            columns=names[1],
         )
         caption = f"{found.data.name}: linear CKA (unbiased) on test images, {names[0]} with {names[1]}, mean of seeds"
         blocks.append(Picture(name=f"{found.data.name}-cka-{a}-{b}", caption=caption, figure=figure))
+        for kernel, mean in means.items():
+            rows.append((f"{names[0]}, {names[1]}", KERNELS[kernel], *(number(float(v)) for v in np.diagonal(mean))))
+    if rows:
+        caption = f"{found.data.name}. CKA (unbiased) of like stages of two encoders by kernel, mean of seeds"
+        blocks.append(Table(caption=caption, header=("encoders", "kernel", *STAGES), rows=tuple(rows)))
     return blocks
 
 

@@ -12,7 +12,7 @@ from fastmoco.study.work.encoders import load_start
 from fastmoco.study.work.numbers import finite
 
 STAGES = ("stage1", "stage2", "stage3", "stage4")
-KERNELS = ("linear", "rbf")
+KERNELS = ("linear", "rbf", "paper")
 
 
 def run(cell: Cell, context: Context, needed: dict[str, Cell]) -> dict[str, Any]:
