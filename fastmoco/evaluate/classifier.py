@@ -42,16 +42,25 @@ class Classifier(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """`images` (N, 3, H, W) in [0, 1] -> logits (N, C) float32."""
-        with torch.autocast(images.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
-            feature = self.encoder(images).embedding
-        logits: Tensor = self.classifier(feature.float())
+        logits: Tensor = self.classifier(self._features(images))
         return logits
 
     @torch.no_grad()
-    def predict(self, images: Images) -> Tensor:
-        """Logits (n, C) float32 of every one of the images, on the CPU."""
+    def features(self, images: Images) -> Tensor:
+        """The feature (n, width) float32 of every one of the images, in evaluation mode, on their device."""
         with evaluating(self):
-            return torch.cat([self(batch) for batch in images.batches()]).cpu()
+            return torch.cat([self._features(batch) for batch in images.batches()])
+
+    @torch.no_grad()
+    def classify(self, features: Tensor) -> Tensor:
+        """Logits (n, C) float32 of `features`, on the CPU."""
+        logits: Tensor = self.classifier(features).cpu()
+        return logits
+
+    def _features(self, images: Tensor) -> Tensor:
+        with torch.autocast(images.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
+            feature: Tensor = self.encoder(images).embedding.float()
+        return feature
 
 
 def loss_of(logits: Tensor, values: Tensor, kind: Kind) -> Tensor:

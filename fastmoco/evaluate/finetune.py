@@ -133,7 +133,7 @@ def finetune(
         looks = _Looks(images.select(validation), target.values[validation], target, on_look)
         best = _train(model, images, target, train, looks, config, seed)
         model.load_state_dict(best.weights)
-        logits = model.predict(images.select(test))
+        logits = model.classify(model.features(images.select(test)))
     model.eval()
     return Finetuned(
         probabilities=probabilities_of(logits, target.kind),
@@ -174,11 +174,14 @@ class _Looks:
         self, images: Images, values: np.ndarray, target: Target, on_look: Callable[[dict[str, Any]], None] | None
     ) -> None:
         self._images, self._values, self._target, self._on_look = images, values, target, on_look
+        self._features: Tensor | None = None
         self.curve: list[dict[str, Any]] = []
 
     def look(self, model: Classifier, *, step: int, epoch: int, loss: float) -> tuple[float | None, float]:
         """The macro AUC, None where it is undefined, and the loss; both go into a row of the curve."""
-        logits = model.predict(self._images)
+        if self._features is None or not model.frozen:
+            self._features = model.features(self._images)
+        logits = model.classify(self._features)
         own = float(loss_of(logits, torch.from_numpy(self._values), self._target.kind))
         score = _macro_auc(probabilities_of(logits, self._target.kind), self._values, self._target)
         row = {"step": step, "epoch": epoch, "loss": loss, "validation_loss": own, "validation_auc": score}
