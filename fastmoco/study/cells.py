@@ -184,7 +184,8 @@ def pretrain_config(study: Study, data: Data, method: str, manifest: Path, out: 
     config = find(recipe_name(data.recipe, method, small=data.small))(data.images, out)
     config = dataclasses.replace(
         config,
-        data=dataclasses.replace(config.data, labels=manifest, workers=1),
+        # Of small sets, what decodes makes no difference in speed; on every machine it is to be the same.
+        data=dataclasses.replace(config.data, labels=manifest, workers=1, loader="pillow"),
         run=dataclasses.replace(config.run, knn_every=0, keep_checkpoints=1, resume=True, device=study.grid.device),
         views=dataclasses.replace(config.views, size=data.size),
         model=dataclasses.replace(config.model, arch=study.grid.arch),

@@ -5,11 +5,11 @@ from __future__ import annotations
 import fnmatch
 import signal
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, Literal
 
 import tyro
 from rich.console import Console
@@ -27,6 +27,7 @@ from fastmoco.study.work.context import prepare
 from fastmoco.study.work.encoders import encoder_file
 
 FAILED, UNFINISHED = 1, 3
+MakePool = Callable[[Study, int, str], Pool]
 _REASONS_SHOWN = 5
 
 
@@ -46,8 +47,9 @@ class StudyArgs:
     """Compute the cells that match --only also where they are finished."""
     list: bool = False
     """List the cells, and which are finished, and stop."""
-    report: bool = False
-    """Write the report of what is finished, and stop; needs neither images nor encoders."""
+    report: Literal["after", "only", "none"] = "after"
+    """Write the report after the cells; write it of what is finished and stop, which needs neither images nor encoders;
+    or write none."""
     max_minutes: float | None = None
     """Begin no cell after so many minutes."""
     jobs: int | None = None
@@ -64,15 +66,18 @@ class StudyArgs:
             raise UserError(f"--max-minutes must be 0 or more, not {self.max_minutes}")
 
 
-def study_command(args: StudyArgs) -> int:
-    """Do what `args` say; returns the exit status. Raises UserError for a mistake in the file or the options."""
+def study_command(args: StudyArgs, *, pool: MakePool = Pool) -> int:
+    """Do what `args` say, cells by the processes of `pool`; returns the exit status.
+
+    Raises UserError for a mistake in the file or the options.
+    """
     study = read_study(args.config)
     grid = replace(study.grid, jobs=args.jobs or study.grid.jobs, device=args.device or study.grid.device)
     study = replace(study, grid=grid)
     store, console = Store(study.out), Console(soft_wrap=True)
-    if args.report:
+    if args.report == "only":
         cells = make_cells(study, _stored_prints(study, store))
-        return _finish(study, store, cells, Tally(), console)
+        return _finish(study, store, cells, Tally(), console, report=True)
     store.make()
     cells = make_cells(study, {data.name: prepare(study, data, store).print for data in study.data})
     chosen = _chosen(cells, args.only)
@@ -88,8 +93,8 @@ def study_command(args: StudyArgs) -> int:
     again |= {cell_id for cell_id in todo if cell_id in records}
     tally = Tally()
     if todo:
-        tally = _run(study, store, cells, todo, again, records, args, console)
-    return _finish(study, store, cells, tally, console)
+        tally = _run(study, store, cells, todo, again, records, args, console, pool)
+    return _finish(study, store, cells, tally, console, report=args.report == "after")
 
 
 def to_do(
@@ -148,11 +153,12 @@ def _run(
     records: Mapping[str, Record],
     args: StudyArgs,
     console: Console,
+    make_pool: MakePool,
 ) -> Tally:
     device = find_device(study.grid.device)
-    with Pool(study, study.grid.jobs, str(device)) as pool, _ended_by_signals():
+    with make_pool(study, study.grid.jobs, str(device)) as pool, _ended_by_signals():
         sides = {int(cell.settings["data"]["size"]) for cell in todo.values()}
-        trials = {side: found for side in sides if (found := pool.trial(side)) is not None}
+        trials = {side: pool.trial(side) for side in sides}
         estimate = Estimate(trials)
         estimate.add_all(cells.values(), records, _device_name(device))
         time = in_words(estimate.left(todo, study.grid.jobs))
@@ -176,20 +182,22 @@ def _run(
         return runner.run(pool)
 
 
-def _finish(study: Study, store: Store, cells: Mapping[str, Cell], tally: Tally, console: Console) -> int:
-    from fastmoco.study.report.build import write_report
-
-    paths = write_report(study, store, cells, command_of(study.file))
+def _finish(
+    study: Study, store: Store, cells: Mapping[str, Cell], tally: Tally, console: Console, *, report: bool
+) -> int:
     if tally.failed:
         console.print(f"{len(tally.failed)} cells failed:", highlight=False)
         for cell_id, reason in list(tally.failed.items())[:_REASONS_SHOWN]:
             console.print(f"  {cell_id}: {reason.splitlines()[-1]}", highlight=False, markup=False)
     missing = [cell.id for cell in cells.values() if store.finished(cell) is None]
     if missing:
-        console.print(
-            f"{len(missing)} of {len(cells)} cells are still to be computed: start the command again", highlight=False
-        )
-    console.print(f"report: {', '.join(str(path) for path in paths)}", highlight=False, markup=False)
+        said = f"{len(missing)} of {len(cells)} cells are still to be computed: start the command again"
+        console.print(said, highlight=False)
+    if report:
+        from fastmoco.study.report.build import write_report
+
+        paths = write_report(study, store, cells, command_of(study.file))
+        console.print(f"report: {', '.join(str(path) for path in paths)}", highlight=False, markup=False)
     return FAILED if tally.failed else UNFINISHED if missing else 0
 
 
@@ -200,12 +208,10 @@ def _stored_prints(study: Study, store: Store) -> dict[str, dict[str, Any]]:
         try:
             record = store.read(f"{data.name}.data")
         except Damaged as damaged:
-            raise UserError(f"--report: {damaged}; run the study without --report first") from damaged
+            raise UserError(f"--report only: {damaged}; run the study first") from damaged
         if record is None:
-            raise UserError(
-                f"--report: {store.path(f'{data.name}.data')} is not there: nothing is known of the data {data.name}; "
-                "run the study without --report first"
-            )
+            where = store.path(f"{data.name}.data")
+            raise UserError(f"--report only: {where} is not there, so nothing is known of {data.name}; run the study")
         prints[data.name] = record["result"]["print"]
     return prints
 

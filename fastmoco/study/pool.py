@@ -4,20 +4,25 @@ from __future__ import annotations
 
 import multiprocessing
 import time
+from collections.abc import Callable
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
+from fastmoco.errors import UserError
 from fastmoco.study.config import Study
 from fastmoco.study.worker import Job, Outcome, Trial, serve
 
 _PATIENCE = 60.0
 
+Serve = Callable[[Connection, Study, str], None]
+"""What a process does: see `worker.serve`."""
+
 
 class Pool:
-    """`size` processes, started when they are first needed. Use in a `with` block, which ends them."""
+    """`size` processes that do `serve`, started when they are first needed. Use in a `with` block, which ends them."""
 
-    def __init__(self, study: Study, size: int, device: str) -> None:
-        self._study, self._size, self._device = study, size, device
+    def __init__(self, study: Study, size: int, device: str, *, serve: Serve = serve) -> None:
+        self._study, self._size, self._device, self._serve = study, size, device, serve
         # Fork would copy a runner that holds threads and, where torch was used, a GPU.
         self._context = multiprocessing.get_context("spawn")
         self._idle: list[_Process] = []
@@ -41,8 +46,7 @@ class Pool:
 
     def start(self, job: Job) -> None:
         """Have `job` done by a process that is free."""
-        process = self._idle.pop() if self._idle else _Process(self._context, self._study, self._device)
-        process.connection.send(job)
+        process = self._sent(job)
         self._busy[process.connection] = (process, job)
 
     def wait(self, seconds: float) -> list[Outcome]:
@@ -60,16 +64,32 @@ class Pool:
             time.sleep(seconds)
         return outcomes
 
-    def trial(self, size: int) -> float | None:
-        """Seconds an image of `size` takes a process, through the network and back; None where that failed."""
-        process = self._idle.pop() if self._idle else _Process(self._context, self._study, self._device)
+    def trial(self, size: int) -> float:
+        """Seconds an image of `size` takes a process, through the network and back.
+
+        Raises UserError where the process ends over it: cells would fare no better.
+        """
+        process = self._sent(Trial(size))
         try:
-            process.connection.send(Trial(size))
             found: float = process.connection.recv()
-        except (EOFError, ConnectionError):
-            return None
+        except (EOFError, ConnectionError) as error:
+            raise UserError(f"the study's processes cannot run on {self._device}: {process.death()}") from error
         self._idle.append(process)
         return found
+
+    def _sent(self, task: Job | Trial) -> _Process:
+        """A process that was given `task`: an idle one that still lives, or a new one."""
+        while self._idle:
+            process = self._idle.pop()
+            if process.own.is_alive():
+                process.connection.send(task)
+                return process
+        process = self._new()
+        process.connection.send(task)
+        return process
+
+    def _new(self) -> _Process:
+        return _Process(self._context, self._serve, (self._study, self._device))
 
     def _end(self, *, gently: bool) -> None:
         for process in self._idle:
@@ -77,6 +97,7 @@ class Pool:
         for process, _ in self._busy.values():
             # A pretraining saves what it has; whatever else runs ends at once.
             process.own.terminate()
+            process.connection.close()
         everyone = [*self._idle, *(process for process, _ in self._busy.values())]
         for process in everyone:
             process.own.join(timeout=_PATIENCE if gently or process not in self._idle else 1.0)
@@ -86,9 +107,9 @@ class Pool:
 
 
 class _Process:
-    def __init__(self, context: Any, study: Study, device: str) -> None:
+    def __init__(self, context: Any, serve: Serve, args: tuple[Study, str]) -> None:
         self.connection, theirs = context.Pipe()
-        self.own = context.Process(target=serve, args=(theirs, study, device), daemon=False)
+        self.own = context.Process(target=serve, args=(theirs, *args), daemon=False)
         self.own.start()
         # So that the end of the process is seen as the end of the pipe.
         theirs.close()

@@ -89,7 +89,8 @@ class Runner:
         return self.tally
 
     def _open(self, pool: Pool) -> list[Cell]:
-        """The cells that could be begun now, those that take longest first; pretrainings before all, as others wait."""
+        """The cells that could be begun now, seed by seed, so that what there is when time is up is whole; of one seed
+        pretrainings first, as others wait for them, and then what takes longest."""
         if self._deadline is not None and time.monotonic() >= self._deadline:
             return []
         now = time.monotonic()
@@ -101,7 +102,12 @@ class Runner:
             and self._elsewhere.get(cell.id, now) <= now
             and not any(need in self.todo for need in cell.needs)
         ]
-        return sorted(ready, key=lambda cell: (cell.kind != "pretrain", -self.estimate.seconds(cell)))
+        first = {seed: place for place, seed in enumerate(self.study.grid.seeds)}
+
+        def order(cell: Cell) -> tuple[int, bool, float]:
+            return first.get(cell.settings.get("seed", -1), -1), cell.kind != "pretrain", -self.estimate.seconds(cell)
+
+        return sorted(ready, key=order)
 
     def _next(self, pool: Pool) -> Job | None:
         ready = self._open(pool)

@@ -9,6 +9,7 @@ import json
 import os
 import platform
 from collections.abc import Iterator
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -135,6 +136,7 @@ class Damaged(Exception):
         super().__init__(f"{path}: {reason}")
 
 
+@cache
 def versions() -> dict[str, str]:
     """The versions that a result was computed with."""
     found = {"fastmoco": fastmoco.__version__, "python": platform.python_version()}
@@ -144,6 +146,7 @@ def versions() -> dict[str, str]:
     return found
 
 
+@cache
 def machine() -> str:
     """Processor and number of cores, in words; no name of the machine's own."""
     name = platform.machine()

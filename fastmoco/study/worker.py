@@ -68,8 +68,10 @@ def serve(connection: Connection, study: Study, device: str) -> None:
 
     torch.set_num_threads(study.grid.threads)
     worker = _Worker(study, str(find_device(device)))
-    while (task := connection.recv()) is not None:
-        connection.send(worker.trial(task.size) if isinstance(task, Trial) else worker.compute(task))
+    # A runner that ends closes its side.
+    with contextlib.suppress(EOFError, BrokenPipeError):
+        while (task := connection.recv()) is not None:
+            connection.send(worker.trial(task.size) if isinstance(task, Trial) else worker.compute(task))
 
 
 def _end_with_parent() -> None:
@@ -122,9 +124,9 @@ class _Worker:
         try:
             return WORK[job.cell.kind](job.cell, self._contexts[name], job.needed)
         finally:
-            # Others share the GPU.
-            gc.collect()
             if torch.cuda.is_initialized():
+                # Others share the GPU.
+                gc.collect()
                 torch.cuda.empty_cache()
 
     def _record(self, job: Job, result: dict[str, Any], seconds: float) -> Record:

@@ -96,7 +96,8 @@ def commands(command: str, records: Mapping[str, Record]) -> list[Block]:
     return [
         Heading(level=2, text="Commands"),
         Code(
-            text=f"{command}            # what is missing, then this report\n{command} --report   # this report alone"
+            text=f"{command}                  # what is missing, then this report\n"
+            f"{command} --report only    # this report alone"
         ),
         Listing(items=each, summary=f"Each of the {len(each)} finished cells by itself", folded=True),
     ]

@@ -1,0 +1,142 @@
+"""Small studies on drawn images, and processes for them that compute nothing worth waiting for."""
+
+from __future__ import annotations
+
+import csv
+import os
+import time
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from fastmoco.study import worker
+from fastmoco.study.cell import Cell
+from fastmoco.study.config import Study
+from fastmoco.study.pool import Pool
+from fastmoco.study.work import compute
+
+SETTINGS = """
+[study]
+out = "out"
+seeds = [0]
+budgets = [0.4, 1.0]
+device = "cpu"
+{study}
+
+[[data]]
+name = "drawn"
+images = "images"
+labels = "labels.csv"
+label = "kind"
+multilabel = ["round", "dark"]
+size = 32
+recipe = "histology"
+
+[pretrain]
+steps = 2
+batch_size = 8
+queue_size = 16
+precision = "fp32"
+warmup_epochs = 0
+{pretrain}
+
+[pretrain.barlow]
+projector_width = 16
+
+[probes]
+draws = 2
+
+[finetune]
+draws = 1
+modes = ["full"]
+epochs = 1
+least_steps = 3
+validate_every = 1
+
+[report]
+draws = 100
+{more}
+"""
+
+
+def draw_study(folder: Path, *, study: str = "", pretrain: str = "", more: str = "", count: int = 48) -> Path:
+    """Write study.toml and its `count` images of 36 px; return the file. The rest are lines for the tables."""
+    rng = np.random.default_rng(5)
+    images = folder / "images"
+    if not images.is_dir():
+        images.mkdir(parents=True)
+        rows = []
+        for i in range(count):
+            kind, patient = int(rng.integers(2)), i // 2
+            coarse = rng.integers(60, 180, (6, 6, 3)).astype(np.float64)
+            coarse[..., 0] += 30 * kind
+            Image.fromarray(coarse.astype(np.uint8)).resize((36, 36)).save(images / f"{i:03d}.png")
+            split = "test" if patient % 3 == 2 else "train"
+            drawn = {"round": int(rng.integers(2)), "dark": int(rng.integers(2))}
+            rows.append({"file": f"{i:03d}.png", "patient": f"p{patient}", "split": split, "kind": kind, **drawn})
+        with (folder / "labels.csv").open("w", newline="") as stream:
+            writer = csv.DictWriter(stream, list(rows[0]))
+            writer.writeheader()
+            writer.writerows(rows)
+    file = folder / "study.toml"
+    file.write_text(SETTINGS.format(study=study, pretrain=pretrain, more=more))
+    return file
+
+
+def be_quick(study: Study) -> None:
+    """From now on, in this process, a cell's result is its own name; files in the study's folder "ways" say otherwise.
+
+    "ways/ID" holds "fail", "die" or "sleep SECONDS"; "ways/log" gets the name of each cell that is computed.
+    """
+    ways = study.out / "ways"
+
+    def compute_quickly(cell: Cell, context: object, needed: dict[str, Cell]) -> dict[str, str]:
+        with (ways / "log").open("a") as log:
+            log.write(f"{cell.id}\n")
+        way = (ways / cell.id).read_text().split() if (ways / cell.id).is_file() else []
+        if way[:1] == ["fail"]:
+            raise RuntimeError("it was to fail")
+        if way[:1] == ["die"]:
+            os._exit(7)
+        if way[:1] == ["sleep"]:
+            time.sleep(float(way[1]))
+        return {"name": cell.id}
+
+    for kind in compute.WORK:
+        compute.WORK[kind] = compute_quickly  # type: ignore[assignment]
+    worker._Worker.trial = lambda self, size: 1e-4  # type: ignore[method-assign]
+
+
+def serve_quickly(connection: Connection, study: Study, device: str) -> None:
+    """As `worker.serve`, quickly."""
+    be_quick(study)
+    worker.serve(connection, study, device)
+
+
+class NoProcesses(Pool):
+    """A pool whose cells are computed here, quickly, as soon as they are begun."""
+
+    def __init__(self, study: Study, size: int, device: str) -> None:
+        super().__init__(study, size, device)
+        self._worker = worker._Worker(study, device)
+        self._outcomes: list[worker.Outcome] = []
+
+    @property
+    def free(self) -> int:
+        return self._size - len(self._outcomes)
+
+    @property
+    def running(self) -> list[str]:
+        return [outcome.cell for outcome in self._outcomes]
+
+    def start(self, job: worker.Job) -> None:
+        self._outcomes.append(self._worker.compute(job))
+
+    def wait(self, seconds: float) -> list[worker.Outcome]:
+        outcomes, self._outcomes = self._outcomes, []
+        return outcomes
+
+    def trial(self, size: int) -> float:
+        return 1e-4

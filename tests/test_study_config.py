@@ -1,0 +1,135 @@
+"""What a study's TOML file says, and what is said of mistakes in it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from studies import draw_study
+
+from fastmoco.errors import UserError
+from fastmoco.study.cells import finetune_settings, make_cells, pretrain_config
+from fastmoco.study.config import Study, read_study
+
+PRINTS = {"drawn": {"images": "i", "splits": "s", "label": "l", "multilabel": "m", "train": 26, "validation": 6,
+                    "test": 16}}  # fmt: skip
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def read(folder: Path, **lines: str) -> Study:
+    return read_study(draw_study(folder, **lines))
+
+
+def changed(folder: Path, before: str, after: str) -> Path:
+    file = draw_study(folder)
+    text = file.read_text()
+    assert before in text
+    file.write_text(text.replace(before, after))
+    return file
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "said"),
+    [
+        ('out = "out"', 'outt = "out"', r"study\.toml \[study\]: there is no key 'outt'; did you mean out\?"),
+        ('out = "out"', "", r"\[study\]: out is missing"),
+        ("seeds = [0]", "seeds = 0", r"\[study\]: seeds: must be an array"),
+        ("seeds = [0]", "seeds = [0, 0]", r"\[study\]: seeds: 0 0 holds one twice"),
+        ("seeds = [0]", "seeds = []", r"\[study\]: seeds: name at least one"),
+        ("seeds = [0]", 'seeds = ["a"]', r"\[study\]: seeds: must be a whole number, not 'a'"),
+        ("budgets = [0.4, 1.0]", "budgets = [0.4]", "budgets must hold 1.0"),
+        ("budgets = [0.4, 1.0]", "budgets = [1, 40]", "40.0 is not a share"),
+        ('device = "cpu"', 'device = "cpu"\nmethods = ["mocco"]', "one of scratch, moco, mse, barlow, not 'mocco'"),
+        ("[[data]]", "[data]", "data are tables of their own"),
+        ('name = "drawn"', 'name = "a/b"', "becomes part of file names"),
+        ('label = "kind"', "", r"\[\[data\]\] drawn: label is missing"),
+        ('recipe = "histology"', 'recipe = "fungus"', r"recipe: must be one of histology, chest-xray, fundus"),
+        ("size = 32", "size = true", r"\[\[data\]\] drawn: size: must be a whole number, not True"),
+        ('images = "images"', 'images = "$NOWHERE/images"', "no variable NOWHERE"),
+        ("steps = 2", "stepps = 2", r"\[pretrain\]: there is no key 'stepps'; did you mean steps\?"),
+        ("steps = 2", "steps = 0", r"\[pretrain\]: --steps must be at least 1"),
+        ("steps = 2", "seed = 2", r"\[pretrain\]: seed is not set here"),
+        ("projector_width = 16", "projector_width = 0.5", r"\[pretrain\]: projector_width: must be a whole number"),
+        ("least_steps = 3", "least_stepps = 3", r"\[finetune\]: there is no key 'least_stepps'; did you mean"),
+        ("least_steps = 3", "least_steps = 0", r"\[finetune\]: --least-steps must be at least 1"),
+        ("least_steps = 3", 'mode = "full"', r"\[finetune\]: mode is not set here"),
+        ("[report]", "[leaks]\nallow = ['other']\n[report]", "there are no data called 'other'; there are drawn"),
+        ("[report]", "[reports]", "there is no key 'reports'; did you mean report"),
+        ("seeds = [0]", "seeds = [0", "is not TOML"),
+    ],
+)  # fmt: skip
+def test_a_mistake_is_named_with_file_table_and_key(tmp_path: Path, before: str, after: str, said: str) -> None:
+    with pytest.raises(UserError, match=said) as error:
+        read_study(changed(tmp_path, before, after))
+    assert "study.toml" in str(error.value)
+
+
+def test_a_file_that_is_not_there_is_an_error_for_people(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"none\.toml: cannot be read: No such file"):
+        read_study(tmp_path / "none.toml")
+
+
+def test_paths_may_hold_variables_and_what_to_take_without_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = changed(tmp_path, 'images = "images"', 'images = "${PICTURES:-images}"')
+    assert read_study(file).data[0].images == tmp_path / "images"
+    monkeypatch.setenv("PICTURES", "/elsewhere")
+    assert read_study(file).data[0].images == Path("/elsewhere")
+
+
+def test_overrides_hold_for_all_methods_for_one_and_for_the_data(tmp_path: Path) -> None:
+    study = read_study(changed(tmp_path, "[pretrain]", "[data.pretrain]\nlr = 0.5\nbatch_size = 4\n\n[pretrain]"))
+    data = study.data[0]
+    moco, barlow = (pretrain_config(study, data, method, Path("m"), Path("o")) for method in ("moco", "barlow"))
+    # The data's say over the study's.
+    assert (moco.optim.steps, moco.optim.batch_size, moco.optim.lr) == (2, 4, 0.5)
+    assert moco.loss.projector_width == 2048 and barlow.loss.projector_width == 16
+    settings = finetune_settings(study, data, "scratch", "full")
+    assert (settings.mode, settings.least_steps, settings.arch) == ("scratch", 3, "resnet18")
+    # Fine-tuned with the crops and flips of the domain.
+    assert settings.views is not None
+    assert (settings.views.size, settings.views.crop_scale, settings.views.flip_p) == (32, (0.4, 1.0), 0.5)
+
+
+def test_every_cell_comes_after_what_it_needs(tmp_path: Path) -> None:
+    cells = make_cells(read(tmp_path), PRINTS)
+    before: set[str] = set()
+    for cell in cells.values():
+        assert set(cell.needs) <= before
+        before.add(cell.id)
+    kinds = {kind: sum(cell.kind == kind for cell in cells.values()) for kind in {c.kind for c in cells.values()}}
+    # Four starts at two budgets, and once with several labels.
+    assert kinds == {"data": 1, "baselines": 1, "pretrain": 3, "probes": 4, "similarity": 1, "finetune": 12}
+    assert len({cell.hash for cell in cells.values()}) == len(cells)
+
+
+def test_a_changed_setting_touches_its_own_cells_and_those_after(tmp_path: Path) -> None:
+    before = make_cells(read(tmp_path), PRINTS)
+
+    def touched(cells: dict) -> set[str]:
+        return {cell_id for cell_id in before if cells[cell_id].hash != before[cell_id].hash}
+
+    of_barlow = {cell_id for cell_id in before if "barlow" in cell_id} | {"drawn.similarity.s0"}
+    file = changed(tmp_path, "projector_width = 16", "projector_width = 24")
+    assert touched(make_cells(read_study(file), PRINTS)) == of_barlow
+    file = changed(tmp_path, "least_steps = 3", "least_steps = 4")
+    assert touched(make_cells(read_study(file), PRINTS)) == {c for c in before if "finetune" in c}
+    file = changed(tmp_path, "draws = 2", "draws = 3")
+    assert touched(make_cells(read_study(file), PRINTS)) == {c for c in before if "probes" in c or "baselines" in c}
+    other = {"drawn": PRINTS["drawn"] | {"multilabel": "n"}}
+    of_second = {c for c in before if "multilabel" in c} | {"drawn.data"}
+    assert touched(make_cells(read(tmp_path), other)) == of_second
+    # Where it runs, and how many at a time, is no setting.
+    file = changed(tmp_path, 'device = "cpu"', 'device = "cuda"\njobs = 7')
+    assert touched(make_cells(read_study(file), PRINTS)) == set()
+
+
+def test_the_study_of_the_three_domains_reads(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FASTMOCO_TEST_DATA", "/data")
+    study = read_study(ROOT / "bench" / "study.toml")
+    assert [(data.name, data.size, data.label) for data in study.data] == [
+        ("idc", 64, "idc"), ("idrid", 112, "dr"), ("nih", 64, "abnormal"),
+    ]  # fmt: skip
+    assert len(study.named("nih").multilabel) == 14
+    assert study.grid.budgets == (0.01, 0.1, 1.0) and study.grid.seeds == (0, 1, 2) and study.probes.draws == 7
