@@ -19,7 +19,9 @@ experiments.
 What few seeds can show: S seeds redrawn with replacement show (S - 1) / S of the variance between seeds, two thirds at
 S = 3, and none at S = 1, where the interval holds for that one pretraining only. With three seeds it is the patients'
 part that can be trusted; whether a difference holds for other seeds is better read from `seeds`, the mean of each,
-knowing that three seeds agree in sign by mere chance once in four times.
+knowing that three seeds agree in sign by mere chance once in four times. In simulations with 3 seeds and 40 patients
+(docs/results/coverage.md) the interval of a paired difference held the truth in 97 to 99 % of studies where seeds move
+the AUC by 0.02 or less, in 87 % where they move it by 0.07; with patients alone redrawn, in 74 to 90 % and in 52 %.
 """
 
 from __future__ import annotations
