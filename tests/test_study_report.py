@@ -1,0 +1,221 @@
+"""A tiny study from drawn images to its report."""
+
+from __future__ import annotations
+
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+from sklearn.metrics import roc_auc_score
+from studies import draw_study
+
+from fastmoco.evaluate.intervals import Estimate
+from fastmoco.study.command import StudyArgs, study_command
+from fastmoco.study.pool import Pool
+from fastmoco.study.report.blocks import Code, Heading, Listing, Table, Text
+from fastmoco.study.report.markdown import to_markdown
+from fastmoco.study.report.page import to_html
+from fastmoco.study.report.statistics import complete
+from fastmoco.study.report.verdict import judge
+from fastmoco.study.store import Store
+from fastmoco.study.worker import Job, Outcome, _Worker
+
+PICTURES = {
+    "labels-full", "labels-stage4", "stages-0.4", "stages-1", "cka-random-moco", "cka-random-mse", "cka-random-barlow",
+    "cka-moco-mse", "cka-moco-barlow", "cka-mse-barlow", "reuse", "ks-1",
+    "pretraining", "finetuning",
+}  # fmt: skip
+TABLES = (
+    "The claim at 40 % of the labels", "Each against what needs no pretraining", "Full fine-tuning: test AUC",
+    "Linear probe of stage 4: test AUC", "Linear probe of the stage that is best", "How often each stage was the best",
+    "Full fine-tuning: other test scores", "Full fine-tuning: differences", "Linear probe of stage 4: differences",
+    "2 labels at once", "kNN", "stage 4, mean of seeds", "embedding, mean of seeds", "feature reuse", "KS distance",
+    "Labelled images by budget", "Cells by kind and machine",
+)  # fmt: skip
+
+
+class Here(Pool):
+    """A pool that computes cells in this process, which has imported everything already."""
+
+    def __enter__(self) -> Here:
+        self.worker = _Worker(self._study, self._device)
+        self.outcomes: list[Outcome] = []
+        return self
+
+    @property
+    def free(self) -> int:
+        return self._size - len(self.outcomes)
+
+    @property
+    def running(self) -> list[str]:
+        return [outcome.cell for outcome in self.outcomes]
+
+    def start(self, job: Job) -> None:
+        self.outcomes.append(self.worker.compute(job))
+
+    def wait(self, seconds: float) -> list[Outcome]:
+        outcomes, self.outcomes = self.outcomes, []
+        return outcomes
+
+    def trial(self, size: int) -> float:
+        return self.worker.trial(size)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A study that is computed whole."""
+    file = draw_study(tmp_path_factory.mktemp("study"))
+    assert study_command(StudyArgs(config=file), pool=Here) == 0
+    return file.parent
+
+
+class Page(HTMLParser):
+    """What is in a page: captions of its tables, ids of its figures, and whatever would be fetched or run."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.figures: list[str] = []
+        self.drawn = 0
+        self.captions: list[str] = []
+        self.links: list[str] = []
+        self.tags: set[str] = set()
+        self._caption = False
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.add(tag)
+        own = dict(attrs)
+        if tag == "figure":
+            self.figures.append(own.get("id") or "")
+        self.drawn += tag == "svg"
+        self._caption = tag == "caption"
+        self.links += [own[name] or "" for name in ("href", "src", "xlink:href") if name in own]
+
+    def handle_data(self, text: str) -> None:
+        if self._caption:
+            self.captions.append(text)
+            self._caption = False
+
+
+def test_the_page_holds_every_table_and_picture_and_needs_nothing_else(folder: Path) -> None:
+    text = (folder / "out" / "report" / "report.html").read_text()
+    page = Page(text)
+    assert {name.removeprefix("picture-drawn-") for name in page.figures} == PICTURES
+    assert page.drawn == len(PICTURES)
+    for caption in TABLES:
+        assert any(caption in found for found in page.captions), caption
+    # Nothing is fetched, and nothing runs.
+    assert all(link.startswith(("#", "data:")) for link in page.links), page.links
+    assert not page.tags & {"script", "iframe", "img", "object", "embed"}
+    assert "url(" not in re.sub(r"url\(#[^)]*\)", "", text) and "@import" not in text
+    assert 'name="viewport" content="width=device-width' in text and "@media print" in text
+    # The folder of the study is nobody's business.
+    assert str(folder) not in text
+
+
+def test_the_answer_comes_first(folder: Path) -> None:
+    text = (folder / "out" / "report" / "report.md").read_text()
+    headings = re.findall(r"^## (.*)$", text, re.MULTILINE)
+    assert headings == [
+        "What was asked, and the answer", "drawn", "Label budgets that were used", "Leaks between splits",
+        "What ran where, and how long", "Commands", "Failed and missing cells",
+    ]  # fmt: skip
+    for name in ("MoCo + MSE", "MoCo + Barlow"):
+        assert re.search(rf"\*\*{re.escape(name)}: the claim is (met|refuted|undecided): [+-]\d+\.\d ", text)
+    assert "None: every cell is computed." in text and "None: no patient and no picture is in two splits." in text
+    assert "fastmoco study study.toml --only drawn.probes.moco.s0 --again" in text
+    for name in re.findall(r"\]\((.*\.png)\)", text):
+        assert (folder / "out" / "report" / name).read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+
+
+def test_the_scores_are_those_of_the_stored_probabilities(folder: Path) -> None:
+    store = Store(folder / "out")
+    data = store.read("drawn.data")
+    cell = store.read("drawn.finetune.moco.full.s0.b1.d0")
+    probes = store.read("drawn.probes.moco.s0")
+    assert data is not None and cell is not None and probes is not None
+    truth = data["result"]["targets"]["kind"]["test"]
+    by_hand = roc_auc_score(truth, cell["result"]["probabilities"])
+    runs = [
+        row["probabilities"]
+        for row in probes["result"]["probes"]
+        if row["features"] == "stage4" and row["budget"] == 0.4
+    ]
+    assert len(runs) == 2 and len(truth) == len(runs[0]) == 16
+    text = (folder / "out" / "report" / "report.md").read_text()
+
+    def row_of(caption: str) -> list[str]:
+        table = text[text.index(caption) :].split("\n\n")[1]
+        return next(line for line in table.splitlines() if line.startswith("| MoCo |")).split(" | ")
+
+    assert row_of("Full fine-tuning: test AUC")[2].startswith(f"{by_hand:.3f} ")
+    mean = np.mean([roc_auc_score(truth, run) for run in runs])
+    assert row_of("Linear probe of stage 4: test AUC")[1].startswith(f"{mean:.3f} ")
+
+
+def test_every_cell_says_how_it_came_about(folder: Path) -> None:
+    for path in (folder / "out" / "cells").glob("*.json"):
+        text = path.read_text()
+        record = json.loads(text)
+        assert record["seconds"] > 0 and record["device"] == "cpu" and record["versions"]["torch"]
+        assert record["command"] == f"fastmoco study study.toml --only {record['id']} --again"
+        assert str(folder) not in text
+
+
+def test_the_report_is_made_of_the_cells_alone(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "cells").symlink_to(folder / "out" / "cells")
+    (tmp_path / "study.toml").write_text((folder / "study.toml").read_text())
+    assert study_command(StudyArgs(config=tmp_path / "study.toml", report="only")) == 0
+    for name in ("report.html", "report.md"):
+        assert (tmp_path / "out" / "report" / name).read_text() == (folder / "out" / "report" / name).read_text()
+
+
+def test_a_report_of_half_a_study_says_what_is_missing(folder: Path, tmp_path: Path) -> None:
+    cells = tmp_path / "out" / "cells"
+    cells.mkdir(parents=True)
+    for path in (folder / "out" / "cells").glob("*.json"):
+        if "mse" not in path.name:
+            (cells / path.name).write_text(path.read_text())
+    (cells / "drawn.baselines.json").write_text("{")
+    (tmp_path / "out" / "failures").mkdir()
+    (tmp_path / "out" / "failures" / "drawn.pretrain.mse.s0.txt").write_text("Traceback\nRuntimeError: of all memory\n")
+    (tmp_path / "study.toml").write_text((folder / "study.toml").read_text())
+    assert study_command(StudyArgs(config=tmp_path / "study.toml", report="only")) == 3
+    text = (tmp_path / "out" / "report" / "report.md").read_text()
+    assert "**MoCo + MSE: not computed yet; cells are missing.**" in text
+    assert "drawn.pretrain.mse.s0: RuntimeError: of all memory" in text
+    assert re.search(r"Files that are damaged:\n\n- .*drawn\.baselines\.json: not JSON", text)
+    assert re.search(r"Not computed yet: 5:\n\n(- drawn.*\n?){5}", text), text[-900:]
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "verdict"),
+    [(0.051, 0.2, "met"), (-0.1, 0.049, "refuted"), (0.04, 0.06, "undecided"), (0.05, 0.06, "met")],
+)
+def test_the_verdict_goes_by_the_interval(low: float, high: float, verdict: str) -> None:
+    estimate = Estimate(value=(low + high) / 2, low=low, high=high, samples=np.empty(0), seeds=np.empty(0))
+    assert judge(estimate, 0.05) == verdict
+    assert judge(None, 0.05) == "not computed"
+
+
+def test_seeds_that_lack_a_draw_are_left_out() -> None:
+    assert complete({(0, 0): 1, (0, 1): 1, (1, 0): 1, (2, 1): 1, (2, 0): 1}) == [(0, 0), (0, 1), (2, 0), (2, 1)]
+    assert complete({}) == []
+
+
+def test_text_is_text_whatever_it_holds() -> None:
+    odd = "<b>&| *x* [y](z) </script>"
+    blocks = [
+        Heading(level=2, text=odd), Text(text=odd, strong=True), Code(text=odd), Listing(items=(odd,), summary=odd),
+        Table(caption=odd, header=(odd, "n"), rows=((odd, "1"),)),
+    ]  # fmt: skip
+    page = to_html(odd, blocks)
+    assert "<b>" not in page and "</script>" not in page and page.count("&lt;b&gt;&amp;| *x*") >= 8
+    text = to_markdown(odd, blocks)
+    assert "\\<b\\>&\\| \\*x\\* \\[y\\](z)" in text
+    with pytest.raises(ValueError, match="a row of 1 cells under 2"):
+        Table(caption="c", header=("a", "b"), rows=(("1",),))
