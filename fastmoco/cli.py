@@ -148,9 +148,9 @@ def slurm(args: list[str]) -> int:
 
 def study(args: list[str]) -> int:
     """Compare methods over data, label budgets and seeds, and write a report."""
-    from fastmoco.study.command import StudyArgs, study_command
+    from fastmoco.study.command import read_options, study_command
 
-    return study_command(tyro.cli(StudyArgs, prog="fastmoco study", args=args))
+    return study_command(read_options(args))
 
 
 def demo(args: list[str]) -> int:

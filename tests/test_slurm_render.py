@@ -13,6 +13,7 @@ import pytest
 
 from fastmoco import cli
 from fastmoco.slurm.render import seconds_of
+from studies import draw_study
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = ROOT / "slurm"
@@ -114,6 +115,17 @@ def test_a_study_has_a_task_for_each_recipe_and_seed(capsys: pytest.CaptureFixtu
     assert past.returncode == 2 and "correct --array" in past.stderr
 
 
+def test_the_tasks_of_a_grid_share_a_study(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = draw_study(tmp_path)
+    asked = ["--tasks", "6", "--gpus", "2", "--time", "2:00:00"]
+    script = render(capsys, "grid", *asked, options=[str(file), "--jobs", "3"])
+    assert {"array=0-5", "ntasks-per-node=1", "gpus-per-node=2", "nodes=1", "time=2:00:00"} <= directives(script)
+    # No cell is begun in the last five minutes.
+    assert variable(script, "options") == [str(file), "--jobs", "3", "--max-minutes", "115"]
+    own = render(capsys, "grid", options=[str(file), "--max-minutes", "7"])
+    assert variable(own, "options") == [str(file), "--max-minutes", "7"]
+
+
 def test_a_measurement_keeps_the_batch_of_a_process(capsys: pytest.CaptureFixture[str]) -> None:
     measured = [*RUN, "--batch-size", "512", "--steps", "100"]
     script = render(capsys, "bench", "--nodes", "2", "--gpus", "4", options=measured)
@@ -126,6 +138,9 @@ def test_a_measurement_keeps_the_batch_of_a_process(capsys: pytest.CaptureFixtur
     ("own", "options", "message"),
     [
         (["pretrian"], RUN, "no script 'pretrian'"),
+        (["grid"], ["/no/study.toml"], "/no/study.toml: cannot be read"),
+        (["grid", "--nodes", "2"], ["/no/study.toml"], "--nodes 2: each task of a grid has one node"),
+        (["grid", "--tasks", "0"], ["/no/study.toml"], "--tasks must be at least 1"),
         (["pretrain", "--nodes", "0"], RUN, "--nodes must be at least 1"),
         (["pretrain", "--gpus", "-1"], RUN, "--gpus must be at least 0"),
         (["pretrain", "--time", "soon"], RUN, "--time 'soon' is not a time limit"),
@@ -192,6 +207,7 @@ def test_shellcheck_has_nothing_to_say(tmp_path: Path, capsys: pytest.CaptureFix
         ("pretrain", [], RUN),
         ("bench", [], [*RUN, "--steps", "100"]),
         ("study", STUDY[1:], RUN[1:]),
+        ("grid", [], [str(draw_study(tmp_path))]),
     ):
         script = tmp_path / f"{kind}.sbatch"
         script.write_text(render(capsys, kind, *own, options=options))

@@ -5,11 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from studies import draw_study
 
 from fastmoco.errors import UserError
 from fastmoco.study.cells import finetune_settings, make_cells, pretrain_config
 from fastmoco.study.config import Study, read_study
+from studies import draw_study
 
 PRINTS = {"drawn": {"images": "i", "splits": "s", "label": "l", "multilabel": "m", "train": 26, "validation": 6,
                     "test": 16}}  # fmt: skip

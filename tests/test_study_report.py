@@ -10,7 +10,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 from sklearn.metrics import roc_auc_score
-from studies import draw_study
 
 from fastmoco.evaluate.intervals import Estimate
 from fastmoco.study.command import StudyArgs, study_command
@@ -22,6 +21,7 @@ from fastmoco.study.report.statistics import complete
 from fastmoco.study.report.verdict import judge
 from fastmoco.study.store import Store
 from fastmoco.study.worker import Job, Outcome, _Worker
+from studies import draw_study
 
 PICTURES = {
     "labels-full", "labels-stage4", "stages-0.4", "stages-1", "cka-random-moco", "cka-random-mse", "cka-random-barlow",

@@ -12,7 +12,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from studies import NoProcesses, be_quick, draw_study
 
 from fastmoco.errors import UserError
 from fastmoco.study import worker
@@ -20,6 +19,7 @@ from fastmoco.study.command import StudyArgs, study_command
 from fastmoco.study.config import read_study
 from fastmoco.study.store import Damaged, Store
 from fastmoco.study.work import compute
+from studies import NoProcesses, be_quick, draw_study
 
 TESTS = Path(__file__).parent
 # One pretraining, what follows it and what needs none.

@@ -15,6 +15,7 @@ from urllib.parse import urlsplit
 
 import numpy as np
 import pytest
+
 from studies import draw_study
 
 pytestmark = pytest.mark.system

@@ -12,7 +12,7 @@ import tyro
 
 from fastmoco.atomic import write_text
 from fastmoco.errors import UserError
-from fastmoco.slurm.arguments import run_folder, split, without
+from fastmoco.slurm.arguments import run_folder, split, value_of, without
 from fastmoco.slurm.script import Script
 from fastmoco.train.config import Config
 from fastmoco.train.options import read_options
@@ -21,13 +21,15 @@ KINDS = {
     "pretrain": "one pretraining",
     "bench": "the speed of one process, one node, two, four ... nodes",
     "study": "one pretraining for each of several recipes and seeds",
+    "grid": "a study of methods, data and label budgets, by several tasks that share its cells",
 }
 _USAGE = """usage: fastmoco slurm render {kinds} --nodes N --gpus N --time H:MM:SS [OPTIONS] -- RECIPE PRETRAIN-OPTIONS
 
 {lines}
 
 What follows -- are options of `fastmoco pretrain`, tested now rather than when the job starts; a study has its recipes
-from --recipes. `fastmoco slurm render pretrain --help` lists the options before it."""
+from --recipes, and a grid's are those of `fastmoco study`, its file first. `fastmoco slurm render pretrain --help` lists
+the options before it."""
 
 
 @dataclass(kw_only=True)
@@ -100,6 +102,21 @@ class StudyArgs(JobArgs):
     """Jobs that may run at the same time."""
 
 
+@dataclass(kw_only=True)
+class GridArgs(JobArgs):
+    """What the tasks ask of SLURM: each is one process of `fastmoco study` on one node."""
+
+    tasks: int = 4
+    """Tasks that share the work."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.nodes != 1:
+            raise UserError(f"--nodes {self.nodes}: each task of a grid has one node; ask for more with --tasks")
+        if self.tasks < 1:
+            raise UserError(f"--tasks must be at least 1, not {self.tasks}")
+
+
 def render_command(args: list[str]) -> int:
     """Fill the script and print or write it. Returns the exit status, 0; raises UserError for a mistake."""
     if not args or args[0] in ("-h", "--help"):
@@ -110,13 +127,15 @@ def render_command(args: list[str]) -> int:
     if kind not in KINDS:
         raise UserError(f"fastmoco slurm render: no script {kind!r}: there are {', '.join(KINDS)}")
     own, options = split(rest)
-    shape = StudyArgs if kind == "study" else JobArgs
+    shapes: dict[str, type[JobArgs]] = {"study": StudyArgs, "grid": GridArgs}
     config = (tyro.conf.OmitArgPrefixes,)
-    job = tyro.cli(shape, prog=f"fastmoco slurm render {kind}", args=own, config=config)
+    job = tyro.cli(shapes.get(kind, JobArgs), prog=f"fastmoco slurm render {kind}", args=own, config=config)
     script = Script(kind)
     _fill(script, job)
     if isinstance(job, StudyArgs):
         _fill_study(script, job, options)
+    elif isinstance(job, GridArgs):
+        _fill_grid(script, job, options)
     elif kind == "bench":
         _fill_bench(script, job, options)
     else:
@@ -169,6 +188,20 @@ def _fill_study(script: Script, job: StudyArgs, options: list[str]) -> None:
     script.variable("seeds", [str(seed) for seed in job.seeds])
     script.variable("study", study)
     script.variable("options", _without_resume(options))
+
+
+def _fill_grid(script: Script, job: GridArgs, options: list[str]) -> None:
+    # Late: it brings all of training and evaluation along.
+    from fastmoco.study.command import read_options as read_study_options
+    from fastmoco.study.config import read_study
+
+    read_study(read_study_options(options).config)
+    if value_of("--max-minutes", options) is None:
+        options = [*options, "--max-minutes", str((seconds_of(job.time) - job.notice) // 60)]
+    script.directive("array", f"0-{job.tasks - 1}")
+    # One task starts the processes of its node.
+    script.directive("ntasks-per-node", "1")
+    script.variable("options", options)
 
 
 def _fill_bench(script: Script, job: JobArgs, options: list[str]) -> None:

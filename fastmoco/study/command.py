@@ -66,6 +66,11 @@ class StudyArgs:
             raise UserError(f"--max-minutes must be 0 or more, not {self.max_minutes}")
 
 
+def read_options(args: list[str]) -> StudyArgs:
+    """The options that `args` make. Raises UserError, or exits with 2, for a mistake."""
+    return tyro.cli(StudyArgs, prog="fastmoco study", args=args)
+
+
 def study_command(args: StudyArgs, *, pool: MakePool = Pool) -> int:
     """Do what `args` say, cells by the processes of `pool`; returns the exit status.
 
