@@ -15,7 +15,9 @@ from fastmoco.study import worker
 from fastmoco.study.cell import Cell
 from fastmoco.study.config import Study
 from fastmoco.study.pool import Pool
+from fastmoco.study.store import Store
 from fastmoco.study.work import compute
+from fastmoco.study.work.encoders import encoder_file
 
 SETTINGS = """
 [study]
@@ -102,6 +104,10 @@ def be_quick(study: Study) -> None:
             os._exit(7)
         if way[:1] == ["sleep"]:
             time.sleep(float(way[1]))
+        if cell.kind == "pretrain":
+            file = encoder_file(Store(study.out), cell)
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.touch()
         return {"name": cell.id}
 
     for kind in compute.WORK:

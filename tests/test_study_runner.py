@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -56,16 +56,6 @@ def file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return made
 
 
-def keep_encoders(file: Path) -> None:
-    """As if every finished pretraining had left its encoder."""
-    store = Store(file.parent / "out")
-    for path in store.cells.glob("*.pretrain.*.json"):
-        record = json.loads(path.read_text())
-        folder = store.runs / f"{record['id']}-{record['hash'][:10]}"
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "query.safetensors").touch()
-
-
 def test_finished_cells_are_never_computed_again(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(file) == 0
     assert len(computed(file)) == len(set(computed(file))) == CELLS
@@ -73,7 +63,6 @@ def test_finished_cells_are_never_computed_again(file: Path, capsys: pytest.Capt
     # The estimate comes first.
     first = f"{CELLS} of {CELLS} cells are to be computed on cpu by 1 at a time: about"
     assert said.index(first) < said.index("done in")
-    keep_encoders(file)
     assert run(file) == 0
     assert len(computed(file)) == CELLS
     # Unless one is named.
@@ -83,7 +72,6 @@ def test_finished_cells_are_never_computed_again(file: Path, capsys: pytest.Capt
 
 def test_a_changed_setting_computes_what_it_touches(file: Path) -> None:
     assert run(file) == 0
-    keep_encoders(file)
     file.write_text(file.read_text().replace("least_steps = 3", "least_steps = 4"))
     assert run(file) == 0
     assert sorted(computed(file)[CELLS:]) == sorted(cell for cell in set(computed(file)) if ".finetune." in cell)
@@ -91,7 +79,6 @@ def test_a_changed_setting_computes_what_it_touches(file: Path) -> None:
 
 def test_a_damaged_file_is_noticed_and_computed_again(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(file) == 0
-    keep_encoders(file)
     store = Store(file.parent / "out")
     path = store.path("drawn.baselines")
     path.write_text(path.read_text().replace("drawn.baselines", "drawn.baselinez", 1))
@@ -118,7 +105,6 @@ def test_a_failed_cell_is_reported_and_the_rest_go_on(file: Path, capsys: pytest
     # Mended, they are computed, and nothing else; their failures are forgotten.
     (ways(file) / "drawn.baselines").unlink()
     (ways(file) / "drawn.probes.random.s0").unlink()
-    keep_encoders(file)
     assert run(file) == 0
     assert sorted(computed(file)[CELLS:]) == ["drawn.baselines", "drawn.probes.random.s0"]
     assert list(store.failures.iterdir()) == []
@@ -133,6 +119,9 @@ def test_what_needs_a_failed_cell_is_left(file: Path) -> None:
 
 def test_a_pretraining_whose_encoder_is_gone_is_computed_again_where_it_is_needed(file: Path) -> None:
     assert run(file) == 0
+    shutil.rmtree(file.parent / "out" / "runs")
+    assert run(file) == 0
+    assert len(computed(file)) == CELLS
     Store(file.parent / "out").path("drawn.baselines").unlink()
     assert run(file) == 0
     assert computed(file)[CELLS:] == ["drawn.baselines"]
@@ -229,7 +218,6 @@ def test_killed_in_the_middle_it_goes_on_where_it_was(file: Path) -> None:
     before = len(computed(file))
     assert finished and "drawn.similarity.s0" not in finished
     (ways(file) / "drawn.similarity.s0").unlink()
-    keep_encoders(file)
     # What it was computing was killed with it: else its lock would be held still, and this would wait for it.
     assert run(file) == 0
     assert not finished & set(computed(file)[before:])

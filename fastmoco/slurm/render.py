@@ -28,8 +28,8 @@ _USAGE = """usage: fastmoco slurm render {kinds} --nodes N --gpus N --time H:MM:
 {lines}
 
 What follows -- are options of `fastmoco pretrain`, tested now rather than when the job starts; a study has its recipes
-from --recipes, and a grid's are those of `fastmoco study`, its file first. `fastmoco slurm render pretrain --help` lists
-the options before it."""
+from --recipes, and a grid's are those of `fastmoco study`, its file first. `fastmoco slurm render pretrain --help`
+lists the options before it."""
 
 
 @dataclass(kw_only=True)

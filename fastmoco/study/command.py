@@ -24,7 +24,7 @@ from fastmoco.study.pool import Pool
 from fastmoco.study.runner import Runner, Tally, command_of
 from fastmoco.study.store import Damaged, Record, Store
 from fastmoco.study.work.context import prepare
-from fastmoco.study.work.encoders import encoder_file
+from fastmoco.study.work.encoders import is_whole
 
 FAILED, UNFINISHED = 1, 3
 MakePool = Callable[[Study, int, str], Pool]
@@ -94,8 +94,6 @@ def study_command(args: StudyArgs, *, pool: MakePool = Pool) -> int:
         return 0
     again = frozenset(chosen) if args.again else frozenset()
     todo = to_do(store, cells, chosen, records, again)
-    # What is computed again only because its encoder is gone is as finished as any other that is forced.
-    again |= {cell_id for cell_id in todo if cell_id in records}
     tally = Tally()
     if todo:
         tally = _run(study, store, cells, todo, again, records, args, console, pool)
@@ -112,7 +110,7 @@ def to_do(
     def add(cell: Cell) -> None:
         wanted.add(cell.id)
         for need in cell.needs:
-            if need not in records or not encoder_file(store, cells[need]).is_file():
+            if not is_whole(store, cells[need]):
                 add(cells[need])
 
     for cell_id in chosen:

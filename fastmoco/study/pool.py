@@ -56,8 +56,10 @@ class Pool:
             assert isinstance(connection, Connection)
             process, job = self._busy.pop(connection)
             try:
-                outcomes.append(connection.recv())
-                self._idle.append(process)
+                outcome = connection.recv()
+                outcomes.append(outcome)
+                if not outcome.last:
+                    self._idle.append(process)
             except (EOFError, ConnectionError):
                 outcomes.append(Outcome(cell=job.cell.id, state="failed", reason=process.death()))
         if not self._busy and not outcomes:

@@ -78,7 +78,7 @@ class Runner:
                 self._leave_hopeless()
                 while pool.free and (job := self._next(pool)) is not None:
                     pool.start(job)
-                if not pool.running and not self._elsewhere and not self._open(pool):
+                if not pool.running and (self._late() or not (self._elsewhere or self._open(pool))):
                     break
                 for outcome in pool.wait(_LOOK):
                     self._take(outcome, progress)
@@ -91,7 +91,7 @@ class Runner:
     def _open(self, pool: Pool) -> list[Cell]:
         """The cells that could be begun now, seed by seed, so that what there is when time is up is whole; of one seed
         pretrainings first, as others wait for them, and then what takes longest."""
-        if self._deadline is not None and time.monotonic() >= self._deadline:
+        if self._late():
             return []
         now = time.monotonic()
         running = set(pool.running)
@@ -143,6 +143,9 @@ class Runner:
         elif outcome.state == "found":
             self.tally.found.append(cell.id)
             progress.console.print(f"{cell.id}: done by another process", highlight=False)
+        elif outcome.state == "stopped":
+            self.tally.left[cell.id] = outcome.reason
+            progress.console.print(f"{cell.id}: {outcome.reason}", highlight=False, markup=False)
         else:
             self._fail(cell.id, outcome.reason, progress)
 
@@ -162,7 +165,10 @@ class Runner:
             gone = next((n for n in cell.needs if n in self.tally.failed or n in self.tally.left), None)
             if gone is not None:
                 del self.todo[cell.id]
-                self.tally.left[cell.id] = f"{gone}, which it needs, failed"
+                self.tally.left[cell.id] = f"{gone}, which it needs, is not there"
+
+    def _late(self) -> bool:
+        return self._deadline is not None and time.monotonic() >= self._deadline
 
     def _count(self) -> int:
         tally = self.tally

@@ -103,6 +103,14 @@ class Store:
         except FileNotFoundError:
             return None
 
+    def failed_since(self, cell_id: str, moment: float) -> str | None:
+        """Why a cell failed, if that was after `moment` (seconds of the epoch)."""
+        try:
+            late = self.failure_path(cell_id).stat().st_mtime > moment
+        except FileNotFoundError:
+            return None
+        return self.failure(cell_id) if late else None
+
     @contextlib.contextmanager
     def locked(self, cell_id: str) -> Iterator[bool]:
         """Whether the cell is this process's alone, for as long as the block lasts; never waits.

@@ -22,6 +22,8 @@ from fastmoco.errors import UserError
 from fastmoco.study.cell import Cell, digest
 from fastmoco.study.config import Study
 from fastmoco.study.store import FORMAT, Record, Store, machine, versions
+from fastmoco.study.work.encoders import is_whole
+from fastmoco.train.pretrain import Stopped
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,12 +43,14 @@ class Job:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Outcome:
-    """What became of a job: `busy`, another process works on it; `found`, another process has finished it."""
+    """What became of a job: `busy`, another process works on it; `found`, another process has finished it; `stopped`,
+    it was asked to end. `last`: the process ends over it."""
 
     cell: str
     state: Literal["done", "found", "busy", "failed", "stopped"]
     seconds: float = 0.0
     reason: str = ""
+    last: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +75,10 @@ def serve(connection: Connection, study: Study, device: str) -> None:
     # A runner that ends closes its side.
     with contextlib.suppress(EOFError, BrokenPipeError):
         while (task := connection.recv()) is not None:
-            connection.send(worker.trial(task.size) if isinstance(task, Trial) else worker.compute(task))
+            answer = worker.trial(task.size) if isinstance(task, Trial) else worker.compute(task)
+            connection.send(answer)
+            if isinstance(answer, Outcome) and answer.last:
+                return
 
 
 def _end_with_parent() -> None:
@@ -93,10 +100,9 @@ class _Worker:
         with store.locked(cell.id) as own:
             if not own:
                 return Outcome(cell=cell.id, state="busy")
-            if not job.again and store.finished(cell):
+            if not job.again and is_whole(store, cell):
                 return Outcome(cell=cell.id, state="found")
-            reason = store.failure(cell.id)
-            if reason is not None and store.failure_path(cell.id).stat().st_mtime > job.since:
+            if (reason := store.failed_since(cell.id, job.since)) is not None:
                 return Outcome(cell=cell.id, state="failed", reason=reason)
             start = time.perf_counter()
             try:
@@ -104,10 +110,11 @@ class _Worker:
                     result = self._result(job)
             except UserError as error:
                 return self._failed(cell, str(error))
-            except Exception as error:
-                if type(error).__name__ == "Stopped":
-                    return Outcome(cell=cell.id, state="stopped", reason=str(error))
-                return self._failed(cell, traceback.format_exc())
+            except Stopped as stopped:
+                return Outcome(cell=cell.id, state="stopped", reason=str(stopped), last=True)
+            except Exception:
+                # A GPU that met an error answers nothing more in this process.
+                return self._failed(cell, traceback.format_exc(), last=self.device.startswith("cuda"))
             seconds = time.perf_counter() - start
             store.write(self._record(job, result, seconds))
             return Outcome(cell=cell.id, state="done", seconds=seconds)
@@ -131,7 +138,8 @@ class _Worker:
 
     def _record(self, job: Job, result: dict[str, Any], seconds: float) -> Record:
         cell = job.cell
-        inputs = {need: record["key"] for need in cell.needs if (record := self.store.read(need)) is not None}
+        needed = {need: self.store.finished(other) for need, other in job.needed.items()}
+        inputs = {need: record["key"] for need, record in needed.items() if record is not None}
         return {
             "format": FORMAT,
             "id": cell.id,
@@ -155,9 +163,9 @@ class _Worker:
 
         return torch.cuda.get_device_name(self.device) if self.device.startswith("cuda") else "cpu"
 
-    def _failed(self, cell: Cell, reason: str) -> Outcome:
+    def _failed(self, cell: Cell, reason: str, *, last: bool = False) -> Outcome:
         self.store.write_failure(cell.id, reason)
-        return Outcome(cell=cell.id, state="failed", reason=reason.rstrip())
+        return Outcome(cell=cell.id, state="failed", reason=reason.rstrip(), last=last)
 
     def trial(self, size: int) -> float:
         import torch

@@ -27,6 +27,11 @@ def encoder_file(store: Store, cell: Cell) -> Path:
     return run_folder(store, cell) / _FILE
 
 
+def is_whole(store: Store, cell: Cell) -> bool:
+    """Whether `cell` is finished, and if it pretrains has its encoder still."""
+    return store.finished(cell) is not None and (cell.kind != "pretrain" or encoder_file(store, cell).is_file())
+
+
 def keep_query(run: Path) -> Path:
     """Keep of the newest checkpoint of a finished `run` the query encoder alone, a tenth of its size; return its file.
 
