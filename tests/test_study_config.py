@@ -92,6 +92,15 @@ def test_overrides_hold_for_all_methods_for_one_and_for_the_data(tmp_path: Path)
     assert (settings.views.size, settings.views.crop_scale, settings.views.flip_p) == (32, (0.4, 1.0), 0.5)
 
 
+def test_views_of_fine_tuning_may_be_said(tmp_path: Path) -> None:
+    file = changed(tmp_path, "[report]", "[finetune.views]\nsize = 32\ncrop_scale = [0.9, 1.0]\n\n[report]")
+    study = read_study(file)
+    views = finetune_settings(study, study.data[0], "moco", "full").views
+    assert views is not None and (views.crop_scale, views.flip_p) == ((0.9, 1.0), 0.0)
+    with pytest.raises(UserError, match=r"\[finetune\]: views: crop_scale: needs 2 values, not 1"):
+        read_study(changed(tmp_path, "[report]", "[finetune.views]\ncrop_scale = [0.9]\n\n[report]"))
+
+
 def test_every_cell_comes_after_what_it_needs(tmp_path: Path) -> None:
     cells = make_cells(read(tmp_path), PRINTS)
     before: set[str] = set()

@@ -9,7 +9,7 @@ import numpy as np
 from fastmoco.evaluate.intervals import Estimate, Replicates, mean_over_domains, paired, replicates
 from fastmoco.evaluate.scores import auc
 from fastmoco.evaluate.weighted import Score
-from fastmoco.study.report.gather import Findings, Run, Truth
+from fastmoco.study.report.gather import BASELINES, Findings, Run, Truth
 
 # Redraws of patients, the same for all methods on one set of images.
 _SEED = 0
@@ -25,7 +25,7 @@ class Statistics:
     def estimate(self, measure: str, init: str, budget: float, score: Score = "auc") -> Replicates | None:
         """The mean score over all whole seeds, those that have every draw, with its interval; None without one."""
         runs = self.found.runs(measure, init, budget)
-        return self._of(("one", measure, init, budget), runs, complete(runs), self.found.truth(), score)
+        return self._of(("one", *_source(measure, init), budget), runs, complete(runs), self.found.truth(), score)
 
     def second(self, init: str, score: Score = "auc") -> Replicates | None:
         """As `estimate`, for the second target."""
@@ -35,9 +35,9 @@ class Statistics:
     def difference(self, measure: str, a: str, b: str, budget: float, score: Score = "auc") -> Estimate | None:
         """`a` minus `b` over the runs that both have: the same seeds and the same labels."""
         return self._difference(
-            ("one", measure, a, budget),
+            ("one", *_source(measure, a), budget),
             self.found.runs(measure, a, budget),
-            ("one", measure, b, budget),
+            ("one", *_source(measure, b), budget),
             self.found.runs(measure, b, budget),
             self.found.truth(),
             score,
@@ -78,6 +78,11 @@ class Statistics:
             groups = self.found.groups
             self._kept[key] = replicates(stacked, truth.values, groups, score, draws=self.draws, seed=_SEED)
         return self._kept[key]
+
+
+def _source(measure: str, init: str) -> tuple[str, str]:
+    """A baseline is the same whatever the methods beside it are measured by."""
+    return ("baseline", init) if init in BASELINES else (measure, init)
 
 
 def complete(runs: Mapping[Run, object]) -> list[Run]:
