@@ -9,7 +9,7 @@ import numpy as np
 from torch import Tensor
 
 from fastmoco.evaluate.features import stage_features
-from fastmoco.evaluate.images import Images
+from fastmoco.evaluate.images import Images, views_device
 from fastmoco.evaluate.knn import knn_probabilities
 from fastmoco.evaluate.measures import alignment, effective_rank, rankme, tmi, uniformity
 from fastmoco.models.encoder import Encoder
@@ -51,7 +51,7 @@ def run(cell: Cell, context: Context, needed: dict[str, Cell]) -> dict[str, Any]
 def _measures(context: Context, encoder: Encoder, sets: dict[str, np.ndarray]) -> dict[str, dict[str, float | None]]:
     test = context.splits.test
     labels = context.target.values[test]
-    pictures = context.images.select(test)
+    pictures = context.images.select(test).on(views_device(context.device))
     first, second = (_of_views(context, encoder, pictures, number) for number in (1, 2))
     found: dict[str, dict[str, float | None]] = {}
     for name, features in sets.items():
