@@ -196,6 +196,7 @@ def wait_for(condition: Callable[[], bool], seconds: float = 240.0) -> None:
         time.sleep(0.02)
 
 
+@pytest.mark.system
 def test_two_at_once_share_the_work_and_a_process_that_dies_takes_one_cell_along(file: Path) -> None:
     ways(file, drawn_pretrain_moco_s0="sleep 0.3", drawn_data="sleep 0.3", drawn_probes_random_s0="die")
     both = [started(file), started(file)]
@@ -208,6 +209,7 @@ def test_two_at_once_share_the_work_and_a_process_that_dies_takes_one_cell_along
     assert len(others) == len(set(others)) == CELLS - 1
 
 
+@pytest.mark.system
 def test_killed_in_the_middle_it_goes_on_where_it_was(file: Path) -> None:
     ways(file, drawn_similarity_s0="sleep 600")
     process = started(file)
