@@ -57,7 +57,7 @@ def make_report(study: Study, store: Store, cells: Mapping[str, Cell], command: 
     else:
         lacking = ", ".join(found.data.name for found in every if found.described is None)
         blocks.append(Text(text=f"No answer yet: nothing is known of {lacking}.", strong=True))
-    blocks.append(_how())
+    blocks.append(_how(len(study.grid.seeds)))
     for own in known:
         blocks.append(Heading(level=2, text=own.found.data.name))
         blocks += tables.describe(own.found)
@@ -79,11 +79,17 @@ def make_report(study: Study, store: Store, cells: Mapping[str, Cell], command: 
     return blocks
 
 
-def _how() -> Text:
+def _how(seeds: int) -> Text:
+    # Redrawn with replacement, S seeds vary by (S - 1) / S of their variance.
+    shown = (
+        "One seed shows nothing of the variance between seeds: the intervals are those of this one alone."
+        if seeds == 1
+        else f"{seeds} seeds redrawn show {seeds - 1}/{seeds} of the variance between seeds, so that the least and the "
+        "greatest of them stand beside."
+    )
     return Text(
         text="All scores are of test images that nothing was chosen on. Intervals are 95 % percentile bootstraps that "
         "redraw the patients of the test set (images where patients are unknown), the pretraining seeds, and within "
-        "each the label draws; differences are paired, run by run, on the same patients. Three seeds show two thirds "
-        "of the variance between seeds, so that the least and the greatest of them stand beside. Points are hundredths "
-        "of AUC."
+        "each the label draws; differences are paired, run by run, on the same patients. "
+        f"{shown} Points are hundredths of AUC."
     )
