@@ -13,7 +13,8 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed-$(subst $(comma),-,$(EXTRAS))
 # What `make test` runs is needed whatever the extras.
 TOOLS := pytest pytest-xdist hypothesis ruff mypy
-# Tests at a time, of one thread each: those that are about threads say how many. More than four take memory for little.
+# Files of tests at a time, of one thread each (those that are about threads say how many): what the tests of a file share
+# is costly to make. More than four take memory for little.
 JOBS ?= $(shell n=$$(nproc 2>/dev/null || echo 2); echo $$((n < 4 ? n : 4)))
 
 .DELETE_ON_ERROR:
@@ -25,7 +26,7 @@ demo: $(STAMP)
 	$(BIN)/fastmoco demo
 
 test: lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS) --durations=10
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS) --dist loadscope --no-loadscope-reorder --durations=10
 
 test-system: $(STAMP)
 	$(BIN)/python -m pytest -q --durations=10 -m system

@@ -73,7 +73,10 @@ def test_an_interrupt_ends_the_step_too(tmp_path: Path) -> None:
     began, late = tmp_path / "began", tmp_path / "late"
     code = f"import time; open({str(began)!r}, 'w'); time.sleep(3); open({str(late)!r}, 'w')"
     command = [sys.executable, "-c", code]
-    program = f"from bench import gpu; from pathlib import Path; gpu.run(gpu.Step('s', {command}, 9.0), Path('.'), 9.0)"
+    # What a shell starts in the background is deaf to it.
+    program = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
+    program += "from bench import gpu; from pathlib import Path; "
+    program += f"gpu.run(gpu.Step('s', {command}, 9.0), Path('.'), 9.0)"
     options = {"cwd": tmp_path, "env": os.environ | {"PYTHONPATH": str(ROOT)}, "stderr": subprocess.PIPE}
     with subprocess.Popen([sys.executable, "-c", program], **options) as runner:
         while not began.exists():

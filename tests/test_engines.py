@@ -128,7 +128,7 @@ def alone() -> Callable[[Cases], list[dict[str, Tensor]]]:
     return find
 
 
-@pytest.mark.parametrize("size", [2, pytest.param(3, marks=pytest.mark.system), 4])
+@pytest.mark.parametrize("size", [2, *(pytest.param(size, marks=pytest.mark.system) for size in (3, 4))])
 def test_processes_are_one_process_to_nine_digits(size: int, alone: Callable[[Cases], list[dict[str, Tensor]]]) -> None:
     """Losses, gradients, weights, momentum, average and queue, on every rank; keys shuffled over all of them."""
     cases: Cases = [
@@ -144,7 +144,7 @@ def test_processes_are_one_process_to_nine_digits(size: int, alone: Callable[[Ca
             assert other["sent.shuffle"] > 0
 
 
-@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("engine", [engine(name, slow=name not in ("ddp", "zero3")) for name in NAMES])
 def test_each_engine_trains_as_one_process(engine: str, alone: Callable[[Cases], list[dict[str, Tensor]]]) -> None:
     """Each method, and micro-batches, whose gradients are summed before they are sent."""
     cases: Cases = [(method, {"precision": "fp32", "norm": "sync"}) for method in METHODS]
@@ -267,7 +267,7 @@ def _one_step_in_half(world: World, engine: str, scale: float) -> tuple[float, f
     return t.history.read()[0]["infonce"], t.engine.state()["scaler.scale"].item(), moved
 
 
-@pytest.mark.parametrize("engine", ["auto", *ENGINES])
+@pytest.mark.parametrize("engine", ["auto", *(engine(name, slow=name != "ddp") for name in NAMES)])
 def test_float16_gradients_are_scaled_and_a_step_that_overflows_is_left_out(engine: str) -> None:
     """A scale of 2^10 does no harm; one near the largest float32 makes every gradient infinite, and is halved."""
     scales = [2.0**10, 2.0**126]

@@ -201,6 +201,7 @@ packed_in(load(Path(sys.argv[1])), Path(sys.argv[2]))
 """
 
 
+@pytest.mark.system
 @pytest.mark.parametrize(("line", "finished"), [("write", 0), ("compare", 0), ("write", 1), ("compare", 2)])
 def test_kill_at_any_point(tmp_path: Path, line: str, finished: int) -> None:
     images, out = draw_images(tmp_path / "data"), tmp_path / "shards"

@@ -156,6 +156,7 @@ def _preflights(world: World, outs: list[Path]) -> list[tuple[int, str]]:
     return found
 
 
+@pytest.mark.system
 def test_the_whole_of_it(tmp_path: Path) -> None:
     ((well, table), (ill, other)), others = in_world(2, _preflights, [tmp_path, tmp_path / "nowhere"])
     assert well == 0 and "n0, n1" in table and "2 processes on 2 nodes can train together" in table

@@ -65,6 +65,7 @@ def test_a_run_goes_on_where_files_went_bad(
     assert rows[5]["bad_files"] == 0 and rows[-1]["bad_files"] == 2
 
 
+@pytest.mark.system
 def test_bad_files_change_nothing_about_resuming(
     images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
