@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from scipy.stats import ks_2samp
@@ -47,6 +48,16 @@ class KsDistances:
         return int(seed), int(draw)
 
 
+class Gap(NamedTuple):
+    """Where two empirical distribution functions are furthest apart: their KS `distance`, the value `at` which it is,
+    and the two shares, `low` and `high`, of values up to there."""
+
+    distance: float
+    at: float
+    low: float
+    high: float
+
+
 def columns(kind: Kind, count: int) -> list[int]:
     """The columns of (n, count) probabilities to compare: of two classes, the second says it all."""
     return [1] if kind == "binary" else list(range(count))
@@ -73,8 +84,16 @@ def ks_distances(few: np.ndarray, full: np.ndarray, *, kind: Kind, class_names: 
     return KsDistances(class_names=tuple(class_names[c] for c in chosen), values=values.mean(axis=2))
 
 
+def greatest_gap(first: np.ndarray, second: np.ndarray) -> Gap:
+    """The greatest gap between the distribution functions of two samples, (n,) and (m,) finite values."""
+    # The p-value is not used (the same images are in both samples), so the cheap one is asked for.
+    found = ks_2samp(first, second, method="asymp")
+    at = float(found.statistic_location)
+    low, high = sorted(float(np.mean(values <= at)) for values in (first, second))
+    return Gap(float(found.statistic), at, low, high)
+
+
 def _distance(first: np.ndarray, second: np.ndarray) -> float:
     if not (np.isfinite(first).all() and np.isfinite(second).all()):
         return float("nan")
-    # The p-value is not used (the same images are in both samples), so the cheap one is asked for.
-    return float(ks_2samp(first, second, method="asymp").statistic)
+    return greatest_gap(first, second).distance

@@ -2,7 +2,7 @@
 
 All are 6.4 inches wide with text of 11 points and more, so that they can be read on a telephone and in print. A method
 has one colour, marker and dash everywhere (Okabe and Ito's colours, told apart by colour-blind readers; markers and
-dashes without any colour). Nothing here computes a score: what is drawn is what is given.
+dashes without any colour). What is drawn is what is given; of outputs, their KS distance is marked too.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from matplotlib.colors import to_rgba
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import NullFormatter
-from scipy.stats import ks_2samp
 
 from fastmoco.evaluate.cka import Alignments, Reuse
+from fastmoco.evaluate.ks import greatest_gap
 
 WIDTH, HEIGHT = 6.4, 4.0
 SMALLEST = 11.0
@@ -90,6 +90,11 @@ def style(method: str, place: int = 0) -> Style:
     return STYLES.get(method) or Style(label=method, colour=spare, marker="", dash="-")
 
 
+def label_of(method: str) -> str:
+    """What a method, a start or a baseline is called wherever it is shown."""
+    return style(method).label
+
+
 def cka_heat_map(found: Alignments, *, title: str, rows: str = "", columns: str = "") -> Figure:
     """CKA of each stage of one checkpoint (down) with each of another (across), numbers in the cells.
 
@@ -156,12 +161,10 @@ def ks_curves(outputs: Sequence[Outputs], *, title: str) -> Figure:
         colour = style(output.method, 5).colour
         for values, dash in ((output.few, "--"), (output.full, "-")):
             axes.ecdf(values, color=colour, linestyle=dash, linewidth=1.6)
-        found = ks_2samp(output.few, output.full, method="asymp")
-        at = float(found.statistic_location)
-        heights = sorted(float(np.mean(values <= at)) for values in (output.few, output.full))
-        axes.plot([at, at], heights, color="black", linewidth=2.2, marker="_", markersize=9)
+        gap = greatest_gap(output.few, output.full)
+        axes.plot([gap.at, gap.at], [gap.low, gap.high], color="black", linewidth=2.2, marker="_", markersize=9)
         mean = "" if output.mean is None else f" (mean {output.mean:.2f})"
-        axes.set_title(f"{output.title}\nKS {found.statistic:.2f}{mean}", fontsize=SMALLEST)
+        axes.set_title(f"{output.title}\nKS {gap.distance:.2f}{mean}", fontsize=SMALLEST)
         axes.set(ylim=(0.0, 1.02), yticks=(0, 0.5, 1))
         axes.locator_params(axis="x", nbins=4)
         if place + columns >= len(outputs):
