@@ -11,29 +11,30 @@ import numpy as np
 import pytest
 from sklearn.metrics import roc_auc_score
 
-from fastmoco.evaluate.intervals import Estimate
 from fastmoco.study.command import StudyArgs, study_command
 from fastmoco.study.pool import Pool
 from fastmoco.study.report.blocks import Code, Heading, Listing, Table, Text
 from fastmoco.study.report.markdown import to_markdown
 from fastmoco.study.report.page import to_html
 from fastmoco.study.report.statistics import complete
-from fastmoco.study.report.verdict import judge
 from fastmoco.study.store import Store
 from fastmoco.study.worker import Job, Outcome, _Worker
 from studies import draw_study
 
 PICTURES = {
-    "labels-full", "labels-stage4", "stages-0.4", "stages-1", "cka-random-moco", "cka-random-mse", "cka-random-barlow",
-    "cka-moco-mse", "cka-moco-barlow", "cka-mse-barlow", "reuse", "ks-1",
-    "pretraining", "finetuning",
+    "labels-full", "labels-stage4", "stages-0.4", "stages-1", "reuse", "ks-1", "pretraining", "finetuning",
+    *(
+        f"cka-{kernel}-{pair}" for kernel in ("linear", "rbf")
+        for pair in ("random-moco", "random-mse", "random-barlow", "moco-mse", "moco-barlow", "mse-barlow")
+    ),
 }  # fmt: skip
 TABLES = (
     "The claim at 40 % of the labels", "Each against what needs no pretraining", "Full fine-tuning: test AUC",
     "Linear probe of stage 4: test AUC", "Linear probe of the stage that is best", "How often each stage was the best",
     "Full fine-tuning: other test scores", "Full fine-tuning: differences", "Linear probe of stage 4: differences",
-    "2 labels at once", "kNN", "stage 4, mean of seeds", "embedding, mean of seeds", "feature reuse", "KS distance",
-    "Labelled images by budget", "Cells by kind and machine",
+    "2 labels at once, full fine-tuning, all labels: paired differences", "2 labels at once",
+    "kNN", "stage 4, mean of seeds", "embedding, mean of seeds", "feature reuse", "KS distance",
+    "Pretraining", "Fine-tuning (Adam)", "Labelled images by budget", "Cells by kind and machine",
 )  # fmt: skip
 
 
@@ -120,12 +121,14 @@ def test_the_answer_comes_first(folder: Path) -> None:
     text = (folder / "out" / "report" / "report.md").read_text()
     headings = re.findall(r"^## (.*)$", text, re.MULTILINE)
     assert headings == [
-        "What was asked, and the answer", "drawn", "Label budgets that were used", "Leaks between splits",
+        "What was asked, and the answer", "drawn", "Settings", "Label budgets that were used", "Leaks between splits",
         "What ran where, and how long", "Commands", "Failed and missing cells",
     ]  # fmt: skip
     for name in ("MoCo + MSE", "MoCo + Barlow"):
         assert re.search(rf"\*\*{re.escape(name)}: the claim is (met|refuted|undecided): [+-]\d+\.\d ", text)
-    assert "None: every cell is computed." in text and "None: no patient and no picture is in two splits." in text
+    assert re.search(r"\*\*The claim as a whole, of every variant: (met|refuted|undecided)\.\*\*", text)
+    assert "None: every cell is computed." in text and "drawn: no patient and no picture is in two splits." in text
+    assert "its file says nothing of it" in text
     assert "fastmoco study study.toml --only drawn.probes.moco.s0 --again" in text
     for name in re.findall(r"\]\((.*\.png)\)", text):
         assert (folder / "out" / "report" / name).read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
@@ -192,14 +195,31 @@ def test_a_report_of_half_a_study_says_what_is_missing(folder: Path, tmp_path: P
     assert re.search(r"Not computed yet: 5:\n\n(- drawn.*\n?){5}", text), text[-900:]
 
 
-@pytest.mark.parametrize(
-    ("low", "high", "verdict"),
-    [(0.051, 0.2, "met"), (-0.1, 0.049, "refuted"), (0.04, 0.06, "undecided"), (0.05, 0.06, "met")],
-)
-def test_the_verdict_goes_by_the_interval(low: float, high: float, verdict: str) -> None:
-    estimate = Estimate(value=(low + high) / 2, low=low, high=high, samples=np.empty(0), seeds=np.empty(0))
-    assert judge(estimate, 0.05) == verdict
-    assert judge(None, 0.05) == "not computed"
+def test_it_says_by_which_settings_encoders_were_trained_and_which_are_not_the_recipes(folder: Path) -> None:
+    text = (folder / "out" / "report" / "report.md").read_text()
+    assert "drawn, histology-barlow-small:" in text and "projector\\_width 16 (recipe: 2048)" in text
+    assert "queue\\_size 16 (recipe: 1024)" in text and "drawn: crop\\_scale 0.4 1, flip\\_p 0.5" in text
+    rows = {line.split(" | ")[0]: line.split(" | ")[1:] for line in text.splitlines() if line.startswith("| drawn, ")}
+    assert rows["| drawn, MoCo"][1:3] == ["2", "8"]
+    sums = {path.stem: json.loads(path.read_text())["result"] for path in (folder / "out" / "cells").glob("*pretrain*")}
+    for cell, result in sums.items():
+        assert f"{cell}: {result['sha256']}" in text
+
+
+def test_the_file_may_say_where_its_settings_come_from(folder: Path, tmp_path: Path) -> None:
+    text = (folder / "study.toml").read_text().replace("seeds = [0]", 'seeds = [0]\nnote = "Tried on test images."')
+    file = tmp_path / "study.toml"
+    file.write_text(text.replace('images = "images"', 'images = "${PICTURES:-images}"'))
+    # The cells may lie elsewhere than the file says; the report lies with them.
+    out = tmp_path / "elsewhere"
+    out.mkdir()
+    (out / "cells").symlink_to(folder / "out" / "cells")
+    assert study_command(StudyArgs(config=file, report="only", out=out, device="cpu")) == 0
+    text = (out / "report" / "report.md").read_text()
+    assert "**Of the settings, the study's file says: Tried on test images.**" in text
+    assert "its file says nothing of it" not in text
+    assert "fastmoco study study.toml --device cpu    # what is missing" in text
+    assert "from the environment, where they are set, the folders of images: PICTURES." in text
 
 
 def test_seeds_that_lack_a_draw_are_left_out() -> None:

@@ -50,6 +50,8 @@ class StudyArgs:
     report: Literal["after", "only", "none"] = "after"
     """Write the report after the cells; write it of what is finished and stop, which needs neither images nor encoders;
     or write none."""
+    out: Path | None = None
+    """Folder of the study; as the file says if not given. With --report only: that of the cells to report on."""
     max_minutes: float | None = None
     """Begin no cell after so many minutes."""
     jobs: int | None = None
@@ -77,12 +79,13 @@ def study_command(args: StudyArgs, *, pool: MakePool = Pool) -> int:
     Raises UserError for a mistake in the file or the options.
     """
     study = read_study(args.config)
-    grid = replace(study.grid, jobs=args.jobs or study.grid.jobs, device=args.device or study.grid.device)
+    grid = study.grid
+    grid = replace(grid, out=args.out or grid.out, jobs=args.jobs or grid.jobs, device=args.device or grid.device)
     study = replace(study, grid=grid)
     store, console = Store(study.out), Console(soft_wrap=True)
     if args.report == "only":
         cells = make_cells(study, _stored_prints(study, store))
-        return _finish(study, store, cells, Tally(), console, report=True)
+        return _finish(study, store, cells, Tally(), console, command=_command(args))
     store.make()
     cells = make_cells(study, {data.name: prepare(study, data, store).print for data in study.data})
     chosen = _chosen(cells, args.only)
@@ -97,7 +100,13 @@ def study_command(args: StudyArgs, *, pool: MakePool = Pool) -> int:
     tally = Tally()
     if todo:
         tally = _run(study, store, cells, todo, again, records, args, console, pool)
-    return _finish(study, store, cells, tally, console, report=args.report == "after")
+    return _finish(study, store, cells, tally, console, command=_command(args) if args.report == "after" else None)
+
+
+def _command(args: StudyArgs) -> str:
+    """How the cells are computed: the file, and the options that say what computes them."""
+    options = {"--device": args.device, "--jobs": args.jobs}
+    return " ".join([command_of(args.config), *(f"{k} {v}" for k, v in options.items() if v is not None)])
 
 
 def to_do(
@@ -176,7 +185,7 @@ def _run(
             cells,
             todo,
             estimate=estimate,
-            command=command_of(args.config),
+            command=_command(args),
             jobs=study.grid.jobs,
             again=again,
             most_seconds=None if args.max_minutes is None else 60 * args.max_minutes,
@@ -186,8 +195,9 @@ def _run(
 
 
 def _finish(
-    study: Study, store: Store, cells: Mapping[str, Cell], tally: Tally, console: Console, *, report: bool
+    study: Study, store: Store, cells: Mapping[str, Cell], tally: Tally, console: Console, *, command: str | None
 ) -> int:
+    """Say what is missing, and write the report where there is the `command` that it is of; the exit status."""
     if tally.failed:
         console.print(f"{len(tally.failed)} cells failed:", highlight=False)
         for cell_id, reason in list(tally.failed.items())[:_REASONS_SHOWN]:
@@ -196,10 +206,10 @@ def _finish(
     if missing:
         said = f"{len(missing)} of {len(cells)} cells are still to be computed: start the command again"
         console.print(said, highlight=False)
-    if report:
+    if command is not None:
         from fastmoco.study.report.build import write_report
 
-        paths = write_report(study, store, cells, command_of(study.file))
+        paths = write_report(study, store, cells, command)
         console.print(f"report: {', '.join(str(path) for path in paths)}", highlight=False, markup=False)
     return FAILED if tally.failed else UNFINISHED if missing else 0
 

@@ -20,6 +20,7 @@ StudyMethod = Literal["scratch", "moco", "mse", "barlow"]
 Mode = Literal["full", "linear"]
 # Names become parts of file names.
 _NAME = r"[A-Za-z0-9][A-Za-z0-9_-]*"
+_VARIABLE = r"\$(?:(?P<plain>[A-Za-z_]\w*)|\{(?P<braced>[A-Za-z_]\w*)(?::-(?P<otherwise>[^}]*))?\})"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,6 +43,8 @@ class Grid:
     """Cells computed at a time, each by a process of its own."""
     threads: int = 1
     """Threads of each process; results depend on it to rounding."""
+    note: str = ""
+    """What readers of the report have to know of the settings: where they come from, what they were chosen on."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -199,8 +202,15 @@ def _path(file: Path, text: str, where: str) -> Path:
             raise UserError(f"{where} is {text!r}, and there is no variable {name} in the environment: set it")
         return found
 
-    pattern = r"\$(?:(?P<plain>[A-Za-z_]\w*)|\{(?P<braced>[A-Za-z_]\w*)(?::-(?P<otherwise>[^}]*))?\})"
-    return file.parent / re.sub(pattern, value, text)
+    return file.parent / re.sub(_VARIABLE, value, text)
+
+
+def variables(file: Path) -> list[str]:
+    """Names of the environment's variables that the paths of the data in `file`, which `read_study` read, refer to."""
+    tables = tomllib.loads(file.read_text(encoding="utf-8"))["data"]
+    texts = [table[key] for table in tables for key in ("images", "labels") if key in table]
+    found = [match["plain"] or match["braced"] for text in texts for match in re.finditer(_VARIABLE, text)]
+    return sorted(set(found))
 
 
 def _check(study: Study) -> None:

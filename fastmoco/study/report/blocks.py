@@ -41,11 +41,13 @@ class Code:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Table:
-    """A table with a caption; every row has as many cells as `header`, the first of which names it."""
+    """A table with a caption; every row has as many cells as `header`, the first of which names it. `notes` stand
+    under it, each with the mark by which cells refer to it."""
 
     caption: str
     header: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
+    notes: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         for row in self.rows:

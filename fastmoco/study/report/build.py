@@ -7,14 +7,16 @@ from pathlib import Path
 
 from fastmoco.atomic import replacing, write_text
 from fastmoco.errors import UserError
+from fastmoco.evaluate.intervals import INTERVAL_OF_RUNS
 from fastmoco.study.cell import Cell
 from fastmoco.study.config import Study
 from fastmoco.study.pictures import png
-from fastmoco.study.report import figures, record, tables
+from fastmoco.study.report import alike, figures, record, tables
 from fastmoco.study.report.blocks import Block, Heading, Picture, Text
 from fastmoco.study.report.gather import Findings, read_records
 from fastmoco.study.report.markdown import to_markdown
 from fastmoco.study.report.page import to_html
+from fastmoco.study.report.settings import settings
 from fastmoco.study.report.statistics import Statistics
 from fastmoco.study.report.verdict import verdict
 from fastmoco.study.store import Store
@@ -57,7 +59,7 @@ def make_report(study: Study, store: Store, cells: Mapping[str, Cell], command: 
     else:
         lacking = ", ".join(found.data.name for found in every if found.described is None)
         blocks.append(Text(text=f"No answer yet: nothing is known of {lacking}.", strong=True))
-    blocks.append(_how(len(study.grid.seeds)))
+    blocks += _how(study)
     for own in known:
         blocks.append(Heading(level=2, text=own.found.data.name))
         blocks += tables.describe(own.found)
@@ -67,19 +69,22 @@ def make_report(study: Study, store: Store, cells: Mapping[str, Cell], command: 
         blocks += figures.label_curves(own)
         blocks += figures.stage_curves(own)
         blocks += [tables.neighbour_table(own), *tables.measure_table(own.found)]
-        blocks += figures.heat_maps(own.found)
-        blocks += figures.reuse(own.found)
-        blocks += figures.output_distances(own)
+        blocks += alike.heat_maps(own.found)
+        blocks += alike.reuse(own.found)
+        blocks += alike.output_distances(own)
         blocks += figures.training(own.found)
+    blocks += settings(every)
     blocks += record.budgets(every)
     blocks += record.leaks(every)
     blocks += record.course(records, cells)
-    blocks += record.commands(command, records)
+    blocks += record.commands(study, command, records)
     blocks += record.missing(store, records, cells, damaged)
     return blocks
 
 
-def _how(seeds: int) -> Text:
+def _how(study: Study) -> list[Block]:
+    """What the numbers mean and what was chosen on which images, with what the study's file says of that."""
+    seeds = len(study.grid.seeds)
     # Redrawn with replacement, S seeds vary by (S - 1) / S of their variance.
     shown = (
         "One seed shows nothing of the variance between seeds: the intervals are those of this one alone."
@@ -87,9 +92,14 @@ def _how(seeds: int) -> Text:
         else f"{seeds} seeds redrawn show {seeds - 1}/{seeds} of the variance between seeds, so that the least and the "
         "greatest of them stand beside."
     )
-    return Text(
-        text="All scores are of test images that nothing was chosen on. Intervals are 95 % percentile bootstraps that "
-        "redraw the patients of the test set (images where patients are unknown), the pretraining seeds, and within "
-        "each the label draws; differences are paired, run by run, on the same patients. "
-        f"{shown} Points are hundredths of AUC."
+    text = (
+        "All scores are of test images, which no cell of the study trains on or chooses by: it chooses on the "
+        "validation images. On what its settings were chosen before, the study cannot know"
+        + (". " if study.grid.note else ", and its file says nothing of it. ")
+        + f"In brackets: {INTERVAL_OF_RUNS}; differences are paired, run by run, on the same patients. {shown} Points "
+        "are hundredths of AUC."
     )
+    blocks: list[Block] = [Text(text=text)]
+    if study.grid.note:
+        blocks.append(Text(text=f"Of the settings, the study's file says: {study.grid.note}", strong=True))
+    return blocks

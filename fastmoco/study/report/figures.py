@@ -1,22 +1,17 @@
-"""The pictures of one set of images."""
+"""The pictures of one set of images: scores over labels and stages, and training."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-import numpy as np
-
-from fastmoco.evaluate.cka import PAPER_SIGMA, Alignments, Reuse
-from fastmoco.evaluate.ks import columns, ks_distances
 from fastmoco.study import plots
-from fastmoco.study.report.blocks import Block, Heading, Picture, Table, Text
-from fastmoco.study.report.gather import BASELINES, FULL, Findings, baseline_name
-from fastmoco.study.report.statistics import Statistics, complete, stack
-from fastmoco.study.report.words import number, share
+from fastmoco.study.report.blocks import Block, Heading, Picture, Text
+from fastmoco.study.report.gather import BASELINES, FULL, Findings
+from fastmoco.study.report.statistics import Statistics
+from fastmoco.study.report.words import share
 from fastmoco.study.work.similarity import STAGES
 
 _AUC = "test AUC"
-KERNELS = {"linear": "linear", "rbf": "RBF, median distance", "paper": f"RBF, absolute {PAPER_SIGMA}"}
 
 
 def label_curves(own: Statistics) -> list[Block]:
@@ -43,7 +38,7 @@ def label_curves(own: Statistics) -> list[Block]:
                     )
                 )
         if lines:
-            ticks = {images[b]: f"{images[b]:.0f} ({share(b)})" for b in sorted(images)}
+            ticks = {images[b]: _tick(found, b, images[b]) for b in sorted(images)}
             figure = plots.low_label_curves(
                 lines, _levels(own, 1.0), title=f"{found.data.name}: {said}", score=_AUC, ticks=ticks
             )
@@ -65,140 +60,14 @@ def stage_curves(own: Statistics) -> list[Block]:
             if any(value is not None for value in values):
                 lines.append(plots.Line(method=init, x=list(range(len(STAGES))), y=values))
         if lines:
-            figure = plots.probe_curves(
-                STAGES, lines, _levels(own, budget), title=f"{found.data.name}: {share(budget)} of labels", score=_AUC
-            )
+            title = f"{found.data.name}: {found.asked(budget)} of labels"
+            figure = plots.probe_curves(STAGES, lines, _levels(own, budget), title=title, score=_AUC)
             caption = (
-                f"{found.data.name}: test AUC of linear probes by stage, {share(budget)} of the labels, mean of runs"
+                f"{found.data.name}: test AUC of linear probes by stage, {found.asked(budget)} of the labels, mean of "
+                "runs"
             )
             blocks.append(Picture(name=f"{found.data.name}-stages-{budget:g}", caption=caption, figure=figure))
     return blocks
-
-
-def heat_maps(found: Findings) -> list[Block]:
-    """CKA between the stages of two encoders, mean of seeds: pictures of linear CKA, and like stages by kernel."""
-    each: dict[tuple[str, str], dict[str, list[np.ndarray]]] = {}
-    for record in found.of_kind("similarity"):
-        for pair in record["result"]["pairs"]:
-            if pair["a"] != pair["b"]:
-                values = np.array([[np.nan if v is None else v for v in row] for row in pair["values"]])
-                each.setdefault((pair["a"], pair["b"]), {}).setdefault(pair["kernel"], []).append(values)
-    blocks: list[Block] = [Heading(level=3, text="How alike the encoders are")] if each else []
-    rows: list[tuple[str, ...]] = []
-    for (a, b), kernels in each.items():
-        names = baseline_name(a), baseline_name(b)
-        means = {kernel: np.mean(values, axis=0) for kernel, values in kernels.items()}
-        figure = plots.cka_heat_map(
-            Alignments(STAGES, STAGES, means["linear"]),
-            title=f"{found.data.name}: {names[0]} and {names[1]}",
-            rows=names[0],
-            columns=names[1],
-        )
-        caption = f"{found.data.name}: linear CKA (unbiased) on test images, {names[0]} with {names[1]}, mean of seeds"
-        blocks.append(Picture(name=f"{found.data.name}-cka-{a}-{b}", caption=caption, figure=figure))
-        for kernel, mean in means.items():
-            rows.append((f"{names[0]}, {names[1]}", KERNELS[kernel], *(number(float(v)) for v in np.diagonal(mean))))
-    if rows:
-        caption = f"{found.data.name}. CKA (unbiased) of like stages of two encoders by kernel, mean of seeds"
-        blocks.append(Table(caption=caption, header=("encoders", "kernel", *STAGES), rows=tuple(rows)))
-    return blocks
-
-
-def reuse(found: Findings) -> list[Block]:
-    """CKA of each stage before fine-tuning against after, all labels."""
-    kept: dict[str, dict[str, list[dict[str, float]]]] = {}
-    for record in found.of_kind("finetune"):
-        for stage, row in record["result"].get("reuse", {}).items():
-            if row["mean"] is not None:
-                kept.setdefault(record["settings"]["init"], {}).setdefault(stage, []).append(row)
-    if not kept:
-        return []
-    bars = {
-        init: {
-            stage: Reuse(
-                mean=float(np.mean([row["mean"] for row in rows])),
-                std=float(np.mean([row["std"] for row in rows])),
-                draws=int(rows[0]["draws"]),
-                size=int(rows[0]["size"]),
-                images=int(rows[0]["images"]),
-            )
-            for stage, rows in stages.items()
-        }
-        for init in found.inits
-        if (stages := kept.get(init))
-    }
-    one = next(iter(next(iter(bars.values())).values()))
-    rows = tuple(
-        (baseline_name(init), *(f"{v.mean:.3f} ({v.std:.3f})" for v in stages.values()))
-        for init, stages in bars.items()
-    )
-    caption = (
-        f"{found.data.name}: feature reuse, linear CKA (unbiased) before against after fine-tuning with all labels; "
-        f"mean over seeds, and the deviation over {one.draws} draws of {one.size} of {one.images} test images"
-    )
-    return [
-        Heading(level=3, text="Feature reuse"),
-        Picture(
-            name=f"{found.data.name}-reuse",
-            caption=caption,
-            figure=plots.reuse_bars(bars, title=f"{found.data.name}: feature reuse"),
-        ),
-        Table(caption=caption, header=("method", *STAGES), rows=rows),
-    ]
-
-
-def output_distances(own: Statistics) -> list[Block]:
-    """KS distance of the outputs with few labels from those with all, and both distributions of a typical pair."""
-    found = own.found
-    truth = found.truth()
-    rows: list[tuple[str, ...]] = []
-    # One panel a method where one class says it all; otherwise one picture a method, with a panel a class.
-    drawn: dict[str, list[plots.Outputs]] = {}
-    smallest = [budget for budget in found.study.grid.budgets if budget < 1]
-    for init in found.inits:
-        full = found.runs(FULL, init, 1.0)
-        cells = []
-        for budget in smallest:
-            few = found.runs(FULL, init, budget)
-            both = {run[0] for run in complete(few)} & {run[0] for run in complete(full)}
-            if not both:
-                cells.append(number(None))
-                continue
-            a = stack(few, [run for run in complete(few) if run[0] in both])
-            b = stack(full, [run for run in complete(full) if run[0] in both])
-            distances = ks_distances(a, b, kind=truth.kind, class_names=truth.class_names)
-            cells.append(number(distances.overall))
-            if budget == min(smallest):
-                seed, draw = distances.pair
-                chosen = columns(truth.kind, len(truth.class_names))
-                for name, column, mean in zip(distances.class_names, chosen, distances.mean, strict=True):
-                    outputs = plots.Outputs(
-                        title=baseline_name(init) if len(chosen) == 1 else name,
-                        few=a[seed, draw, :, column],
-                        full=b[seed, 0, :, column],
-                        mean=float(mean),
-                        method=init,
-                    )
-                    drawn.setdefault(f"class {name}" if len(chosen) == 1 else baseline_name(init), []).append(outputs)
-        rows.append((baseline_name(init), *cells))
-    if not drawn:
-        return []
-    said = f"{share(min(smallest))} of the labels against all"
-    pictures = [
-        Picture(
-            name=f"{found.data.name}-ks-{place}",
-            caption=f"{found.data.name}: outputs on test images, {who}, {said}; of each the run nearest to the mean",
-            figure=plots.ks_curves(outputs, title=f"{found.data.name}, {who}: {said}"),
-        )
-        for place, (who, outputs) in enumerate(drawn.items(), start=1)
-    ]
-    caption = f"{found.data.name}. KS distance of the outputs from those with all labels (mean of runs and classes)"
-    header = ("method", *(f"{share(budget)} of labels" for budget in smallest))
-    return [
-        Heading(level=3, text="How far few labels are from all"),
-        Table(caption=caption, header=header, rows=tuple(rows)),
-        *pictures,
-    ]
 
 
 def training(found: Findings) -> list[Block]:
@@ -260,6 +129,14 @@ def _images(found: Findings) -> dict[float, float]:
     for row in found.budgets():
         counts.setdefault(row["budget"], []).append(row["images"])
     return {budget: sum(each) / len(each) for budget, each in counts.items()}
+
+
+def _tick(found: Findings, budget: float, images: float) -> str:
+    """Below a budget's place on the axis: images, and their share; two where another was asked for."""
+    used = found.used(budget)
+    if used is None or not used.more:
+        return f"{images:.0f}\n({share(budget)})"
+    return f"{images:.0f}\n({100 * used.shares[0]:.2g} %,\nasked {share(budget)})"
 
 
 def _levels(own: Statistics, budget: float) -> list[plots.Level]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -9,8 +10,9 @@ from typing import Any
 import numpy as np
 
 from fastmoco.study.cell import Cell
-from fastmoco.study.cells import RANDOM, SECOND
+from fastmoco.study.cells import RANDOM, SECOND, draws
 from fastmoco.study.config import SCRATCH, Data, Study
+from fastmoco.study.report.words import share
 from fastmoco.study.store import Damaged, Record, Store
 from fastmoco.study.work.baselines import COLOUR, GRAY
 from fastmoco.study.work.numbers import unpack
@@ -23,6 +25,25 @@ FULL, LINEAR, BEST = "full", "linear", "best stage"
 
 Run = tuple[int, int]
 """Pretraining seed and label draw."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Used:
+    """What the draws of a budget had: least and greatest number of `images`, and their `shares` of the training images.
+    `more`: more than was asked for."""
+
+    images: tuple[int, int]
+    shares: tuple[float, float]
+    more: bool
+
+    def __str__(self) -> str:
+        """14 images, 5.7 %."""
+        shares = [f"{100 * part:.3g}" for part in self.shares]
+        return f"{_span([str(count) for count in self.images])} images, {_span(shares)} %"
+
+
+def _span(ends: list[str]) -> str:
+    return ends[0] if ends[0] == ends[1] else " to ".join(ends)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,6 +67,8 @@ class Findings:
         self._runs: dict[tuple[str, str, float], dict[Run, np.ndarray]] = {}
         self.second_runs: dict[str, dict[Run, np.ndarray]] = {}
         self._probes: dict[tuple[str, float, int, int], list[dict[str, Any]]] = {}
+        # Remarks on the runs of a measure, a start and a budget.
+        self._notes: dict[tuple[str, str, float], list[str]] = {}
         for record in own:
             self._sort(record)
         self._choose_stages()
@@ -59,6 +82,11 @@ class Findings:
     def probed(self) -> tuple[str, ...]:
         """Frozen encoders, random weights first."""
         return (RANDOM, *self.study.pretrained)
+
+    @property
+    def linear(self) -> tuple[str, ...]:
+        """Starts under a linear layer that is trained with augmentation; from scratch, that is random weights."""
+        return tuple(RANDOM if method == SCRATCH else method for method in self.inits)
 
     @property
     def groups(self) -> np.ndarray:
@@ -77,6 +105,33 @@ class Findings:
         if init in BASELINES:
             measure = "baseline"
         return self._runs.get((measure, init, budget), {})
+
+    def planned(self, measure: str, budget: float) -> tuple[int, int]:
+        """Seeds, and draws of the labels a seed, that the study asks for."""
+        many = self.study.finetuning.draws if measure in (FULL, LINEAR) else self.study.probes.draws
+        return len(self.study.grid.seeds), len(draws(budget, many))
+
+    def notes(self, measure: str, init: str, budget: float) -> list[str]:
+        """What is to be said of single runs, with how many it is true of."""
+        if init in BASELINES:
+            measure = "baseline"
+        counts = Counter(self._notes.get((measure, init, budget), []))
+        return [f"{text} ({n} {'run' if n == 1 else 'runs'})" for text, n in sorted(counts.items())]
+
+    def used(self, budget: float) -> Used | None:
+        """What the draws of `budget` had; None where none is known."""
+        rows = [row for row in self.budgets() if row["budget"] == budget]
+        if not rows:
+            return None
+        counts, shares = [row["images"] for row in rows], [row["used"] for row in rows]
+        return Used(
+            images=(min(counts), max(counts)), shares=(min(shares), max(shares)), more=max(shares) > budget + 1e-9
+        )
+
+    def asked(self, budget: float) -> str:
+        """A budget in words; where more labels than asked were used, with what was: "1 % (14 images, 5.7 %)"."""
+        used = self.used(budget)
+        return share(budget) + (f" ({used})" if used is not None and used.more else "")
 
     def of_kind(self, kind: str) -> list[Record]:
         """The finished cells of a kind."""
@@ -113,11 +168,12 @@ class Findings:
                 self._runs.setdefault(key, {})[run] = found
         elif record["kind"] in ("probes", "baselines"):
             for row in result["probes"]:
-                if "probabilities" not in row:
-                    continue
                 baseline = record["kind"] == "baselines"
                 init = row["features"] if baseline else settings["init"]
                 measure = "baseline" if baseline else row["features"]
+                self._notes.setdefault((measure, init, row["budget"]), []).extend(row.get("notes", []))
+                if "probabilities" not in row:
+                    continue
                 run = row["seed"], row["draw"]
                 self._runs.setdefault((measure, init, row["budget"]), {})[run] = unpack(row["probabilities"])
                 if not baseline:
@@ -129,6 +185,7 @@ class Findings:
             if best is not None:
                 found = unpack(best["probabilities"])
                 self._runs.setdefault((BEST, init, budget), {})[seed, draw] = found
+                self._notes.setdefault((BEST, init, budget), []).extend(best.get("notes", []))
 
 
 def _best(rows: list[dict[str, Any]]) -> dict[str, Any] | None:
@@ -150,14 +207,3 @@ def read_records(store: Store, cells: Mapping[str, Cell]) -> tuple[dict[str, Rec
             records[cell.id] = record
     return records, damaged
 
-
-def baseline_name(init: str) -> str:
-    """What a start or a baseline is called in a table."""
-    names = {
-        SCRATCH: "from scratch",
-        RANDOM: "random weights",
-        "moco": "MoCo",
-        "mse": "MoCo + MSE",
-        "barlow": "MoCo + Barlow",
-    }
-    return names.get(init, init)

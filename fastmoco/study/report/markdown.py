@@ -27,7 +27,8 @@ def _markdown(block: Block) -> str:
             rule = ["---", *["---:"] * (len(block.header) - 1)]
             lines = ["| " + " | ".join(map(_escaped, row)) + " |" for row in (block.header, *block.rows)]
             lines.insert(1, "| " + " | ".join(rule) + " |")
-            return f"{_escaped(block.caption)}:\n\n" + "\n".join(lines)
+            notes = "".join(f"\n- {_escaped(note)}" for note in block.notes)
+            return f"{_escaped(block.caption)}:\n\n" + "\n".join(lines) + (f"\n{notes}" if notes else "")
         case Picture():
             return f"![{_escaped(block.caption)}]({block.name}.png)"
 

@@ -25,6 +25,7 @@ th, td { border-bottom: 1px solid #ddd; padding: .25rem .6rem; text-align: right
 th:first-child, td:first-child { text-align: left; position: sticky; left: 0; background: #fff; }
 thead th { border-bottom: 2px solid #888; white-space: normal; min-width: 5rem; vertical-align: bottom; }
 tbody tr:nth-child(even) td { background: #f7f7f7; }
+ul.notes { list-style: none; padding: 0; margin: -.6rem 0 1rem; color: #444; } ul.notes li { font-size: .8rem; }
 pre { background: #f5f5f5; padding: .6rem; overflow-x: auto; font-size: .875rem; }
 details { margin: 1rem 0; } summary { cursor: pointer; } li { font-size: .9rem; }
 @media (max-width: 40rem) { body { font-size: 15px; padding: 0 .6rem 3rem; } }
@@ -87,11 +88,13 @@ def _listing(block: Listing) -> str:
 def _table(block: Table) -> str:
     head = "".join(f'<th scope="col">{escape(cell)}</th>' for cell in block.header)
     rows = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>\n" for row in block.rows)
+    notes = "".join(f"<li>{escape(note)}</li>" for note in block.notes)
+    notes = f'<ul class="notes">{notes}</ul>' if notes else ""
     # Wide tables scroll in a box of their own, which the keyboard reaches too.
     return (
         f'<div class="scroll" tabindex="0" role="group" aria-label="{escape(block.caption)}"><table>'
         f"<caption>{escape(block.caption)}</caption>"
-        f"<thead><tr>{head}</tr></thead>\n<tbody>{rows}</tbody></table></div>"
+        f"<thead><tr>{head}</tr></thead>\n<tbody>{rows}</tbody></table></div>" + notes
     )
 
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from fastmoco.study.cell import Cell
+from fastmoco.study.config import Study, variables
 from fastmoco.study.estimate import in_words
 from fastmoco.study.report.blocks import Block, Code, Heading, Listing, Table, Text
 from fastmoco.study.report.gather import Findings
@@ -22,13 +24,11 @@ def budgets(every: Sequence[Findings]) -> list[Block]:
         for row in found.budgets():
             by_budget[row["budget"]].append(row)
         for budget, each in sorted(by_budget.items()):
-            counts = sorted({row["images"] for row in each})
-            images = f"{counts[0]}" if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
-            rows.append((found.data.name, share(budget), images, str(len(each))))
+            rows.append((found.data.name, share(budget), str(found.used(budget)), str(len(each))))
             notes += sorted({f"{found.data.name}: {row['note']}" for row in each if row["note"]})
     if not rows:
         return [*blocks, Text(text="None yet.")]
-    header = ("data", "asked", "labelled images", "draws")
+    header = ("data", "asked", "labelled images, share of the training images", "draws")
     blocks.append(
         Table(caption="Labelled images by budget; draws of one seed are nested", header=header, rows=tuple(rows))
     )
@@ -45,16 +45,28 @@ def budgets(every: Sequence[Findings]) -> list[Block]:
 
 
 def leaks(every: Sequence[Findings]) -> list[Block]:
-    """What lies in two splits by leave."""
+    """What lies in two splits by leave, set by set."""
     blocks: list[Block] = [Heading(level=2, text="Leaks between splits")]
-    items = [f"{found.data.name}: {line}" for found in every if found.described for line in found.described["leaks"]]
-    if not items:
-        return [*blocks, Text(text="None: no patient and no picture is in two splits.")]
-    return [
-        *blocks,
-        Text(text="The study was told to go on in spite of these; scores may be too good.", strong=True),
-        Listing(items=tuple(items)),
-    ]
+    if any(found.described is not None and found.described["leaks"] for found in every):
+        said = "The study was told to go on in spite of what is listed here; scores may be too good."
+        blocks.append(Text(text=said, strong=True))
+    for found in every:
+        listed = found.described["leaks"] if found.described is not None else []
+        if listed:
+            items = tuple(listed)
+            summary = f"{found.data.name}: {len(items)} in two splits"
+            blocks.append(Listing(items=items, summary=summary, folded=len(items) > 20))
+        else:
+            blocks.append(Text(text=f"{found.data.name}: {_without_leaks(found.described)}"))
+    return blocks
+
+
+def _without_leaks(described: Mapping[str, Any] | None) -> str:
+    if described is None:
+        return "not known yet: its first cell is missing."
+    if described["patients"] is None:
+        return "no picture is in two splits. Patients are not known, so that one may have pictures in two."
+    return "no patient and no picture is in two splits."
 
 
 def course(records: Mapping[str, Record], cells: Mapping[str, Cell]) -> list[Block]:
@@ -76,6 +88,11 @@ def course(records: Mapping[str, Record], cells: Mapping[str, Cell]) -> list[Blo
             header=("kind", "device", "machine", "cells", "time", "seconds a cell"),
         ),
     ]
+    encoders = tuple(
+        f"{record['id']}: {record['result']['sha256']}" for record in records.values() if record["kind"] == "pretrain"
+    )
+    if encoders:
+        blocks.append(Listing(items=encoders, summary="SHA-256 of the pretrained encoders' files", folded=True))
     used = sorted({", ".join(f"{k} {v}" for k, v in record["versions"].items()) for record in records.values()})
     blocks.append(Listing(items=tuple(used), summary="Versions"))
     other = _other_inputs(records)
@@ -90,17 +107,21 @@ def course(records: Mapping[str, Record], cells: Mapping[str, Cell]) -> list[Blo
     return blocks
 
 
-def commands(command: str, records: Mapping[str, Record]) -> list[Block]:
+def commands(study: Study, command: str, records: Mapping[str, Record]) -> list[Block]:
     """How all of it, and each part, is computed."""
-    each = tuple(f"{record['command']}   ({record['seconds']:.1f} s)" for record in records.values())
-    return [
+    each = tuple(
+        f"{record['command']}   ({record['seconds']:.1f} s), {record['device']}" for record in records.values()
+    )
+    alone = command.partition(" --")[0]
+    blocks: list[Block] = [
         Heading(level=2, text="Commands"),
-        Code(
-            text=f"{command}                  # what is missing, then this report\n"
-            f"{command} --report only    # this report alone"
-        ),
-        Listing(items=each, summary=f"Each of the {len(each)} finished cells by itself", folded=True),
+        Code(text=f"{command}    # what is missing, then this report\n{alone} --report only    # this report alone"),
     ]
+    names = variables(study.file)
+    if names:
+        said = f"The file takes from the environment, where they are set, the folders of images: {', '.join(names)}."
+        blocks.append(Text(text=said))
+    return [*blocks, Listing(items=each, summary=f"Each of the {len(each)} finished cells by itself", folded=True)]
 
 
 def missing(

@@ -27,6 +27,14 @@ class Statistics:
         runs = self.found.runs(measure, init, budget)
         return self._of(("one", *_source(measure, init), budget), runs, complete(runs), self.found.truth(), score)
 
+    def whole(self, measure: str, inits: Sequence[str], budget: float) -> tuple[int, int]:
+        """Seeds, and draws a seed, that the estimate of one of `inits`, or the difference of two, is of."""
+        return _counts([self.found.runs(measure, init, budget) for init in inits])
+
+    def whole_of_second(self, inits: Sequence[str]) -> tuple[int, int]:
+        """As `whole`, for the second target."""
+        return _counts([self.found.second_runs.get(init, {}) for init in inits])
+
     def second(self, init: str, score: Score = "auc") -> Replicates | None:
         """As `estimate`, for the second target."""
         runs = self.found.second_runs.get(init, {})
@@ -42,6 +50,11 @@ class Statistics:
             self.found.truth(),
             score,
         )
+
+    def second_difference(self, a: str, b: str, score: Score = "auc") -> Estimate | None:
+        """As `difference`, for the second target."""
+        runs, truth = self.found.second_runs, self.found.truth(second=True)
+        return self._difference(("second", a), runs.get(a, {}), ("second", b), runs.get(b, {}), truth, score)
 
     def _difference(
         self,
@@ -90,6 +103,13 @@ def complete(runs: Mapping[Run, object]) -> list[Run]:
     draws = {draw for _, draw in runs}
     seeds = {seed for seed, _ in runs if all((seed, draw) in runs for draw in draws)}
     return sorted(run for run in runs if run[0] in seeds)
+
+
+def _counts(each: Sequence[Mapping[Run, object]]) -> tuple[int, int]:
+    """Seeds and draws of the runs that all have, of whole seeds."""
+    shared = complete({run: None for run in each[0] if all(run in other for other in each)})
+    seeds = len({seed for seed, _ in shared})
+    return seeds, len(shared) // max(1, seeds)
 
 
 def stack(runs: Mapping[Run, np.ndarray], chosen: Sequence[Run]) -> np.ndarray:

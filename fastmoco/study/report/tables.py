@@ -4,14 +4,18 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
+
 from fastmoco.evaluate.scores import auc
 from fastmoco.evaluate.weighted import Score
 from fastmoco.study.cells import RANDOM
 from fastmoco.study.config import SCRATCH
+from fastmoco.study.plots import label_of
 from fastmoco.study.report.blocks import Block, Heading, Table, Text
-from fastmoco.study.report.gather import BASELINES, BEST, FULL, LINEAR, Findings, baseline_name
+from fastmoco.study.report.entries import RUNS, Entries
+from fastmoco.study.report.gather import BASELINES, BEST, FULL, LINEAR, Findings, Truth
 from fastmoco.study.report.statistics import Statistics
-from fastmoco.study.report.words import NOT_KNOWN, number, points, scored, seeds, share
+from fastmoco.study.report.words import NOT_KNOWN, number, seeds
 from fastmoco.study.work.numbers import unpack
 
 SCORES: tuple[tuple[Score, str], ...] = (
@@ -50,21 +54,36 @@ def score_tables(own: Statistics) -> list[Block]:
     """AUC by method and budget, a table for each way of measuring, baselines in all of them."""
     found, budgets = own.found, own.found.study.grid.budgets
     blocks: list[Block] = [Heading(level=3, text="Scores")]
-    for measure, caption in MEASURES.items():
-        if measure in (FULL, LINEAR) and measure not in found.study.finetuning.modes:
-            continue
-        inits = found.inits if measure == FULL else found.probed
+    blocks += _left_out(found.truth())
+    for measure, inits in measured(found).items():
+        entries = Entries()
         rows = [
-            (baseline_name(init), *(scored(own.estimate(measure, init, budget)) for budget in budgets))
+            (
+                label_of(init),
+                *(entries.score(own, measure, init, budget) for budget in budgets),
+                entries.runs(own, measure, (init,), budgets),
+            )
             for init in (*inits, *BASELINES)
         ]
         blocks.append(
-            Table(caption=f"{found.data.name}. {caption}", header=("method", *map(_labels, budgets)), rows=tuple(rows))
+            Table(
+                caption=f"{found.data.name}. {MEASURES[measure]}",
+                header=("method", *_labels(found), RUNS),
+                rows=tuple(rows),
+                notes=entries.footnotes.lines,
+            )
         )
     blocks.append(_chosen_table(found))
     if FULL in found.study.finetuning.modes:
         blocks.append(_other_scores(own))
     return blocks
+
+
+def measured(found: Findings) -> dict[str, tuple[str, ...]]:
+    """The ways of measuring that the study has, each with the starts that it is done for."""
+    probes = {"stage4": found.probed, BEST: found.probed}
+    modes = {FULL: found.inits, LINEAR: found.linear}
+    return {mode: inits for mode, inits in modes.items() if mode in found.study.finetuning.modes} | probes
 
 
 def difference_tables(own: Statistics) -> list[Block]:
@@ -73,33 +92,41 @@ def difference_tables(own: Statistics) -> list[Block]:
     blocks: list[Block] = [
         Heading(level=3, text="Paired differences"),
         Text(
-            text="Points of AUC, on the same test images, seeds and labels; in brackets the 95 % interval, in the last "
-            f"column the least and the greatest of the seeds' own means at {share(min(budgets))}."
+            text="Points of AUC, on the same test images, seeds and labels; in brackets the 95 % interval; in the last "
+            "column but one the least and the greatest of the seeds' own means at "
+            f"{found.asked(min(budgets))} of the labels."
         ),
     ]
-    for measure in (FULL, "stage4", BEST):
-        if measure == FULL and FULL not in found.study.finetuning.modes:
+    for measure in measured(found):
+        pairs = _pairs(found, measure)
+        if measure == LINEAR or not pairs:
             continue
-        rows = []
-        for a, b in _pairs(found, measure):
-            each = [own.difference(measure, a, b, budget) for budget in budgets]
-            smallest = each[budgets.index(min(budgets))]
-            rows.append((f"{baseline_name(a)} minus {baseline_name(b)}", *map(points, each), seeds(smallest)))
+        entries, rows = Entries(), []
+        for a, b in pairs:
+            rows.append(
+                (
+                    f"{label_of(a)} minus {label_of(b)}",
+                    *(entries.difference(own, measure, a, b, budget) for budget in budgets),
+                    seeds(own.difference(measure, a, b, min(budgets))),
+                    entries.runs(own, measure, (a, b), budgets),
+                )
+            )
         blocks.append(
             Table(
                 caption=f"{found.data.name}. {MEASURES[measure].split(':')[0]}: differences",
-                header=("difference", *map(_labels, budgets), "seeds"),
+                header=("difference", *_labels(found), "seeds", RUNS),
                 rows=tuple(rows),
+                notes=entries.footnotes.lines,
             )
         )
     return blocks
 
 
 def _pairs(found: Findings, measure: str) -> list[tuple[str, str]]:
-    methods = found.study.pretrained
+    """Variants and MoCo; and each method and what needs no pretraining, where the study has it."""
+    methods, starts = found.study.pretrained, measured(found)[measure]
     pairs = [(method, "moco") for method in methods if method != "moco" and "moco" in methods]
-    nothing = SCRATCH if measure == FULL else RANDOM
-    others = [nothing, *BASELINES] if nothing in (*found.inits, *found.probed) else list(BASELINES)
+    others = [*(init for init in (SCRATCH, RANDOM) if init in starts), *BASELINES]
     return pairs + [(method, other) for other in others for method in methods]
 
 
@@ -110,39 +137,64 @@ def _chosen_table(found: Findings) -> Table:
         for budget in found.study.grid.budgets:
             counts = found.chosen_stages(init, budget)
             cells.append(", ".join(f"{name} {n}" for name, n in counts.items()) or NOT_KNOWN)
-        rows.append((baseline_name(init), *cells))
-    header = ("method", *map(_labels, found.study.grid.budgets))
+        rows.append((label_of(init), *cells))
+    header = ("method", *_labels(found))
     caption = f"{found.data.name}. How often each stage was the best on the validation images"
     return Table(caption=caption, header=header, rows=tuple(rows))
 
 
 def _other_scores(own: Statistics) -> Table:
-    found = own.found
+    found, entries = own.found, Entries()
     rows = []
     for budget in found.study.grid.budgets:
         for init in (*found.inits, *BASELINES):
-            cells = (scored(own.estimate(FULL, init, budget, score)) for score, _ in SCORES)
-            rows.append((f"{baseline_name(init)}, {share(budget)}", *cells))
-    header = ("method and labels", *(name for _, name in SCORES))
-    return Table(caption=f"{found.data.name}. Full fine-tuning: other test scores", header=header, rows=tuple(rows))
+            cells = (entries.score(own, FULL, init, budget, score) for score, _ in SCORES)
+            rows.append((f"{label_of(init)}, {found.asked(budget)}", *cells))
+    return Table(
+        caption=f"{found.data.name}. Full fine-tuning: other test scores",
+        header=("method and labels", *(name for _, name in SCORES)),
+        rows=tuple(rows),
+        notes=entries.footnotes.lines,
+    )
 
 
 def second_table(own: Statistics) -> list[Block]:
-    """The second target of several labels, with the labels that no score counts."""
+    """The second target of several labels, with the labels that no score counts, and paired differences."""
     found = own.found
-    if not found.data.multilabel or found.described is None:
+    if not found.data.multilabel or FULL not in found.study.finetuning.modes:
         return []
     truth = found.truth(second=True)
     score: tuple[tuple[Score, str], ...] = (("auc", "macro AUC"), *SCORES)
-    rows = [(baseline_name(init), *(scored(own.second(init, name)) for name, _ in score)) for init in found.inits]
-    flat = next((p for runs in found.second_runs.values() for p in runs.values()), None)
-    notes = auc(flat, truth.values, class_names=truth.class_names)[1] if flat is not None else []
+    header = tuple(name for _, name in score)
     caption = f"{found.data.name}. {len(truth.class_names)} labels at once, full fine-tuning, all labels"
+    scores, differences = Entries(), Entries()
+    rows = [(label_of(init), *(scores.second(own, init, name) for name, _ in score)) for init in found.inits]
+    apart = [
+        (f"{label_of(a)} minus {label_of(b)}", *(differences.second_difference(own, a, b, name) for name, _ in score))
+        for a, b in _pairs(found, FULL)
+        if b not in BASELINES
+    ]
     blocks: list[Block] = [
         Heading(level=3, text="The second target"),
-        Table(caption=caption, header=("method", *(name for _, name in score)), rows=tuple(rows)),
+        Table(caption=caption, header=("method", *header), rows=tuple(rows), notes=scores.footnotes.lines),
     ]
-    return blocks + [Text(text=f"{note[0].upper()}{note[1:]}.") for note in notes]
+    if apart:
+        blocks.append(
+            Table(
+                caption=f"{caption}: paired differences, points",
+                header=("difference", *header),
+                rows=tuple(apart),
+                notes=differences.footnotes.lines,
+            )
+        )
+    return blocks + _left_out(truth)
+
+
+def _left_out(truth: Truth) -> list[Block]:
+    """The classes or labels that macro scores leave out, which are the same whatever is predicted."""
+    nothing = np.zeros((len(truth.values), len(truth.class_names)))
+    notes = auc(nothing, truth.values, class_names=truth.class_names)[1]
+    return [Text(text=f"{note[0].upper()}{note[1:]}.") for note in notes]
 
 
 def neighbour_table(own: Statistics) -> Table:
@@ -178,7 +230,7 @@ def measure_table(found: Findings) -> list[Block]:
                         if value is not None:
                             values.setdefault(name, []).append(value)
             if values:
-                rows.append((baseline_name(init), *(_mean(values.get(name, []), 2) for name in names)))
+                rows.append((label_of(init), *(_mean(values.get(name, []), 2) for name in names)))
         if rows:
             said = "stage 4" if features == "stage4" else "the head's embedding"
             caption = f"{found.data.name}. Measures without labels (TMI: with), test images, {said}, mean of seeds"
@@ -189,7 +241,7 @@ def measure_table(found: Findings) -> list[Block]:
 def _by_stage(found: Findings, values: dict[str, dict[str, list[float]]], caption: str, digits: int) -> Table:
     columns = ("stage1", "stage2", "stage3", "stage4", "final")
     rows = tuple(
-        (baseline_name(init), *(_mean(values.get(init, {}).get(name, []), digits) for name in columns))
+        (label_of(init), *(_mean(values.get(init, {}).get(name, []), digits) for name in columns))
         for init in found.probed
     )
     return Table(caption=caption, header=("method", *columns), rows=rows)
@@ -199,5 +251,6 @@ def _mean(values: list[Any], digits: int) -> str:
     return number(sum(values) / len(values) if values else None, digits)
 
 
-def _labels(budget: float) -> str:
-    return f"{share(budget)} of labels"
+def _labels(found: Findings) -> tuple[str, ...]:
+    """A heading for each budget."""
+    return tuple(f"{found.asked(budget)} of labels" for budget in found.study.grid.budgets)

@@ -2,9 +2,33 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from fastmoco.evaluate.intervals import Estimate
 
 NOT_KNOWN = "-"
+_RAISED = str.maketrans("0123456789", "⁰¹²³⁴⁵⁶⁷⁸⁹")
+
+
+class Footnotes:
+    """Remarks under a table, each once, and the raised numbers by which its cells refer to them."""
+
+    def __init__(self) -> None:
+        self._places: dict[str, int] = {}
+
+    def mark(self, text: str, notes: Iterable[str]) -> str:
+        """`text` with the numbers of `notes` behind it."""
+        places = [self._places.setdefault(note, len(self._places) + 1) for note in dict.fromkeys(notes)]
+        return text + (" " if places else "") + " ".join(map(_raised, places))
+
+    @property
+    def lines(self) -> tuple[str, ...]:
+        """The remarks by their numbers, for `Table.notes`."""
+        return tuple(f"{_raised(place)} {note}" for note, place in self._places.items())
+
+
+def _raised(number: int) -> str:
+    return str(number).translate(_RAISED)
 
 
 def scored(estimate: Estimate | None) -> str:

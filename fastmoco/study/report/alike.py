@@ -1,0 +1,171 @@
+"""How alike representations and outputs are: CKA between encoders, feature reuse, and KS distance."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from fastmoco.evaluate.cka import PAPER_SIGMA, Alignments, Reuse
+from fastmoco.evaluate.ks import KsDistances, columns, ks_distances
+from fastmoco.study import plots
+from fastmoco.study.report.blocks import Block, Heading, Picture, Table
+from fastmoco.study.report.entries import lacking
+from fastmoco.study.report.gather import FULL, Findings
+from fastmoco.study.report.statistics import Statistics, complete, stack
+from fastmoco.study.report.words import Footnotes, number
+from fastmoco.study.work.similarity import STAGES
+
+KERNELS = {"linear": "linear", "rbf": "RBF, median distance", "paper": f"RBF, absolute {PAPER_SIGMA}"}
+# The absolute width leaves next to nothing to be seen: a row of the table says so.
+_DRAWN = ("linear", "rbf")
+
+
+def heat_maps(found: Findings) -> list[Block]:
+    """CKA between the stages of two encoders, mean of seeds: pictures by kernel, and like stages as a table."""
+    each: dict[tuple[str, str], dict[str, list[np.ndarray]]] = {}
+    for record in found.of_kind("similarity"):
+        for pair in record["result"]["pairs"]:
+            if pair["a"] != pair["b"]:
+                values = np.array([[np.nan if v is None else v for v in row] for row in pair["values"]])
+                each.setdefault((pair["a"], pair["b"]), {}).setdefault(pair["kernel"], []).append(values)
+    blocks: list[Block] = [Heading(level=3, text="How alike the encoders are")] if each else []
+    rows: list[tuple[str, ...]] = []
+    for (a, b), kernels in each.items():
+        names = plots.label_of(a), plots.label_of(b)
+        means = {kernel: np.mean(values, axis=0) for kernel, values in kernels.items()}
+        for kernel in _DRAWN:
+            figure = plots.cka_heat_map(
+                Alignments(STAGES, STAGES, means[kernel]),
+                title=f"{found.data.name}: {names[0]} and {names[1]}, {KERNELS[kernel]}",
+                rows=names[0],
+                columns=names[1],
+            )
+            said = f"CKA (unbiased, {KERNELS[kernel]}) on test images, {names[0]} with {names[1]}, mean of seeds"
+            name = f"{found.data.name}-cka-{kernel}-{a}-{b}"
+            blocks.append(Picture(name=name, caption=f"{found.data.name}: {said}", figure=figure))
+        for kernel, mean in means.items():
+            diagonal = [number(None if np.isnan(v) else float(v)) for v in np.diagonal(mean)]
+            rows.append((f"{names[0]}, {names[1]}", KERNELS[kernel], *diagonal))
+    if rows:
+        caption = f"{found.data.name}. CKA (unbiased) of like stages of two encoders by kernel, mean of seeds"
+        blocks.append(Table(caption=caption, header=("encoders", "kernel", *STAGES), rows=tuple(rows)))
+    return blocks
+
+
+def reuse(found: Findings) -> list[Block]:
+    """CKA of each stage before fine-tuning against after, all labels."""
+    kept: dict[str, dict[str, list[dict[str, float]]]] = {}
+    for record in found.of_kind("finetune"):
+        for stage, row in record["result"].get("reuse", {}).items():
+            if row["mean"] is not None:
+                kept.setdefault(record["settings"]["init"], {}).setdefault(stage, []).append(row)
+    if not kept:
+        return []
+    bars = {
+        init: {
+            stage: Reuse(
+                mean=float(np.mean([row["mean"] for row in rows])),
+                std=float(np.mean([row["std"] for row in rows])),
+                draws=int(rows[0]["draws"]),
+                size=int(rows[0]["size"]),
+                images=int(rows[0]["images"]),
+            )
+            for stage, rows in stages.items()
+        }
+        for init in found.inits
+        if (stages := kept.get(init))
+    }
+    one = next(iter(next(iter(bars.values())).values()))
+    rows = tuple(
+        (plots.label_of(init), *(f"{v.mean:.3f} ({v.std:.3f})" for v in stages.values()))
+        for init, stages in bars.items()
+    )
+    caption = (
+        f"{found.data.name}: feature reuse, linear CKA (unbiased) before against after fine-tuning with all labels; "
+        f"mean over seeds, and the deviation over {one.draws} draws of {one.size} of {one.images} test images"
+    )
+    return [
+        Heading(level=3, text="Feature reuse"),
+        Picture(
+            name=f"{found.data.name}-reuse",
+            caption=caption,
+            figure=plots.reuse_bars(bars, title=f"{found.data.name}: feature reuse"),
+        ),
+        Table(caption=caption, header=("method", *STAGES), rows=rows),
+    ]
+
+
+def output_distances(own: Statistics) -> list[Block]:
+    """KS distance of the outputs with few labels from those with all, by class, and both distributions of a typical
+    pair."""
+    found = own.found
+    truth = found.truth()
+    chosen = columns(truth.kind, len(truth.class_names))
+    names = [truth.class_names[column] for column in chosen]
+    rows: list[tuple[str, ...]] = []
+    footnotes = Footnotes()
+    # One panel a method where one class says it all; otherwise one picture a method, with a panel a class.
+    drawn: dict[str, list[plots.Outputs]] = {}
+    smallest = [budget for budget in found.study.grid.budgets if budget < 1]
+    for budget in smallest:
+        for init in found.inits:
+            paired = _paired(own, init, budget)
+            title = f"{plots.label_of(init)}, {found.asked(budget)}"
+            if paired is None:
+                rows.append((title, *[number(None)] * (1 + len(chosen) * (len(chosen) > 1))))
+                continue
+            few, full = paired
+            distances = ks_distances(few, full, kind=truth.kind, class_names=truth.class_names)
+            planned, there = found.planned(FULL, budget), (few.shape[0], few.shape[1])
+            said = [] if there == planned else [f"provisional: {lacking(there, planned)}"]
+            mean = footnotes.mark(number(distances.overall), said)
+            rows.append((title, mean, *([number(float(v)) for v in distances.mean] if len(chosen) > 1 else [])))
+            if budget == min(smallest):
+                outputs = _outputs(init, few, full, distances, chosen)
+                drawn.setdefault(f"class {names[0]}" if len(chosen) == 1 else plots.label_of(init), []).extend(outputs)
+    if not drawn:
+        return []
+    said_of = f"{found.asked(min(smallest))} of the labels against all"
+    pictures = [
+        Picture(
+            name=f"{found.data.name}-ks-{place}",
+            caption=f"{found.data.name}: outputs on test images, {who}, {said_of}; of each the run nearest to the mean",
+            figure=plots.ks_curves(outputs, title=f"{found.data.name}, {who}: {said_of}"),
+        )
+        for place, (who, outputs) in enumerate(drawn.items(), start=1)
+    ]
+    # Of two classes one says it all.
+    header = (f"class {names[0]}",) if len(chosen) == 1 else ("mean of classes", *names)
+    table = Table(
+        caption=f"{found.data.name}. KS distance of the outputs from those with all labels, mean of runs",
+        header=("method and labels", *header),
+        rows=tuple(rows),
+        notes=footnotes.lines,
+    )
+    return [Heading(level=3, text="How far few labels are from all"), table, *pictures]
+
+
+def _paired(own: Statistics, init: str, budget: float) -> tuple[np.ndarray, np.ndarray] | None:
+    """Outputs (S, D, n, C) with few labels and (S, 1, n, C) with all, of the seeds that have both."""
+    few, full = own.found.runs(FULL, init, budget), own.found.runs(FULL, init, 1.0)
+    seeds = {run[0] for run in complete(few)} & {run[0] for run in complete(full)}
+    if not seeds:
+        return None
+    first, second = ([run for run in complete(runs) if run[0] in seeds] for runs in (few, full))
+    return stack(few, first), stack(full, second)
+
+
+def _outputs(
+    init: str, few: np.ndarray, full: np.ndarray, distances: KsDistances, chosen: list[int]
+) -> list[plots.Outputs]:
+    """The run nearest to the mean, class by class."""
+    seed, draw = distances.pair
+    return [
+        plots.Outputs(
+            title=plots.label_of(init) if len(chosen) == 1 else name,
+            few=few[seed, draw, :, column],
+            full=full[seed, 0, :, column],
+            mean=float(mean),
+            method=init,
+        )
+        for name, column, mean in zip(distances.class_names, chosen, distances.mean, strict=True)
+    ]

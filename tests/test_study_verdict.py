@@ -1,0 +1,230 @@
+"""What a report says of numbers: verdicts, what is provisional, and what is noted."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from fastmoco.evaluate.intervals import Estimate
+from fastmoco.study.config import read_study
+from fastmoco.study.report import record, tables
+from fastmoco.study.report.alike import output_distances
+from fastmoco.study.report.blocks import Block, Table, Text
+from fastmoco.study.report.gather import Findings
+from fastmoco.study.report.markdown import to_markdown
+from fastmoco.study.report.page import to_html
+from fastmoco.study.report.statistics import Statistics
+from fastmoco.study.report.verdict import _gain, _joint, judge, verdict
+from fastmoco.study.work.numbers import pack
+from studies import draw_study
+
+IMAGES, CLASSES = 40, 2
+TRUTH = np.arange(IMAGES) % CLASSES
+
+
+def interval(low: float, high: float) -> Estimate:
+    return Estimate(value=(low + high) / 2, low=low, high=high, samples=np.empty(0), seeds=np.empty(0))
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "at_least", "above", "said"),
+    [
+        (0.051, 0.2, "met", "met", "it beats MoCo"),
+        (0.05, 0.06, "met", "met", "it beats MoCo"),
+        (0.04, 0.06, "undecided", "met", "it beats MoCo, by 5 points or by fewer"),
+        (0.01, 0.04, "refuted", "met", "it beats MoCo, by less than 5 points"),
+        (-0.1, 0.049, "refuted", "undecided", "neither a gain nor a loss is shown"),
+        (-0.1, -0.01, "refuted", "refuted", "it is worse than MoCo"),
+        # No difference at all is neither a gain nor a loss.
+        (0.0, 0.0, "refuted", "refuted", "neither a gain nor a loss is shown"),
+        (0.0, 0.1, "undecided", "undecided", "neither a gain nor a loss is shown"),
+    ],
+)  # fmt: skip
+def test_the_verdict_goes_by_the_interval(low: float, high: float, at_least: str, above: str, said: str) -> None:
+    assert judge(interval(low, high), 0.05) == at_least
+    assert judge(interval(low, high), 0.0, above=True) == above
+    assert _gain(interval(low, high)) == said
+    assert judge(None, 0.05) == "not computed"
+
+
+@pytest.mark.parametrize(
+    ("states", "said"),
+    [
+        (["met", "met"], "met."), (["met", "refuted"], "refuted."), (["met", "undecided"], "undecided."),
+        (["met", "provisional"], "not judged yet."), (["not computed", "met"], "not judged yet."),
+        (["provisional", "refuted"], "refuted."),
+    ],
+)  # fmt: skip
+def test_the_claim_is_of_every_variant(states: list[Any], said: str) -> None:
+    assert _joint(states) == f"The claim as a whole, of every variant: {said}"
+
+
+def outputs(seed: int, strength: float) -> list[Any]:
+    """Packed probabilities that tell the classes apart the better the greater `strength` is."""
+    rng = np.random.default_rng(seed)
+    up = 1 / (1 + np.exp(-(strength * (2 * TRUTH - 1) + rng.normal(size=IMAGES))))
+    return pack(np.stack([1 - up, up], axis=1))
+
+
+class Cells:
+    """Finished cells of a study of `seeds` with all that a report reads of them."""
+
+    def __init__(self, folder: Path, *, seeds: int, draws: int = 2, modes: str = '["full"]', **described: Any) -> None:
+        file = draw_study(folder)
+        text = file.read_text().replace("seeds = [0]", f"seeds = {list(range(seeds))}")
+        text = text.replace("draws = 1\nmodes", f"draws = {draws}\nmodes")
+        text = text.replace('modes = ["full"]', f"modes = {modes}")
+        file.write_text(text)
+        self.study = read_study(file)
+        self.seeds, self.draws = seeds, draws
+        self.records: dict[str, Any] = {}
+        told = {"kind": "binary", "class_names": ["no", "yes"], "test": TRUTH.tolist()}
+        self.add(
+            "drawn.data", "data", {},
+            {"targets": {"kind": told}, "test_groups": list(range(IMAGES)), "patients": None, "leaks": []} | described,
+        )  # fmt: skip
+
+    def add(self, name: str, kind: str, settings: dict[str, Any], result: dict[str, Any]) -> None:
+        self.records[name] = {"kind": kind, "settings": {"data": {"name": "drawn"}} | settings, "result": result}
+
+    def finetune(self, init: str, seed: int, draw: int, budget: float, strength: float) -> str:
+        """A finished fine-tuning."""
+        name = f"drawn.finetune.{init}.full.s{seed}.b{budget:g}.d{draw}"
+        settings = {"init": init, "mode": "full", "seed": seed, "draw": draw, "budget": budget, "target": "kind"}
+        used = {"images": 14, "used": 0.55} if budget < 1 else {"images": 26, "used": 1.0}
+        own = {"budget": budget, "seed": seed, "draw": draw, "note": "", **used}
+        number = 1000 * seed + 10 * draw + int(10 * budget)
+        self.add(name, "finetune", settings, {"probabilities": outputs(number, strength), "budget": own})
+        return name
+
+    def all(self, **strengths: float) -> None:
+        """Every fine-tuning at 0.4 and at 1, by start."""
+        for init, strength in strengths.items():
+            for seed in range(self.seeds):
+                for draw in range(self.draws):
+                    self.finetune(init, seed, draw, 0.4, strength)
+                self.finetune(init, seed, 0, 1.0, strength)
+
+    def statistics(self) -> Statistics:
+        return Statistics(Findings(self.study, self.study.data[0], self.records), 100)
+
+
+def texts(blocks: list[Block]) -> list[str]:
+    return [block.text for block in blocks if isinstance(block, Text) and block.strong]
+
+
+def table(blocks: list[Block], caption: str) -> Table:
+    return next(block for block in blocks if isinstance(block, Table) and caption in block.caption)
+
+
+def test_a_claim_is_judged_when_all_seeds_and_draws_are_there(tmp_path: Path) -> None:
+    cells = Cells(tmp_path, seeds=3)
+    cells.all(moco=0.0, mse=3.0, barlow=3.0)
+    found = verdict([cells.statistics()])
+    assert [text.partition(":")[0] for text in texts(found)][:2] == ["MoCo + MSE", "MoCo + Barlow"]
+    assert all("the claim is met" in text for text in texts(found)[:2])
+    assert texts(found)[2] == "The claim as a whole, of every variant: met."
+    # What was used where more labels than asked were.
+    assert any("at the smallest budget, 40 % (drawn: 14 images, 55 %)" in b.text for b in found if isinstance(b, Text))
+    # One run fewer, and it is open again.
+    del cells.records["drawn.finetune.mse.full.s1.b0.4.d1"]
+    found = verdict([cells.statistics()])
+    assert texts(found)[0].startswith("MoCo + MSE: provisional, 2 of 3 seeds, 2 of 2 draws: +")
+    assert texts(found)[0].endswith("not judged yet.") and "is met" in texts(found)[1]
+    assert texts(found)[2] == "The claim as a whole, of every variant: not judged yet."
+    rows = table(found, "The claim at 40 % (drawn: 14 images, 55 %)").rows
+    assert rows[0][3:] == ("provisional, 2 of 3 seeds, 2 of 2 draws",) * 2 and rows[2][3:] == ("met", "met")
+
+
+def test_equal_methods_beat_nobody(tmp_path: Path) -> None:
+    cells = Cells(tmp_path, seeds=2)
+    cells.all(moco=1.0, mse=1.0, barlow=1.0)
+    found = verdict([cells.statistics()])
+    said = "the claim is refuted: +0.0 [+0.0, +0.0] points over MoCo; neither a gain nor a loss is shown."
+    assert texts(found)[:2] == [f"MoCo + MSE: {said}", f"MoCo + Barlow: {said}"]
+
+
+def test_a_study_without_full_fine_tuning_judges_nothing(tmp_path: Path) -> None:
+    found = verdict([Cells(tmp_path, seeds=1, modes='["linear"]').statistics()])
+    assert texts(found) == [
+        "Full fine-tuning, which the claim is about, is not among the modes of this study: it is not judged."
+    ]
+    header = table(found, "Each against what needs no pretraining").header
+    assert header[1] == "probe of stage 4: minus random weights" and "from scratch" not in " ".join(header)
+
+
+def test_rows_say_how_many_runs_they_are_of_and_what_was_noted(tmp_path: Path) -> None:
+    cells = Cells(tmp_path, seeds=3)
+    cells.all(moco=1.0, mse=1.0)
+    del cells.records["drawn.finetune.mse.full.s2.b1.d0"]
+    probes = [
+        {"features": "stage4", "budget": budget, "seed": 0, "draw": draw, "validation_auc": 0.5,
+         "probabilities": outputs(draw, 1.0), "notes": ["it did not converge"] if draw else []}
+        for budget, draw in ((0.4, 0), (0.4, 1), (1.0, 0))
+    ]  # fmt: skip
+    undefined = {"features": "stage4", "budget": 0.4, "seed": 1, "draw": 0, "notes": ["undefined: it holds NaN"]}
+    cells.add("drawn.probes.moco.s0", "probes", {"init": "moco", "seed": 0}, {"probes": [*probes, undefined]})
+    found = tables.score_tables(cells.statistics())
+    full = table(found, "Full fine-tuning: test AUC")
+    assert full.header == ("method", "40 % (14 images, 55 %) of labels", "100 % of labels", "seeds x draws")
+    rows = {row[0]: row for row in full.rows}
+    assert rows["MoCo"][-1] == "3 x 2, 3 x 1" and rows["MoCo + MSE"][-1] == "3 x 2, 2 x 1"
+    assert rows["from scratch"][1:] == ("-", "-", "-, -")
+    assert rows["MoCo + MSE"][2].endswith("] ¹") and rows["MoCo + MSE"][1].endswith("]")
+    assert full.notes == ("¹ provisional: 2 of 3 seeds, 1 of 1 draws",)
+    stage4 = table(found, "Linear probe of stage 4: test AUC")
+    assert stage4.notes == (
+        "¹ it did not converge (1 run)", "² undefined: it holds NaN (1 run)",
+        "³ provisional: 1 of 3 seeds, 2 of 2 draws", "⁴ provisional: 1 of 3 seeds, 1 of 1 draws",
+    )  # fmt: skip
+    assert next(row for row in stage4.rows if row[0] == "MoCo")[1].endswith("] ¹ ² ³")
+    # They are to be read in both files.
+    for text in (to_html("t", found), to_markdown("t", found)):
+        assert "⁴ provisional: 1 of 3 seeds, 1 of 1 draws" in text
+
+
+def test_no_row_is_of_what_the_study_has_not(tmp_path: Path) -> None:
+    cells = Cells(tmp_path, seeds=1, modes='["full", "linear"]')
+    scores = tables.score_tables(cells.statistics())
+    assert [row[0] for row in table(scores, "A linear layer alone").rows][:2] == ["random weights", "MoCo"]
+    file = tmp_path / "study.toml"
+    file.write_text(file.read_text().replace("[study]", '[study]\nmethods = ["moco", "mse"]'))
+    own = Statistics(Findings(read_study(file), cells.study.data[0], cells.records), 100)
+    rows = table(tables.score_tables(own), "A linear layer alone").rows
+    assert [row[0] for row in rows][:2] == ["MoCo", "MoCo + MSE"]
+    names = [row[0] for row in table(tables.difference_tables(own), "Full fine-tuning: differences").rows]
+    assert "MoCo minus from scratch" not in names and "MoCo minus colour statistics" in names
+
+
+def test_outputs_are_compared_class_by_class(tmp_path: Path) -> None:
+    told = {"kind": "multiclass", "class_names": ["a", "b", "c"], "test": (np.arange(IMAGES) % 3).tolist()}
+    cells = Cells(tmp_path, seeds=1, draws=1, targets={"kind": told})
+    shapes = np.random.default_rng(0).dirichlet(np.ones(3), (2, IMAGES))
+    for budget, values in zip((0.4, 1.0), shapes, strict=True):
+        name = cells.finetune("moco", 0, 0, budget, 1.0)
+        cells.records[name]["result"]["probabilities"] = pack(values)
+    found = table(output_distances(cells.statistics()), "KS distance")
+    assert found.header == ("method and labels", "mean of classes", "a", "b", "c")
+    row = next(row for row in found.rows if row[0].startswith("MoCo,"))
+    by_class = zip(*np.swapaxes(shapes, 1, 2), strict=True)
+    gaps = [max(abs(np.mean(few <= x) - np.mean(full <= x)) for x in [*few, *full]) for few, full in by_class]
+    assert row[1:] == (f"{np.mean(gaps):.3f}", *(f"{gap:.3f}" for gap in gaps))
+
+
+@pytest.mark.parametrize(
+    ("described", "said"),
+    [
+        ({"patients": {"test": 9}}, "drawn: no patient and no picture is in two splits."),
+        ({}, "drawn: no picture is in two splits. Patients are not known, so that one may have pictures in two."),
+    ],
+)
+def test_what_is_known_of_leaks_is_said_set_by_set(tmp_path: Path, described: dict[str, Any], said: str) -> None:
+    cells = Cells(tmp_path, seeds=1, **described)
+    data = cells.study.data[0]
+    blocks = record.leaks([Findings(cells.study, data, cells.records), Findings(cells.study, data, {})])
+    assert [block.text for block in blocks[1:] if isinstance(block, Text)] == [
+        said, "drawn: not known yet: its first cell is missing."
+    ]  # fmt: skip
