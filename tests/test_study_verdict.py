@@ -212,6 +212,13 @@ def test_outputs_are_compared_class_by_class(tmp_path: Path) -> None:
     by_class = zip(*np.swapaxes(shapes, 1, 2), strict=True)
     gaps = [max(abs(np.mean(few <= x) - np.mean(full <= x)) for x in [*few, *full]) for few, full in by_class]
     assert row[1:] == (f"{np.mean(gaps):.3f}", *(f"{gap:.3f}" for gap in gaps))
+    # Also where the smallest budget, which is drawn, is not computed yet.
+    file = tmp_path / "study.toml"
+    file.write_text(file.read_text().replace("budgets = [", "budgets = [0.2, "))
+    own = Statistics(Findings(read_study(file), cells.study.data[0], cells.records), 100)
+    assert table(output_distances(own), "KS distance").rows[-3:] == found.rows[-3:]
+    del cells.records[name]
+    assert output_distances(cells.statistics()) == []
 
 
 @pytest.mark.parametrize(

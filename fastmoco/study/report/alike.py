@@ -11,7 +11,7 @@ from fastmoco.study.report.blocks import Block, Heading, Picture, Table
 from fastmoco.study.report.entries import lacking
 from fastmoco.study.report.gather import FULL, Findings
 from fastmoco.study.report.statistics import Statistics, complete, stack
-from fastmoco.study.report.words import Footnotes, number
+from fastmoco.study.report.words import NOT_KNOWN, Footnotes, number
 from fastmoco.study.work.similarity import STAGES
 
 KERNELS = {"linear": "linear", "rbf": "RBF, median distance", "paper": f"RBF, absolute {PAPER_SIGMA}"}
@@ -122,7 +122,7 @@ def output_distances(own: Statistics) -> list[Block]:
             if budget == min(smallest):
                 outputs = _outputs(init, few, full, distances, chosen)
                 drawn.setdefault(f"class {names[0]}" if len(chosen) == 1 else plots.label_of(init), []).extend(outputs)
-    if not drawn:
+    if all(row[1] == NOT_KNOWN for row in rows):
         return []
     said_of = f"{found.asked(min(smallest))} of the labels against all"
     pictures = [

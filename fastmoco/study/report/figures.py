@@ -136,7 +136,7 @@ def _tick(found: Findings, budget: float, images: float) -> str:
     used = found.used(budget)
     if used is None or not used.more:
         return f"{images:.0f}\n({share(budget)})"
-    return f"{images:.0f}\n({100 * used.shares[0]:.2g} %,\nasked {share(budget)})"
+    return f"{images:.0f}\n({100 * used.shares[0]:.3g} %,\nasked {share(budget)})"
 
 
 def _levels(own: Statistics, budget: float) -> list[plots.Level]:

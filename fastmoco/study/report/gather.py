@@ -206,4 +206,3 @@ def read_records(store: Store, cells: Mapping[str, Cell]) -> tuple[dict[str, Rec
         if record is not None and record["hash"] == cell.hash:
             records[cell.id] = record
     return records, damaged
-
