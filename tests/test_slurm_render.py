@@ -117,13 +117,13 @@ def test_a_study_has_a_task_for_each_recipe_and_seed(capsys: pytest.CaptureFixtu
 
 def test_the_tasks_of_a_grid_share_a_study(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = draw_study(tmp_path)
-    asked = ["--tasks", "6", "--gpus", "2", "--time", "2:00:00"]
+    asked = ["--tasks", "6", "--gpus", "1", "--time", "2:00:00"]
     script = render(capsys, "grid", *asked, options=[str(file), "--jobs", "3"])
-    assert {"array=0-5", "ntasks-per-node=1", "gpus-per-node=2", "nodes=1", "time=2:00:00"} <= directives(script)
-    # No cell is begun in the last five minutes.
-    assert variable(script, "options") == [str(file), "--jobs", "3", "--max-minutes", "115"]
-    own = render(capsys, "grid", options=[str(file), "--max-minutes", "7"])
-    assert variable(own, "options") == [str(file), "--max-minutes", "7"]
+    assert {"array=0-5", "ntasks-per-node=1", "gpus-per-node=1", "nodes=1", "time=2:00:00"} <= directives(script)
+    # No cell is to run in the last five minutes, and no task reports on what is half done.
+    assert variable(script, "options") == [str(file), "--jobs", "3", "--max-minutes", "115", "--report", "none"]
+    asked = [str(file), "--max-minutes", "7", "--report", "after"]
+    assert variable(render(capsys, "grid", options=asked), "options") == asked
 
 
 def test_a_measurement_keeps_the_batch_of_a_process(capsys: pytest.CaptureFixture[str]) -> None:
@@ -140,6 +140,7 @@ def test_a_measurement_keeps_the_batch_of_a_process(capsys: pytest.CaptureFixtur
         (["pretrian"], RUN, "no script 'pretrian'"),
         (["grid"], ["/no/study.toml"], "/no/study.toml: cannot be read"),
         (["grid", "--nodes", "2"], ["/no/study.toml"], "--nodes 2: each task of a grid has one node"),
+        (["grid", "--gpus", "2"], ["/no/study.toml"], "--gpus 2: each task of a grid uses one GPU"),
         (["grid", "--tasks", "0"], ["/no/study.toml"], "--tasks must be at least 1"),
         (["pretrain", "--nodes", "0"], RUN, "--nodes must be at least 1"),
         (["pretrain", "--gpus", "-1"], RUN, "--gpus must be at least 0"),

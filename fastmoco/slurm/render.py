@@ -113,6 +113,8 @@ class GridArgs(JobArgs):
         super().__post_init__()
         if self.nodes != 1:
             raise UserError(f"--nodes {self.nodes}: each task of a grid has one node; ask for more with --tasks")
+        if self.gpus > 1:
+            raise UserError(f"--gpus {self.gpus}: each task of a grid uses one GPU; ask for more with --tasks")
         if self.tasks < 1:
             raise UserError(f"--tasks must be at least 1, not {self.tasks}")
 
@@ -198,6 +200,9 @@ def _fill_grid(script: Script, job: GridArgs, options: list[str]) -> None:
     read_study(read_study_options(options).config)
     if value_of("--max-minutes", options) is None:
         options = [*options, "--max-minutes", str((seconds_of(job.time) - job.notice) // 60)]
+    if value_of("--report", options) is None:
+        # As many tasks would write as many reports, all but the last of what is half done.
+        options = [*options, "--report", "none"]
     script.directive("array", f"0-{job.tasks - 1}")
     # One task starts the processes of its node.
     script.directive("ntasks-per-node", "1")

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
+import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
@@ -91,7 +93,9 @@ class Pool:
         return process
 
     def _new(self) -> _Process:
-        return _Process(self._context, self._serve, (self._study, self._device))
+        # What multiplies matrices asks for its threads as it is loaded; with one a core, each process would have them.
+        with _environment("OMP_NUM_THREADS", str(self._study.grid.threads)):
+            return _Process(self._context, self._serve, (self._study, self._device))
 
     def _end(self, *, gently: bool) -> None:
         for process in self._idle:
@@ -106,6 +110,19 @@ class Pool:
             if process.own.is_alive():
                 process.own.kill()
                 process.own.join()
+
+
+@contextlib.contextmanager
+def _environment(name: str, value: str) -> Iterator[None]:
+    before = os.environ.get(name)
+    os.environ[name] = value
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
 
 
 class _Process:
