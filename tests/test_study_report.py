@@ -9,15 +9,23 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from scipy.special import expit, softmax
 from sklearn.metrics import roc_auc_score
 
+from fastmoco.study.cells import make_cells
 from fastmoco.study.command import StudyArgs, study_command
+from fastmoco.study.config import read_study
 from fastmoco.study.pool import Pool
 from fastmoco.study.report.blocks import Code, Heading, Listing, Table, Text
 from fastmoco.study.report.markdown import to_markdown
 from fastmoco.study.report.page import to_html
 from fastmoco.study.report.statistics import complete
 from fastmoco.study.store import Store
+from fastmoco.study.work import finetune
+from fastmoco.study.work.context import Context
+from fastmoco.study.work.encoders import load_start
+from fastmoco.study.work.numbers import pack, unpack
 from fastmoco.study.worker import Job, Outcome, _Worker
 from studies import draw_study
 
@@ -141,9 +149,9 @@ def test_the_scores_are_those_of_the_stored_probabilities(folder: Path) -> None:
     probes = store.read("drawn.probes.moco.s0")
     assert data is not None and cell is not None and probes is not None
     truth = data["result"]["targets"]["kind"]["test"]
-    by_hand = roc_auc_score(truth, cell["result"]["probabilities"])
+    by_hand = roc_auc_score(truth, cell["result"]["probabilities"]["log_odds"])
     runs = [
-        row["probabilities"]
+        row["probabilities"]["log_odds"]
         for row in probes["result"]["probes"]
         if row["features"] == "stage4" and row["budget"] == 0.4
     ]
@@ -168,6 +176,45 @@ def test_every_cell_says_how_it_came_about(folder: Path) -> None:
         assert str(folder) not in text
 
 
+def test_stored_probabilities_keep_their_order_where_they_are_near_0_and_1() -> None:
+    rng = np.random.default_rng(0)
+    logits = np.concatenate([rng.uniform(14, 21, 40), rng.uniform(-30, 30, 40)])
+    truth = logits > np.median(logits)
+    two = np.stack([expit(-logits), expit(logits)], axis=1)
+    found = unpack(json.loads(json.dumps(pack(two, "binary"))))
+    np.testing.assert_allclose(found, two, rtol=1e-4)
+    assert roc_auc_score(truth, found[:, 1]) == roc_auc_score(truth, logits) == 1.0
+    several = softmax(rng.normal(0, 8, (50, 3)), axis=1)
+    np.testing.assert_allclose(unpack(pack(several, "multiclass")), several, rtol=1e-4)
+    labels = expit(rng.normal(0, 8, (50, 2)))
+    np.testing.assert_allclose(unpack(pack(labels, "multilabel")), labels, rtol=1e-4)
+    # What votes that are all for one class give.
+    for kind in ("binary", "multiclass", "multilabel"):
+        np.testing.assert_allclose(unpack(pack(np.eye(2), kind)), np.eye(2), atol=1e-300)
+
+
+def test_a_network_from_scratch_begins_as_the_random_one_of_its_seed_and_is_kept_without_its_reuse(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    study = read_study(folder / "study.toml")
+    data, store = study.data[0], Store(folder / "out")
+    stored = store.read("drawn.finetune.scratch.full.s0.b1.d0")
+    described = store.read("drawn.data")
+    assert stored is not None and described is not None and set(stored["result"]["reuse"]) > {"stage1", "stage4"}
+    cell = make_cells(study, {"drawn": described["result"]["print"]})[stored["id"]]
+    context = Context(study, data, store, "cpu", cell.settings["data"])
+    scratch, random = (load_start(context, init, 0, {}).state_dict() for init in ("scratch", "random"))
+    assert all(torch.equal(scratch[name], random[name]) for name in random)
+
+    def fail(*sets: object) -> None:
+        raise MemoryError("of all of it")
+
+    monkeypatch.setattr(finetune, "feature_reuse", fail)
+    found = finetune.run(cell, context, {})
+    assert "reuse" not in found and found["notes"] == ["no feature reuse: MemoryError: of all of it"]
+    assert set(found["probabilities"]) == {"log_odds"}
+
+
 def test_the_report_is_made_of_the_cells_alone(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "cells").symlink_to(folder / "out" / "cells")
@@ -184,15 +231,19 @@ def test_a_report_of_half_a_study_says_what_is_missing(folder: Path, tmp_path: P
         if "mse" not in path.name:
             (cells / path.name).write_text(path.read_text())
     (cells / "drawn.baselines.json").write_text("{")
+    failed = Store(folder / "out").read("drawn.pretrain.mse.s0")
+    assert failed is not None
     (tmp_path / "out" / "failures").mkdir()
-    (tmp_path / "out" / "failures" / "drawn.pretrain.mse.s0.txt").write_text("Traceback\nRuntimeError: of all memory\n")
+    (tmp_path / "out" / "failures" / "drawn.pretrain.mse.s0.txt").write_text(
+        f"{failed['hash']}\nTraceback\nRuntimeError: of all memory\n"
+    )
     (tmp_path / "study.toml").write_text((folder / "study.toml").read_text())
     assert study_command(StudyArgs(config=tmp_path / "study.toml", report="only")) == 3
     text = (tmp_path / "out" / "report" / "report.md").read_text()
     assert "**MoCo + MSE: not computed yet; cells are missing.**" in text
     assert "drawn.pretrain.mse.s0: RuntimeError: of all memory" in text
     assert re.search(r"Files that are damaged:\n\n- .*drawn\.baselines\.json: not JSON", text)
-    assert re.search(r"Not computed yet: 5:\n\n(- drawn.*\n?){5}", text), text[-900:]
+    assert re.search(r"Not computed yet: 9:\n\n(- drawn.*\n?){9}", text), text[-900:]
 
 
 def test_it_says_by_which_settings_encoders_were_trained_and_which_are_not_the_recipes(folder: Path) -> None:

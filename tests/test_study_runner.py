@@ -15,16 +15,18 @@ import pytest
 
 from fastmoco.errors import UserError
 from fastmoco.study import worker
+from fastmoco.study.cells import make_cells
 from fastmoco.study.command import StudyArgs, study_command
 from fastmoco.study.config import read_study
 from fastmoco.study.store import Damaged, Store
 from fastmoco.study.work import compute
+from fastmoco.study.work.context import prepare
 from studies import NoProcesses, be_quick, draw_study
 
 TESTS = Path(__file__).parent
 # One pretraining, what follows it and what needs none.
 FEW = {"study": 'methods = ["scratch", "moco"]'}
-CELLS = 4 + 1 + 1 + 2 * 3
+CELLS = 4 + 3 + 1 + 2 * 3
 
 
 def ways(file: Path, **cells: str) -> Path:
@@ -43,6 +45,11 @@ def computed(file: Path) -> list[str]:
 
 def run(file: Path, **options: object) -> int:
     return study_command(StudyArgs(config=file, report="none", **options), pool=NoProcesses)  # type: ignore[arg-type]
+
+
+def prints(file: Path) -> dict[str, dict[str, object]]:
+    study = read_study(file)
+    return {data.name: prepare(study, data).print for data in study.data}
 
 
 @pytest.fixture
@@ -84,13 +91,13 @@ def test_a_damaged_file_is_noticed_and_computed_again(file: Path, capsys: pytest
     path.write_text(path.read_text().replace("drawn.baselines", "drawn.baselinez", 1))
     torn = store.path("drawn.data")
     torn.write_text(torn.read_text()[:40])
-    flipped = store.path("drawn.similarity.s0")
+    flipped = store.path("drawn.similarity.random-moco.s0")
     flipped.write_text(flipped.read_text().replace('"seconds":', '"seconds":1'))
-    for damaged in ("drawn.baselines", "drawn.data", "drawn.similarity.s0"):
+    for damaged in ("drawn.baselines", "drawn.data", "drawn.similarity.random-moco.s0"):
         with pytest.raises(Damaged):
             store.read(damaged)
     assert run(file) == 0
-    assert sorted(computed(file)[CELLS:]) == ["drawn.baselines", "drawn.data", "drawn.similarity.s0"]
+    assert sorted(computed(file)[CELLS:]) == ["drawn.baselines", "drawn.data", "drawn.similarity.random-moco.s0"]
     assert capsys.readouterr().out.count("damaged, to be computed again") == 3
 
 
@@ -98,7 +105,8 @@ def test_a_failed_cell_is_reported_and_the_rest_go_on(file: Path, capsys: pytest
     ways(file, drawn_baselines="fail", drawn_probes_random_s0="fail")
     assert run(file) == 1
     store = Store(file.parent / "out")
-    assert "it was to fail" in (store.failure("drawn.baselines") or "")
+    cells = make_cells(read_study(file), prints(file))
+    assert "it was to fail" in (store.failure(cells["drawn.baselines"]) or "")
     assert len(list(store.cells.glob("*.json"))) == CELLS - 2
     said = capsys.readouterr().out
     assert "2 cells failed:" in said and "RuntimeError: it was to fail" in said
@@ -108,6 +116,49 @@ def test_a_failed_cell_is_reported_and_the_rest_go_on(file: Path, capsys: pytest
     assert run(file) == 0
     assert sorted(computed(file)[CELLS:]) == ["drawn.baselines", "drawn.probes.random.s0"]
     assert list(store.failures.iterdir()) == []
+
+
+def test_a_reason_is_of_the_last_failure_and_of_the_settings_it_had(file: Path) -> None:
+    class Dies(NoProcesses):
+        """One whose processes end over every cell."""
+
+        def start(self, job: worker.Job) -> None:
+            self._outcomes.append(worker.Outcome(cell=job.cell.id, state="failed", reason="its process ended"))
+
+    ways(file, drawn_probes_random_s0="fail")
+    assert run(file, only=("drawn.probes.random.s0",)) == 1
+    store, cells = Store(file.parent / "out"), make_cells(read_study(file), prints(file))
+    probes = cells["drawn.probes.random.s0"]
+    assert "it was to fail" in (store.failure(probes) or "")
+    args = StudyArgs(config=file, report="none", only=("drawn.probes.random.s0",))
+    assert study_command(args, pool=Dies) == 1
+    assert store.failure(probes) == "its process ended"
+    file.write_text(file.read_text().replace("draws = 2", "draws = 3"))
+    other = make_cells(read_study(file), prints(file))["drawn.probes.random.s0"]
+    assert other.hash != probes.hash and store.failure(other) is None
+
+
+def test_two_studies_do_not_share_a_folder_at_once(file: Path) -> None:
+    store = Store(file.parent / "out")
+    store.make()
+    with store.shared("some"):
+        with pytest.raises(UserError, match="is being computed with other settings or of other images"):
+            run(file)
+        assert computed(file) == [] and list(store.data.iterdir()) == []
+        # As many as like of one.
+        with Store(store.out).shared("some"):
+            pass
+        with pytest.raises(UserError, match="other settings"), Store(store.out).shared("others"):
+            pass
+    assert run(file, only=("drawn.data",)) == 3
+
+
+def test_a_pretraining_again_begins_from_nothing(file: Path) -> None:
+    assert run(file, only=("*.pretrain.*",)) == 3
+    (folder,) = (file.parent / "out" / "runs").iterdir()
+    (folder / "half").touch()
+    assert run(file, only=("*.pretrain.*",), again=True) == 3
+    assert len(computed(file)) == 2 and not (folder / "half").exists() and (folder / "query.safetensors").exists()
 
 
 def test_what_needs_a_failed_cell_is_left(file: Path) -> None:
@@ -133,7 +184,7 @@ def test_a_pretraining_whose_encoder_is_gone_is_computed_again_where_it_is_neede
 def test_only_brings_what_it_needs_and_says_what_there_is(file: Path) -> None:
     assert run(file, only=("drawn.probes.moco.*",)) == 3
     assert computed(file) == ["drawn.pretrain.moco.s0", "drawn.probes.moco.s0"]
-    with pytest.raises(UserError, match=r"--only nothing\*: matches none of the 12 cells"):
+    with pytest.raises(UserError, match=r"--only nothing\*: matches none of the 14 cells"):
         run(file, only=("nothing*",))
     with pytest.raises(UserError, match="--again computes finished cells again"):
         StudyArgs(config=file, again=True)
@@ -143,6 +194,19 @@ def test_no_cell_is_begun_when_time_is_up(file: Path, capsys: pytest.CaptureFixt
     assert run(file, max_minutes=0.0) == 3
     assert computed(file) == []
     assert f"{CELLS} of {CELLS} cells are still to be computed" in capsys.readouterr().out
+
+
+def test_no_cell_is_begun_that_would_not_be_done_in_time(file: Path) -> None:
+    class Slow(NoProcesses):
+        """One on which an image takes a second, by the trial."""
+
+        def trial(self, size: int) -> float:
+            return 1.0
+
+    args = StudyArgs(config=file, report="none", max_minutes=0.05)
+    assert study_command(args, pool=Slow) == 3
+    # What pretrains goes on where it was; all others would have been for nothing.
+    assert computed(file) == ["drawn.pretrain.moco.s0"]
 
 
 def test_list_says_what_is_finished(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -204,23 +268,24 @@ def test_two_at_once_share_the_work_and_a_process_that_dies_takes_one_cell_along
     # The failure that one met is not met again by the other, unless the other began after it.
     assert {process.returncode for process in both} <= {1}, said
     store = Store(file.parent / "out")
-    assert "its process ended with status 7" in (store.failure("drawn.probes.random.s0") or "")
+    dead = make_cells(read_study(file), prints(file))["drawn.probes.random.s0"]
+    assert "its process ended with status 7" in (store.failure(dead) or "")
     others = [cell for cell in computed(file) if cell != "drawn.probes.random.s0"]
     assert len(others) == len(set(others)) == CELLS - 1
 
 
 @pytest.mark.system
 def test_killed_in_the_middle_it_goes_on_where_it_was(file: Path) -> None:
-    ways(file, drawn_similarity_s0="sleep 600")
+    ways(file, **{"drawn_similarity_random-moco_s0": "sleep 600"})
     process = started(file)
-    wait_for(lambda: "drawn.similarity.s0" in computed(file))
+    wait_for(lambda: "drawn.similarity.random-moco.s0" in computed(file))
     process.send_signal(signal.SIGKILL)
     process.wait(timeout=60)
     finished = {path.stem for path in (file.parent / "out" / "cells").glob("*.json")}
     before = len(computed(file))
-    assert finished and "drawn.similarity.s0" not in finished
-    (ways(file) / "drawn.similarity.s0").unlink()
+    assert finished and "drawn.similarity.random-moco.s0" not in finished
+    (ways(file) / "drawn.similarity.random-moco.s0").unlink()
     # What it was computing was killed with it: else its lock would be held still, and this would wait for it.
     assert run(file) == 0
     assert not finished & set(computed(file)[before:])
-    assert "drawn.similarity.s0" in computed(file)[before:]
+    assert "drawn.similarity.random-moco.s0" in computed(file)[before:]

@@ -62,11 +62,11 @@ def test_the_claim_is_of_every_variant(states: list[Any], said: str) -> None:
     assert _joint(states) == f"The claim as a whole, of every variant: {said}"
 
 
-def outputs(seed: int, strength: float) -> list[Any]:
+def outputs(seed: int, strength: float) -> dict[str, Any]:
     """Packed probabilities that tell the classes apart the better the greater `strength` is."""
     rng = np.random.default_rng(seed)
     up = 1 / (1 + np.exp(-(strength * (2 * TRUTH - 1) + rng.normal(size=IMAGES))))
-    return pack(np.stack([1 - up, up], axis=1))
+    return pack(np.stack([1 - up, up], axis=1), "binary")
 
 
 class Cells:
@@ -205,7 +205,7 @@ def test_outputs_are_compared_class_by_class(tmp_path: Path) -> None:
     shapes = np.random.default_rng(0).dirichlet(np.ones(3), (2, IMAGES))
     for budget, values in zip((0.4, 1.0), shapes, strict=True):
         name = cells.finetune("moco", 0, 0, budget, 1.0)
-        cells.records[name]["result"]["probabilities"] = pack(values)
+        cells.records[name]["result"]["probabilities"] = pack(values, "multiclass")
     found = table(output_distances(cells.statistics()), "KS distance")
     assert found.header == ("method and labels", "mean of classes", "a", "b", "c")
     row = next(row for row in found.rows if row[0].startswith("MoCo,"))

@@ -10,10 +10,15 @@ from typing import Any, Literal
 
 Kind = Literal["data", "baselines", "pretrain", "probes", "similarity", "finetune"]
 
+REVISIONS: dict[Kind, int] = {"data": 1, "baselines": 1, "pretrain": 1, "probes": 1, "similarity": 1, "finetune": 1}
+"""Raise a kind's by one where a change of the program changes what its cells find: a hash holds no program, and what
+was computed before would be taken for it."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Cell:
-    """`settings` are plain JSON values: all that the result depends on, of other cells their hashes.
+    """`settings` are plain JSON values: all that the result depends on, of other cells their hashes; "revision" is the
+    kind's in `REVISIONS`.
 
     `needs` names the cells that come first. `work` is a guess at its cost, in images that go through the encoder
     and back.

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
+from itertools import combinations_with_replacement
 from pathlib import Path
 from typing import Any
 
 from fastmoco.data.views import ViewConfig
 from fastmoco.evaluate.finetune import FinetuneConfig
-from fastmoco.study.cell import Cell, Kind
+from fastmoco.study.cell import REVISIONS, Cell, Kind
 from fastmoco.study.config import SCRATCH, Data, Study
 from fastmoco.study.overrides import apply, finetune_config, for_method, recipe_name
 from fastmoco.train.config import Config
@@ -19,10 +20,15 @@ from fastmoco.train.stored import to_json
 RANDOM = "random"
 # The name of the second target, of several labels.
 SECOND = "multilabel"
+# What no cell depends on but the one that describes the data: by patients, and by it, the report redraws.
+OF_DATA = ("patients", "origin")
 # Draws of one pretraining seed are numbered from here on, so that no two seeds share one.
 _DRAWS_A_SEED = 1000
-# Fields of a run that do not change what is computed, or only say where; and those of losses that a method has not.
-_NOT_SETTINGS = {
+# Fields of a recipe that do not change what is computed, or only say where; and those of losses that a method has not.
+NOT_SETTINGS = {
+    "workers",
+    "stage",
+    "max_bad",
     "out",
     "resume",
     "seed",
@@ -54,8 +60,8 @@ def draws(budget: float, count: int) -> range:
 def make_cells(study: Study, prints: Mapping[str, Mapping[str, Any]]) -> dict[str, Cell]:
     """All cells by id, each after those that it needs.
 
-    `prints` maps the name of data to what identifies them: "images", "splits", "label" and "multilabel" (SHA-256), and
-    to the counts "train", "validation" and "test" of their images.
+    `prints` maps the name of data to what identifies them: "images", "splits", "patients", "label" and "multilabel"
+    (SHA-256), "origin" of the splits in words, and the counts "train", "validation" and "test" of their images.
     """
     grid = _Maker(study, prints)
     for data in study.data:
@@ -74,11 +80,12 @@ class _Maker:
         # The second target's labels touch none but its own cells.
         print_ = self.prints[data.name]
         own: dict[str, Any] = {"name": data.name, "size": data.size}
-        own |= {name: value for name, value in print_.items() if name != SECOND}
+        own |= {name: value for name, value in print_.items() if name not in (SECOND, *OF_DATA)}
+        described = {name: print_[name] for name in OF_DATA}
         n = own["train"] + own["validation"] + own["test"]
         target = {"label": data.label, SECOND: self._second(data)}
         every = {"data": own, "target": data.label, "budgets": list(budgets), "seeds": list(seeds)}
-        self._add(f"{data.name}.data", "data", {"data": own, **target}, work=n / 20)
+        self._add(f"{data.name}.data", "data", {"data": own, **target, **described}, work=n / 20)
         base = self._add(f"{data.name}.baselines", "baselines", every | {"draws": self.study.probes.draws}, work=n)
         for seed in seeds:
             for method in self.study.pretrained:
@@ -94,6 +101,8 @@ class _Maker:
                         "seed": seed,
                         "draws": self.study.probes.draws,
                         "budgets": list(budgets),
+                        "resize": evaluation_resize(self.study, data),
+                        "views": _lists(dataclasses.asdict(pretraining_views(self.study, data))),
                         **self._start(data, method, seed),
                     },
                     needs=self._needs(data, method, seed),
@@ -114,20 +123,27 @@ class _Maker:
         self._add(pretrain_id(data, method, seed), "pretrain", settings, work=2.0 * passes)
 
     def _add_similarity(self, data: Data, own: dict[str, Any], seed: int) -> None:
-        methods = (RANDOM, *self.study.pretrained)
-        needs = tuple(need for method in methods for need in self._needs(data, method, seed))
-        starts = {method: self._start(data, method, seed) for method in methods}
-        settings = {"data": own, "seed": seed, "inits": starts}
-        work = 2.0 * len(methods) * own["test"]
-        self._add(f"{data.name}.similarity.s{seed}", "similarity", settings, needs=needs, work=work)
+        # Two at a time, so that one that diverged leaves out none but its own.
+        for pair in combinations_with_replacement((RANDOM, *self.study.pretrained), 2):
+            methods = tuple(dict.fromkeys(pair))
+            needs = tuple(need for method in methods for need in self._needs(data, method, seed))
+            starts = {method: self._start(data, method, seed) for method in methods}
+            self._add(
+                f"{data.name}.similarity.{'-'.join(methods)}.s{seed}",
+                "similarity",
+                {"data": own, "seed": seed, "inits": starts, "resize": evaluation_resize(self.study, data)},
+                needs=needs,
+                work=2.0 * len(methods) * own["test"],
+            )
 
     def _add_finetunes(self, data: Data, own: dict[str, Any], method: str, mode: str, seed: int) -> None:
         if mode == "linear" and method == SCRATCH:
             # A layer on random features: that is the random encoder's.
             method = RANDOM
-        config = finetune_settings(self.study, data, method, mode)
+        config = finetune_settings(self.study, data, mode)
         start = self._start(data, RANDOM if method == SCRATCH else method, seed)
         common = {"data": own, "init": method, "mode": mode, "seed": seed, "config": _plain(config), **start}
+        common["resize"] = evaluation_resize(self.study, data)
         needs = self._needs(data, method, seed)
         for budget in self.study.grid.budgets:
             images = max(round(budget * own["train"]), 2)
@@ -163,7 +179,7 @@ class _Maker:
     def _add(
         self, cell_id: str, kind: Kind, settings: dict[str, Any], needs: tuple[str, ...] = (), work: float = 1.0
     ) -> Cell:
-        cell = Cell(id=cell_id, kind=kind, settings=settings, needs=needs, work=work)
+        cell = Cell(id=cell_id, kind=kind, settings=settings | {"revision": REVISIONS[kind]}, needs=needs, work=work)
         self.cells[cell_id] = cell
         return cell
 
@@ -186,7 +202,15 @@ def pretrain_config(study: Study, data: Data, method: str, manifest: Path, out: 
         config,
         # Of small sets, what decodes makes no difference in speed; on every machine it is to be the same.
         data=dataclasses.replace(config.data, labels=manifest, workers=1, loader="pillow"),
-        run=dataclasses.replace(config.run, knn_every=0, keep_checkpoints=1, resume=True, device=study.grid.device),
+        run=dataclasses.replace(
+            config.run,
+            knn_every=0,
+            keep_checkpoints=1,
+            resume=True,
+            device=study.grid.device,
+            # "auto" would be another on another machine, under one hash.
+            precision="fp32",
+        ),
         views=dataclasses.replace(config.views, size=data.size),
         model=dataclasses.replace(config.model, arch=study.grid.arch),
     )
@@ -198,7 +222,7 @@ def pretrain_config(study: Study, data: Data, method: str, manifest: Path, out: 
 def _pretrain_settings(config: Config) -> dict[str, Any]:
     """What of a run's configuration its result depends on, as plain JSON."""
     plain = to_json(config)
-    without = _NOT_OF_METHOD[config.loss.method] | _NOT_SETTINGS
+    without = _NOT_OF_METHOD[config.loss.method] | NOT_SETTINGS
     groups = ("run", "views", "model", "loss", "optim")
     return {group: {k: v for k, v in plain[group].items() if k not in without} for group in groups}
 
@@ -211,10 +235,16 @@ def pretraining_views(study: Study, data: Data) -> ViewConfig:
     return dataclasses.replace(config.views, size=data.size)
 
 
-def finetune_settings(study: Study, data: Data, init: str, mode: str) -> FinetuneConfig:
-    """How a network that begins as `init` is fine-tuned: augmented as in pretraining, unless said otherwise."""
+def evaluation_resize(study: Study, data: Data) -> float:
+    """What of its size an image's shorter side is resized to before its centre is evaluated: as of the views."""
+    resize = pretraining_views(study, data).resize
+    return 1.0 if resize is None else resize
+
+
+def finetune_settings(study: Study, data: Data, mode: str) -> FinetuneConfig:
+    """How a network is fine-tuned, one of random weights too: augmented as in pretraining, unless said otherwise."""
     tables = (study.finetuning.options, data.finetune)
-    own: dict[str, Any] = {"mode": SCRATCH if init == SCRATCH else mode, "arch": study.grid.arch}
+    own: dict[str, Any] = {"mode": mode, "arch": study.grid.arch}
     if not any("views" in table for table in tables):
         own["views"] = pretraining_views(study, data)
     return finetune_config(tables, **own)

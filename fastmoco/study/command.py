@@ -16,7 +16,7 @@ from rich.console import Console
 
 from fastmoco.device import find_device
 from fastmoco.errors import UserError
-from fastmoco.study.cell import Cell
+from fastmoco.study.cell import Cell, digest
 from fastmoco.study.cells import make_cells
 from fastmoco.study.config import Study, read_study
 from fastmoco.study.estimate import Estimate, in_words
@@ -53,7 +53,8 @@ class StudyArgs:
     out: Path | None = None
     """Folder of the study; as the file says if not given. With --report only: that of the cells to report on."""
     max_minutes: float | None = None
-    """Begin no cell after so many minutes."""
+    """Begin no cell after so many minutes, nor one that would then be under way, unless it pretrains, which it goes on
+    with later."""
     jobs: int | None = None
     """Cells computed at a time; as the file says if not given."""
     device: str | None = None
@@ -87,19 +88,23 @@ def study_command(args: StudyArgs, *, pool: MakePool = Pool) -> int:
         cells = make_cells(study, _stored_prints(study, store))
         return _finish(study, store, cells, Tally(), console, command=_command(args))
     store.make()
-    cells = make_cells(study, {data.name: prepare(study, data, store).print for data in study.data})
+    prepared = {data.name: prepare(study, data) for data in study.data}
+    cells = make_cells(study, {name: own.print for name, own in prepared.items()})
     chosen = _chosen(cells, args.only)
     records = _finished(store, cells, console)
     if args.list:
         for cell_id in chosen:
-            state = "finished" if cell_id in records else "failed" if store.failure(cell_id) else "to do"
+            state = "finished" if cell_id in records else "failed" if store.failure(cells[cell_id]) else "to do"
             print(f"{cell_id}\t{state}")
         return 0
     again = frozenset(chosen) if args.again else frozenset()
     todo = to_do(store, cells, chosen, records, again)
     tally = Tally()
     if todo:
-        tally = _run(study, store, cells, todo, again, records, args, console, pool)
+        with store.shared(digest({cell.id: cell.hash for cell in cells.values()})):
+            for data in study.data:
+                prepared[data.name].write(store, data)
+            tally = _run(study, store, cells, todo, again, records, args, console, pool)
     return _finish(study, store, cells, tally, console, command=_command(args) if args.report == "after" else None)
 
 

@@ -17,6 +17,7 @@ _GROUPS = ("data", "run", "views", "model", "loss", "optim")
 # What the study says itself, elsewhere.
 _TAKEN = {
     "data",
+    "loader",
     "labels",
     "label",
     "split",
@@ -55,6 +56,10 @@ def apply(config: Config, table: Mapping[str, Any], where: str) -> Config:
         if name in _TAKEN:
             raise UserError(f"{where}: {name} is not set here: the study sets it, from its other tables")
     require_known(table, free, where)
+    if table.get("precision") == "auto":
+        raise UserError(
+            f"{where}: precision: auto is another on another device, and a study is the same on all: name fp32 or bf16"
+        )
     changes: dict[str, dict[str, Any]] = {}
     for name, value in table.items():
         hint = get_type_hints(type(getattr(config, free[name])))[name]

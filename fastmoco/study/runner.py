@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -36,7 +37,7 @@ class Runner:
     """Computes `todo`, cells by id, each after those that it needs; what others have finished meanwhile is taken.
 
     `cells` are all of the grid. With `again`, the ids in it are computed also where they are finished. No cell is begun
-    after `most_seconds`.
+    after `most_seconds`, nor one that by the estimate would be under way then, unless it pretrains: that goes on later.
     """
 
     def __init__(
@@ -78,14 +79,14 @@ class Runner:
                 self._leave_hopeless()
                 while pool.free and (job := self._next(pool)) is not None:
                     pool.start(job)
-                if not pool.running and (self._late() or not (self._elsewhere or self._open(pool))):
+                if not pool.running and (self._late() or not (self._waits() or self._open(pool))):
                     break
                 for outcome in pool.wait(_LOOK):
                     self._take(outcome, progress)
                 left = in_words(self._left())
                 progress.update(task, completed=self._count(), total=self._count() + len(self.todo), eta=f"{left} left")
         for cell_id in list(self.todo):
-            self.tally.left[cell_id] = "the time given by --max-minutes was up"
+            self.tally.left[cell_id] = "the time given by --max-minutes was up, or too little of it left"
         return self.tally
 
     def _open(self, pool: Pool) -> list[Cell]:
@@ -99,6 +100,7 @@ class Runner:
             cell
             for cell in self.todo.values()
             if cell.id not in running
+            and self._fits(cell)
             and self._elsewhere.get(cell.id, now) <= now
             and not any(need in self.todo for need in cell.needs)
         ]
@@ -147,17 +149,16 @@ class Runner:
             self.tally.left[cell.id] = outcome.reason
             progress.console.print(f"{cell.id}: {outcome.reason}", highlight=False, markup=False)
         else:
-            self._fail(cell.id, outcome.reason, progress)
+            self._fail(cell, outcome.reason, progress)
 
-    def _fail(self, cell_id: str, reason: str, progress: Progress) -> None:
-        if self.store.failure(cell_id) is None:
-            self.store.write_failure(cell_id, reason)
-        self.tally.failed[cell_id] = reason
+    def _fail(self, cell: Cell, reason: str, progress: Progress) -> None:
+        # A process that died wrote none, and one of an earlier failure may stand there.
+        if self.store.failure(cell) != reason:
+            self.store.write_failure(cell, reason)
+        self.tally.failed[cell.id] = reason
         last = reason.splitlines()[-1] if reason else "no reason given"
-        where = self.store.failure_path(cell_id)
-        progress.console.print(
-            f"[red]{cell_id}: failed:[/red] {escape(last)} (see {escape(str(where))})", highlight=False
-        )
+        where = escape(str(self.store.failure_path(cell.id)))
+        progress.console.print(f"[red]{cell.id}: failed:[/red] {escape(last)} (see {where})", highlight=False)
 
     def _leave_hopeless(self) -> None:
         """Give up what needs a cell that failed."""
@@ -167,8 +168,18 @@ class Runner:
                 del self.todo[cell.id]
                 self.tally.left[cell.id] = f"{gone}, which it needs, is not there"
 
+    def _waits(self) -> bool:
+        """Whether there is a cell elsewhere that could be done here yet."""
+        return any(cell_id in self._elsewhere and self._fits(cell) for cell_id, cell in self.todo.items())
+
+    def _fits(self, cell: Cell) -> bool:
+        return cell.kind == "pretrain" or self.estimate.seconds(cell) <= self._remaining()
+
     def _late(self) -> bool:
-        return self._deadline is not None and time.monotonic() >= self._deadline
+        return self._remaining() <= 0
+
+    def _remaining(self) -> float:
+        return math.inf if self._deadline is None else self._deadline - time.monotonic()
 
     def _count(self) -> int:
         tally = self.tally

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import hashlib
 import json
 import os
 import platform
@@ -12,14 +13,14 @@ from collections.abc import Iterator
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import fastmoco
 from fastmoco.atomic import write_text
 from fastmoco.errors import UserError
 from fastmoco.study.cell import Cell, digest
 
-FORMAT = 1
+FORMAT = 2
 _PACKAGES = ("torch", "torchvision", "numpy", "scipy", "scikit-learn")
 _UNSUPPORTED = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 
@@ -92,24 +93,26 @@ class Store:
         """Where the reason stands that a cell failed for."""
         return self.failures / f"{cell_id}.txt"
 
-    def write_failure(self, cell_id: str, reason: str) -> None:
-        """Keep why a cell failed."""
-        write_text(self.failure_path(cell_id), reason.rstrip() + "\n")
+    def write_failure(self, cell: Cell, reason: str) -> None:
+        """Keep why `cell` failed, below the hash of its settings."""
+        write_text(self.failure_path(cell.id), f"{cell.hash}\n{reason.rstrip()}\n")
 
-    def failure(self, cell_id: str) -> str | None:
-        """Why a cell failed, or None."""
+    def failure(self, cell: Cell) -> str | None:
+        """Why `cell` failed with the settings that it has now, or None."""
         try:
-            return self.failure_path(cell_id).read_text(encoding="utf-8", errors="replace").rstrip()
+            text = self.failure_path(cell.id).read_text(encoding="utf-8", errors="replace")
         except FileNotFoundError:
             return None
+        settings, _, reason = text.partition("\n")
+        return reason.rstrip() if settings == cell.hash else None
 
-    def failed_since(self, cell_id: str, moment: float) -> str | None:
-        """Why a cell failed, if that was after `moment` (seconds of the epoch)."""
+    def failed_since(self, cell: Cell, moment: float) -> str | None:
+        """Why `cell` failed, if that was after `moment` (seconds of the epoch)."""
         try:
-            late = self.failure_path(cell_id).stat().st_mtime > moment
+            late = self.failure_path(cell.id).stat().st_mtime > moment
         except FileNotFoundError:
             return None
-        return self.failure(cell_id) if late else None
+        return self.failure(cell) if late else None
 
     @contextlib.contextmanager
     def locked(self, cell_id: str) -> Iterator[bool]:
@@ -119,22 +122,49 @@ class Store:
         broken. Its file stays, with who held it last. Raises UserError where the file system has no locks.
         """
         with (self.locks / f"{cell_id}.lock").open("a+") as stream:
-            try:
-                fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                yield False
-                return
-            except OSError as error:
-                if error.errno in _UNSUPPORTED:
-                    raise UserError(
-                        f"[study] out: {self.out} lies on a file system without locks, where two processes could work "
-                        "on one cell: choose another, or mount it with locks (Lustre: -o flock)"
-                    ) from error
-                raise
-            stream.truncate(0)
-            stream.write(f"{platform.node()} {os.getpid()}\n")
-            stream.flush()
-            yield True
+            own = self._lock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if own:
+                _replace(stream, f"{platform.node()} {os.getpid()}\n")
+            yield own
+
+    @contextlib.contextmanager
+    def shared(self, settings: str) -> Iterator[None]:
+        """Be one of the runners that are at work here, for as long as the block lasts: all on the same `settings`.
+
+        Raises UserError where others have other ones: each would overwrite what the other computes.
+        """
+        with (self.locks / "runners.lock").open("a+") as stream:
+            if self._lock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB):
+                _replace(stream, settings)
+            # Waits while another writes its own. From one lock to the other there is a gap: what stands there counts.
+            self._lock(stream, fcntl.LOCK_SH)
+            stream.seek(0)
+            if stream.read() != settings:
+                raise UserError(
+                    f"[study] out: in {self.out} a study is being computed with other settings or of other images; "
+                    "wait for its end, or give this one a folder of its own"
+                )
+            yield
+
+    def _lock(self, stream: IO[str], how: int) -> bool:
+        try:
+            fcntl.flock(stream, how)
+        except BlockingIOError:
+            return False
+        except OSError as error:
+            if error.errno in _UNSUPPORTED:
+                raise UserError(
+                    f"[study] out: {self.out} lies on a file system without locks, where two processes could work "
+                    "on one cell: choose another, or mount it with locks (Lustre: -o flock)"
+                ) from error
+            raise
+        return True
+
+
+def _replace(stream: IO[str], text: str) -> None:
+    stream.truncate(0)
+    stream.write(text)
+    stream.flush()
 
 
 class Damaged(Exception):
@@ -146,12 +176,22 @@ class Damaged(Exception):
 
 @cache
 def versions() -> dict[str, str]:
-    """The versions that a result was computed with."""
-    found = {"fastmoco": fastmoco.__version__, "python": platform.python_version()}
+    """The versions that a result was computed with; "source" tells apart states of the program of one version."""
+    found = {"fastmoco": fastmoco.__version__, "source": _source(), "python": platform.python_version()}
     for package in _PACKAGES:
         with contextlib.suppress(PackageNotFoundError):
             found[package] = version(package)
     return found
+
+
+def _source() -> str:
+    """The first digits of the SHA-256 of the package's modules, their names included."""
+    root = Path(fastmoco.__file__).parent
+    found = hashlib.sha256()
+    for path in sorted(root.rglob("*.py")):
+        found.update(f"{path.relative_to(root).as_posix()}\0".encode())
+        found.update(hashlib.sha256(path.read_bytes()).digest())
+    return found.hexdigest()[:12]
 
 
 @cache

@@ -6,12 +6,13 @@ import contextlib
 import gc
 import multiprocessing
 import os
+import shutil
 import signal
 import sys
 import threading
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from multiprocessing.connection import Connection, wait
@@ -22,7 +23,8 @@ from fastmoco.errors import UserError
 from fastmoco.study.cell import Cell, digest
 from fastmoco.study.config import Study
 from fastmoco.study.store import FORMAT, Record, Store, machine, versions
-from fastmoco.study.work.encoders import is_whole
+from fastmoco.study.work.encoders import is_whole, run_folder
+from fastmoco.study.work.spent import counted
 from fastmoco.train.pretrain import Stopped
 
 
@@ -102,22 +104,30 @@ class _Worker:
                 return Outcome(cell=cell.id, state="busy")
             if not job.again and is_whole(store, cell):
                 return Outcome(cell=cell.id, state="found")
-            if (reason := store.failed_since(cell.id, job.since)) is not None:
+            if (reason := store.failed_since(cell, job.since)) is not None:
                 return Outcome(cell=cell.id, state="failed", reason=reason)
-            start = time.perf_counter()
-            try:
-                with _output_to(store.logs / f"{cell.id}.log"):
-                    result = self._result(job)
-            except UserError as error:
-                return self._failed(cell, str(error))
-            except Stopped as stopped:
-                return Outcome(cell=cell.id, state="stopped", reason=str(stopped), last=True)
-            except Exception:
-                # A GPU that met an error answers nothing more in this process.
-                return self._failed(cell, traceback.format_exc(), last=self.device.startswith("cuda"))
-            seconds = time.perf_counter() - start
-            store.write(self._record(job, result, seconds))
-            return Outcome(cell=cell.id, state="done", seconds=seconds)
+            run = run_folder(store, cell) if cell.kind == "pretrain" else None
+            if job.again and run is not None and run.exists():
+                # Else what is there, whole or half, would be taken for the result.
+                shutil.rmtree(run)
+            with counted(run) as seconds:
+                return self._computed(job, seconds)
+
+    def _computed(self, job: Job, seconds: Callable[[], float]) -> Outcome:
+        cell = job.cell
+        try:
+            with _output_to(self.store.logs / f"{cell.id}.log"):
+                result = self._result(job)
+        except UserError as error:
+            return self._failed(cell, str(error))
+        except Stopped as stopped:
+            return Outcome(cell=cell.id, state="stopped", reason=str(stopped), last=True)
+        except Exception:
+            # A GPU that met an error answers nothing more in this process.
+            return self._failed(cell, traceback.format_exc(), last=self.device.startswith("cuda"))
+        taken = seconds()
+        self.store.write(self._record(job, result, taken))
+        return Outcome(cell=cell.id, state="done", seconds=taken)
 
     def _result(self, job: Job) -> dict[str, Any]:
         import torch
@@ -125,9 +135,10 @@ class _Worker:
         from fastmoco.study.work.compute import WORK
         from fastmoco.study.work.context import Context
 
-        name = job.cell.settings["data"]["name"]
+        own = job.cell.settings["data"]
+        name, data = own["name"], self.study.named(own["name"])
         if name not in self._contexts:
-            self._contexts[name] = Context(self.study, self.study.named(name), self.store, self.device)
+            self._contexts[name] = Context(self.study, data, self.store, self.device, own)
         try:
             return WORK[job.cell.kind](job.cell, self._contexts[name], job.needed)
         finally:
@@ -164,7 +175,7 @@ class _Worker:
         return torch.cuda.get_device_name(self.device) if self.device.startswith("cuda") else "cpu"
 
     def _failed(self, cell: Cell, reason: str, *, last: bool = False) -> Outcome:
-        self.store.write_failure(cell.id, reason)
+        self.store.write_failure(cell, reason)
         return Outcome(cell=cell.id, state="failed", reason=reason.rstrip(), last=last)
 
     def trial(self, size: int) -> float:

@@ -129,7 +129,9 @@ def missing(
 ) -> list[Block]:
     """What is not there, and why."""
     blocks: list[Block] = [Heading(level=2, text="Failed and missing cells")]
-    failed = {cell_id: reason for cell_id in cells if cell_id not in records and (reason := store.failure(cell_id))}
+    failed = {
+        cell_id: reason for cell_id, cell in cells.items() if cell_id not in records and (reason := store.failure(cell))
+    }
     left = [cell_id for cell_id in cells if cell_id not in records and cell_id not in failed]
     if failed:
         items = tuple(f"{cell_id}: {reason.splitlines()[-1]}" for cell_id, reason in failed.items())

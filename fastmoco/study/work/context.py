@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -18,7 +19,7 @@ from fastmoco.evaluate.leaks import find_leaks
 from fastmoco.evaluate.splits import Splits, make_splits, patient_groups
 from fastmoco.evaluate.targets import Target, make_target
 from fastmoco.study.cell import digest
-from fastmoco.study.cells import SECOND, pretrain_config
+from fastmoco.study.cells import SECOND, evaluation_resize
 from fastmoco.study.config import Data, Study
 from fastmoco.study.store import Store
 from fastmoco.train.images import fingerprint
@@ -40,16 +41,20 @@ def listed_for_pretraining(store: Store, data: Data) -> Path:
 
 @dataclass(frozen=True)
 class Prepared:
-    """Images whose splits are made. `leaks` lists what is in two of them."""
+    """Images whose splits are made, and what identifies them."""
 
     manifest: Manifest
-    splits: Splits
-    leaks: list[str]
     print: dict[str, Any]
 
+    def write(self, store: Store, data: Data) -> None:
+        """Write both lists that the cells of `data` read."""
+        write_manifest(listed(store, data), self.manifest)
+        assert self.manifest.splits is not None
+        write_manifest(listed_for_pretraining(store, data), self.manifest.select(self.manifest.splits != "test"))
 
-def prepare(study: Study, data: Data, store: Store) -> Prepared:
-    """List and check the images of `data`, split them, and write both lists that the cells read.
+
+def prepare(study: Study, data: Data) -> Prepared:
+    """List and check the images of `data`, and split them.
 
     Raises UserError as `load_manifest`, `make_splits` and `make_target` do, naming the data, and where splits leak
     without leave.
@@ -84,31 +89,41 @@ def prepare(study: Study, data: Data, store: Store) -> Prepared:
     names = np.full(len(manifest), "train", dtype="<U10")
     names[splits.validation], names[splits.test] = "validation", "test"
     whole = replace(manifest, splits=names)
-    write_manifest(listed(store, data), whole)
-    write_manifest(listed_for_pretraining(store, data), whole.select(names != "test"))
     print_ = {
-        "images": _of_files(manifest),
-        "splits": digest(names.tolist()),
-        "label": _of_target(target),
+        **_identity(whole, target),
         **({SECOND: _of_target(second)} if second is not None else {}),
+        "patients": _of_patients(manifest),
+        "origin": splits.origin,
         **{name: len(getattr(splits, name)) for name in ("train", "validation", "test")},
     }
-    return Prepared(whole, splits, leaks, print_)
+    return Prepared(whole, print_)
 
 
 class Context:
-    """The images, splits and targets of `data` in a process that computes cells on `device`."""
+    """The images, splits and targets of `data` in a process that computes cells on `device`.
 
-    def __init__(self, study: Study, data: Data, store: Store, device: str) -> None:
+    `own` is what identifies them, as "data" of a cell's settings.
+    """
+
+    def __init__(self, study: Study, data: Data, store: Store, device: str, own: Mapping[str, Any]) -> None:
         self.study, self.data, self.store, self.device = study, data, store, device
-        resize = pretrain_config(study, data, "moco", Path(), Path()).views.resize
-        self._resize = 1.0 if resize is None else resize
+        self._own = own
+        self._resize = evaluation_resize(study, data)
 
     @cached_property
     def manifest(self) -> Manifest:
-        """As `prepare` listed it: nothing is checked again."""
+        """As `prepare` listed it: no image is checked again.
+
+        Raises UserError where the list has become another than the cells are of.
+        """
         columns = (self.data.label, *self.data.multilabel)
-        return load_manifest(self.data.images, listed(self.store, self.data), label=columns, progress=False)
+        file = listed(self.store, self.data)
+        manifest = load_manifest(self.data.images, file, label=columns, progress=False)
+        found = _identity(manifest, make_target(manifest, self.data.label))
+        if other := [name for name, value in found.items() if self._own[name] != value]:
+            said = " and the ".join(other)
+            raise UserError(f"{file}: the {said} are not those that the study began with: start it again")
+        return manifest
 
     @cached_property
     def splits(self) -> Splits:
@@ -135,6 +150,21 @@ class Context:
         """All of them, decoded."""
         images = load_images(self.manifest, self.data.size, resize=self._resize, workers=1, progress=False)
         return images.on(self.device)
+
+
+def _identity(manifest: Manifest, target: Target) -> dict[str, str]:
+    """What of `manifest`, its splits made, and of its `target` cells depend on."""
+    assert manifest.splits is not None
+    return {
+        "images": _of_files(manifest),
+        "splits": digest(manifest.splits.tolist()),
+        "label": _of_target(target),
+    }
+
+
+def _of_patients(manifest: Manifest) -> str:
+    """SHA-256 of which images are of one patient, and of whether that is known."""
+    return digest([manifest.patients is not None, patient_groups(manifest.patients, len(manifest)).tolist()])
 
 
 def _of_files(manifest: Manifest) -> str:

@@ -8,7 +8,7 @@ import numpy as np
 
 from fastmoco.evaluate.leaks import find_leaks
 from fastmoco.study.cell import Cell
-from fastmoco.study.cells import SECOND
+from fastmoco.study.cells import OF_DATA, SECOND
 from fastmoco.study.work.context import Context
 
 
@@ -35,7 +35,8 @@ def run(cell: Cell, context: Context, needed: dict[str, Cell]) -> dict[str, Any]
             for name, target in targets.items()
         },
         "test_groups": groups.tolist(),
-        "origin": splits.origin,
+        # That of the list, which gives them, is another.
+        "origin": cell.settings["origin"],
         "leaks": find_leaks(manifest, splits),
         "print": _print(cell),
     }
@@ -44,6 +45,7 @@ def run(cell: Cell, context: Context, needed: dict[str, Cell]) -> dict[str, Any]
 def _print(cell: Cell) -> dict[str, Any]:
     """What `prepare` found, as `make_cells` takes it."""
     own = {name: value for name, value in cell.settings["data"].items() if name not in ("name", "size")}
+    own |= {name: cell.settings[name] for name in OF_DATA}
     second = cell.settings[SECOND]["labels"]
     return own if second is None else own | {SECOND: second}
 

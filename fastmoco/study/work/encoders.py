@@ -10,6 +10,7 @@ from fastmoco.models.encoder import Encoder
 from fastmoco.models.weights import CHECKPOINTS, load_encoder, read_weights, write_weights
 from fastmoco.study.cell import Cell
 from fastmoco.study.cells import RANDOM, pretrain_id
+from fastmoco.study.config import SCRATCH
 from fastmoco.study.store import Store
 from fastmoco.study.work.context import Context
 
@@ -52,10 +53,10 @@ def file_hash(path: Path) -> str:
 
 
 def load_start(context: Context, init: str, seed: int, needed: dict[str, Cell]) -> Encoder:
-    """The encoder `init` of `seed`: random weights, or those of the pretraining among the `needed` cells.
+    """The encoder `init` of `seed`: random weights, from scratch too, or those of the pretraining among `needed`.
 
     Raises UserError where its file is missing or damaged.
     """
-    if init == RANDOM:
+    if init in (RANDOM, SCRATCH):
         return Encoder(context.study.grid.arch, seed=seed)
     return load_encoder(encoder_file(context.store, needed[pretrain_id(context.data, init, seed)]))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import traceback
 from dataclasses import asdict
 from typing import Any
 
@@ -10,7 +11,6 @@ from fastmoco.evaluate.finetune import Finetuned, finetune
 from fastmoco.models.encoder import Encoder
 from fastmoco.study.cell import Cell
 from fastmoco.study.cells import SECOND, draw_seed, finetune_settings
-from fastmoco.study.config import SCRATCH
 from fastmoco.study.work.context import Context
 from fastmoco.study.work.encoders import load_start
 from fastmoco.study.work.numbers import finite, pack
@@ -20,25 +20,31 @@ from fastmoco.study.work.similarity import STAGES
 
 def run(cell: Cell, context: Context, needed: dict[str, Cell]) -> dict[str, Any]:
     """{"probabilities" of the test images, "validation_score", "best_epoch", "best_step", "curve", "budget"}; after
-    full fine-tuning with all labels "reuse" too: CKA of each stage's features before with those after."""
+    full fine-tuning with all labels "reuse" too: CKA of each stage's features before with those after, or "notes" that
+    say why there is none.
+
+    Draws of one seed begin with the same encoder, from scratch too: they differ in the labelled images, in the
+    classifier's first weights and in the order of the images.
+    """
     s = cell.settings
-    init, seed, second = s["init"], s["seed"], s["target"] == SECOND
+    seed, second = s["seed"], s["target"] == SECOND
     splits = context.splits
+    target = context.second if second else context.target
     images, said = budget_row(context, s["budget"], seed, s["draw"])
-    encoder = None if init == SCRATCH else load_start(context, init, seed, needed)
+    encoder = load_start(context, s["init"], seed, needed)
     found = finetune(
         encoder,
         context.images,
-        context.second if second else context.target,
+        target,
         images,
         splits.validation,
         splits.test,
-        finetune_settings(context.study, context.data, init, s["mode"]),
+        finetune_settings(context.study, context.data, s["mode"]),
         seed=draw_seed(seed, s["draw"]),
         device=context.device,
     )
     result = {
-        "probabilities": pack(found.probabilities),
+        "probabilities": pack(found.probabilities, target.kind),
         "validation_score": round(found.validation_score, 6),
         "best_epoch": found.best_epoch,
         "best_step": found.best_step,
@@ -47,8 +53,12 @@ def run(cell: Cell, context: Context, needed: dict[str, Cell]) -> dict[str, Any]
     }
     if s["mode"] == "full" and s["budget"] == 1 and not second:
         # From scratch, what training kept of the random weights: what reuse is to be compared with.
-        before = Encoder(context.study.grid.arch, seed=draw_seed(seed, s["draw"])) if encoder is None else encoder
-        result["reuse"] = _reuse(context, before, found)
+        try:
+            result["reuse"] = _reuse(context, encoder, found)
+        except Exception as error:
+            # Memory, mostly. What was trained is whole, and dear.
+            traceback.print_exc()
+            result["notes"] = [f"no feature reuse: {type(error).__name__}: {error}"]
     return result
 
 

@@ -10,6 +10,7 @@ from fastmoco.study.cells import pretrain_config
 from fastmoco.study.work.context import Context, listed_for_pretraining
 from fastmoco.study.work.encoders import encoder_file, file_hash, keep_query, run_folder
 from fastmoco.study.work.numbers import finite
+from fastmoco.study.work.spent import METRICS
 from fastmoco.train.metrics import Row, read_rows
 from fastmoco.train.pretrain import pretrain
 
@@ -30,7 +31,7 @@ def run(cell: Cell, context: Context, needed: dict[str, Cell]) -> dict[str, Any]
         config = pretrain_config(context.study, context.data, cell.settings["method"], listed, out)
         own = replace(config.run, seed=cell.settings["seed"], device=context.device)
         keep_query(pretrain(replace(config, run=own)))
-    rows = read_rows(out / "metrics.jsonl")
+    rows = read_rows(out / METRICS)
     return {
         "encoder": str(file.relative_to(store.out)),
         "sha256": file_hash(file),

@@ -40,7 +40,9 @@ def run(cell: Cell, context: Context, needed: dict[str, Cell]) -> dict[str, Any]
     neighbours = [
         {
             "features": name,
-            "probabilities": pack(knn_probabilities(values[train], known, values[test], classes=classes)),
+            "probabilities": pack(
+                knn_probabilities(values[train], known, values[test], classes=classes), context.target.kind
+            ),
         }
         for name, values in sets.items()
         if np.isfinite(values).all()

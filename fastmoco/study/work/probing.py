@@ -54,7 +54,7 @@ def probe_all(
                     | {
                         "c": choice.c,
                         "validation_auc": finite(round(choice.validation_auc, 6)),
-                        "probabilities": pack(found),
+                        "probabilities": pack(found, target.kind),
                         "notes": sorted({*choice.notes, *notes}),
                     }
                 )
