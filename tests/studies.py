@@ -121,6 +121,12 @@ def serve_quickly(connection: Connection, study: Study, device: str) -> None:
     worker.serve(connection, study, device)
 
 
+def serve_threads(connection: Connection, study: Study, device: str) -> None:
+    """Answer a trial with the number of threads that libraries of this process were told to have."""
+    connection.recv()
+    connection.send(float(os.environ["OMP_NUM_THREADS"]))
+
+
 class NoProcesses(Pool):
     """A pool whose cells are computed here, quickly, as soon as they are begun."""
 

@@ -18,10 +18,11 @@ from fastmoco.study import worker
 from fastmoco.study.cells import make_cells
 from fastmoco.study.command import StudyArgs, study_command
 from fastmoco.study.config import read_study
+from fastmoco.study.pool import Pool
 from fastmoco.study.store import Damaged, Store
 from fastmoco.study.work import compute
 from fastmoco.study.work.context import prepare
-from studies import NoProcesses, be_quick, draw_study
+from studies import NoProcesses, be_quick, draw_study, serve_threads
 
 TESTS = Path(__file__).parent
 # One pretraining, what follows it and what needs none.
@@ -235,6 +236,17 @@ def test_splits_that_leak_stop_the_study_unless_it_is_allowed_by_name(file: Path
     draw_study(tmp_path, **FEW, more='[leaks]\nallow = ["drawn"]')
     assert run(file, only=("drawn.data",)) == 3
     assert computed(file) == ["drawn.data"]
+
+
+@pytest.mark.system
+def test_a_process_has_the_threads_of_the_study_whatever_the_runner_has(
+    file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "8")
+    file.write_text(file.read_text().replace("seeds = [0]", "seeds = [0]\nthreads = 2"))
+    with Pool(read_study(file), 1, "cpu", serve=serve_threads) as pool:
+        assert pool.trial(32) == 2
+    assert os.environ["OMP_NUM_THREADS"] == "8"
 
 
 def started(file: Path) -> subprocess.Popen[str]:
