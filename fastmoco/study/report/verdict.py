@@ -13,7 +13,7 @@ from fastmoco.study.report.blocks import Block, Heading, Table, Text
 from fastmoco.study.report.entries import Entries, lacking
 from fastmoco.study.report.gather import BASELINES, FULL
 from fastmoco.study.report.statistics import Statistics, mean_difference
-from fastmoco.study.report.words import points, share
+from fastmoco.study.report.words import Footnotes, points, share
 
 CLAIM = 0.05
 Verdict = Literal["met", "refuted", "undecided", "not computed", "provisional"]
@@ -79,17 +79,18 @@ def _claim(statistics: Sequence[Statistics], variants: Sequence[str], budget: fl
     else:
         said = "Full fine-tuning, which the claim is about, is not among the modes of this study: it is not judged."
         blocks.append(Text(text=said, strong=True))
-    rows = []
+    rows, footnotes = [], Footnotes()
     ways = {FULL: "full fine-tuning", _STAGE4: "linear probe, stage 4"}
     for method in variants:
         for measure in (FULL, _STAGE4) if FULL in modes else (_STAGE4,):
             mean = mean_difference(statistics, measure, method, _MOCO, budget)
             found, missing = state(statistics, measure, method, budget)
             told = [f"{found}, {missing}"] * 2 if missing else [found, judge(mean, 0.0, above=True)]
-            rows.append((f"{label_of(method)} minus MoCo", ways[measure], points(mean), *told))
+            marked = footnotes.mark(points(mean), () if mean is None else mean.notes)
+            rows.append((f"{label_of(method)} minus MoCo", ways[measure], marked, *told))
     header = ("difference", "measured by", "points of AUC", "at least +5", "above 0")
     caption = f"The claim at {asked} of the labels, mean of the domains"
-    return [*blocks, Table(caption=caption, header=header, rows=tuple(rows))]
+    return [*blocks, Table(caption=caption, header=header, rows=tuple(rows), notes=footnotes.lines)]
 
 
 def _sentence(statistics: Sequence[Statistics], method: str, budget: float) -> str:
