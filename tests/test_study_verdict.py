@@ -11,8 +11,8 @@ import pytest
 from fastmoco.evaluate.intervals import Estimate
 from fastmoco.study.config import read_study
 from fastmoco.study.report import record, tables
-from fastmoco.study.report.alike import output_distances
-from fastmoco.study.report.blocks import Block, Table, Text
+from fastmoco.study.report.alike import heat_maps, output_distances, reuse
+from fastmoco.study.report.blocks import Block, Listing, Picture, Table, Text
 from fastmoco.study.report.gather import Findings
 from fastmoco.study.report.markdown import to_markdown
 from fastmoco.study.report.page import to_html
@@ -219,6 +219,34 @@ def test_outputs_are_compared_class_by_class(tmp_path: Path) -> None:
     assert table(output_distances(own), "KS distance").rows[-3:] == found.rows[-3:]
     del cells.records[name]
     assert output_distances(cells.statistics()) == []
+
+
+def test_means_over_seeds_say_which_are_missing(tmp_path: Path) -> None:
+    cells = Cells(tmp_path, seeds=3)
+    kept = {"mean": 0.8, "std": 0.1, "draws": 50, "size": 30, "images": IMAGES}
+    undefined = {"mean": None, "std": None, "draws": 50, "size": 30, "images": IMAGES}
+    for seed in range(3):
+        name = cells.finetune("moco", seed, 0, 1.0, 1.0)
+        own = {"stage1": kept, "stage2": kept if seed else undefined, "stage3": undefined}
+        cells.records[name]["result"]["reuse"] = own
+    name = cells.finetune("mse", 0, 0, 1.0, 1.0)
+    cells.records[name]["result"]["notes"] = ["no feature reuse: of all memory"]
+    found = table(reuse(cells.statistics().found), "feature reuse")
+    assert found.rows == (
+        ("MoCo", "0.800 (0.100)", "0.800 (0.100) ¹", "-", "-"), ("MoCo + MSE ²", "-", "-", "-", "-")
+    )  # fmt: skip
+    assert found.notes == ("¹ provisional: 2 of 3 seeds", "² no feature reuse: of all memory")
+    only = Findings(cells.study, cells.study.data[0], {name: cells.records[name]})
+    assert [block.items for block in reuse(only) if isinstance(block, Listing)] == [
+        ("MoCo + MSE: no feature reuse: of all memory",)
+    ]  # fmt: skip
+    pair = {"a": "moco", "b": "mse", "values": np.eye(4).tolist()}
+    pairs = [pair | {"kernel": kernel} for kernel in ("linear", "rbf", "paper")]
+    cells.add("drawn.similarity.moco-mse.s0", "similarity", {"seed": 0}, {"pairs": pairs})
+    maps = heat_maps(cells.statistics().found)
+    assert table(maps, "CKA").rows[0][0] == "MoCo, MoCo + MSE ¹" and len(table(maps, "CKA").rows) == 3
+    drawn = [block.name for block in maps if isinstance(block, Picture)]
+    assert drawn == ["drawn-cka-linear-moco-mse", "drawn-cka-rbf-moco-mse"]
 
 
 @pytest.mark.parametrize(

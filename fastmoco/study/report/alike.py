@@ -7,7 +7,7 @@ import numpy as np
 from fastmoco.evaluate.cka import PAPER_SIGMA, Alignments, Reuse
 from fastmoco.evaluate.ks import KsDistances, columns, ks_distances
 from fastmoco.study import plots
-from fastmoco.study.report.blocks import Block, Heading, Picture, Table
+from fastmoco.study.report.blocks import Block, Heading, Listing, Picture, Table
 from fastmoco.study.report.entries import lacking
 from fastmoco.study.report.gather import FULL, Findings
 from fastmoco.study.report.statistics import Statistics, complete, stack
@@ -29,6 +29,7 @@ def heat_maps(found: Findings) -> list[Block]:
                 each.setdefault((pair["a"], pair["b"]), {}).setdefault(pair["kernel"], []).append(values)
     blocks: list[Block] = [Heading(level=3, text="How alike the encoders are")] if each else []
     rows: list[tuple[str, ...]] = []
+    footnotes = Footnotes()
     for (a, b), kernels in each.items():
         names = plots.label_of(a), plots.label_of(b)
         means = {kernel: np.mean(values, axis=0) for kernel, values in kernels.items()}
@@ -44,22 +45,27 @@ def heat_maps(found: Findings) -> list[Block]:
             blocks.append(Picture(name=name, caption=f"{found.data.name}: {said}", figure=figure))
         for kernel, mean in means.items():
             diagonal = [number(None if np.isnan(v) else float(v)) for v in np.diagonal(mean)]
-            rows.append((f"{names[0]}, {names[1]}", KERNELS[kernel], *diagonal))
+            some = footnotes.seeds(len(kernels[kernel]), len(found.study.grid.seeds))
+            rows.append((footnotes.mark(f"{names[0]}, {names[1]}", some), KERNELS[kernel], *diagonal))
     if rows:
         caption = f"{found.data.name}. CKA (unbiased) of like stages of two encoders by kernel, mean of seeds"
-        blocks.append(Table(caption=caption, header=("encoders", "kernel", *STAGES), rows=tuple(rows)))
+        header = ("encoders", "kernel", *STAGES)
+        blocks.append(Table(caption=caption, header=header, rows=tuple(rows), notes=footnotes.lines))
     return blocks
 
 
 def reuse(found: Findings) -> list[Block]:
     """CKA of each stage before fine-tuning against after, all labels."""
     kept: dict[str, dict[str, list[dict[str, float]]]] = {}
+    lost: dict[str, list[str]] = {}
     for record in found.of_kind("finetune"):
+        lost.setdefault(record["settings"]["init"], []).extend(record["result"].get("notes", []))
         for stage, row in record["result"].get("reuse", {}).items():
             if row["mean"] is not None:
                 kept.setdefault(record["settings"]["init"], {}).setdefault(stage, []).append(row)
     if not kept:
-        return []
+        items = tuple(f"{plots.label_of(init)}: {note}" for init, notes in lost.items() for note in notes)
+        return [Heading(level=3, text="Feature reuse"), Listing(items=items)] if items else []
     bars = {
         init: {
             stage: Reuse(
@@ -75,10 +81,17 @@ def reuse(found: Findings) -> list[Block]:
         if (stages := kept.get(init))
     }
     one = next(iter(next(iter(bars.values())).values()))
-    rows = tuple(
-        (plots.label_of(init), *(f"{v.mean:.3f} ({v.std:.3f})" for v in stages.values()))
-        for init, stages in bars.items()
-    )
+    footnotes, wanted = Footnotes(), len(found.study.grid.seeds)
+    rows = []
+    for init in found.inits:
+        if init not in bars and not lost.get(init):
+            continue
+        cells = []
+        for stage in STAGES:
+            one_of = bars.get(init, {}).get(stage)
+            shown = NOT_KNOWN if one_of is None else f"{one_of.mean:.3f} ({one_of.std:.3f})"
+            cells.append(footnotes.mark(shown, footnotes.seeds(len(kept.get(init, {}).get(stage, [])), wanted)))
+        rows.append((footnotes.mark(plots.label_of(init), lost[init]), *cells))
     caption = (
         f"{found.data.name}: feature reuse, linear CKA (unbiased) before against after fine-tuning with all labels; "
         f"mean over seeds, and the deviation over {one.draws} draws of {one.size} of {one.images} test images"
@@ -90,7 +103,7 @@ def reuse(found: Findings) -> list[Block]:
             caption=caption,
             figure=plots.reuse_bars(bars, title=f"{found.data.name}: feature reuse"),
         ),
-        Table(caption=caption, header=("method", *STAGES), rows=rows),
+        Table(caption=caption, header=("method", *STAGES), rows=tuple(rows), notes=footnotes.lines),
     ]
 
 

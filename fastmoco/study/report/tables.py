@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 
 from fastmoco.evaluate.scores import auc
@@ -15,8 +13,9 @@ from fastmoco.study.report.blocks import Block, Heading, Table, Text
 from fastmoco.study.report.entries import RUNS, Entries
 from fastmoco.study.report.gather import BASELINES, BEST, FULL, LINEAR, Findings, Truth
 from fastmoco.study.report.statistics import Statistics
-from fastmoco.study.report.words import NOT_KNOWN, number, seeds
+from fastmoco.study.report.words import NOT_KNOWN, Footnotes, seeds
 from fastmoco.study.work.numbers import unpack
+from fastmoco.study.work.similarity import STAGES
 
 SCORES: tuple[tuple[Score, str], ...] = (
     ("average_precision", "average precision"),
@@ -207,7 +206,14 @@ def neighbour_table(own: Statistics) -> Table:
             value, _ = auc(unpack(row["probabilities"]), truth.values, class_names=truth.class_names)
             if value is not None:
                 by_init.setdefault(record["settings"]["init"], {}).setdefault(row["features"], []).append(value)
-    return _by_stage(found, by_init, f"{found.data.name}. kNN (20 nearest, all labels): test AUC, mean of seeds", 3)
+    columns, footnotes = (*STAGES, "final"), Footnotes()
+    wanted = len(found.study.grid.seeds)
+    rows = [
+        (label_of(init), *(footnotes.mean(by_init.get(init, {}).get(name, []), wanted) for name in columns))
+        for init in found.probed
+    ]
+    caption = f"{found.data.name}. kNN (20 nearest, all labels): test AUC, mean of seeds"
+    return Table(caption=caption, header=("method", *columns), rows=tuple(rows), notes=footnotes.lines)
 
 
 def measure_table(found: Findings) -> list[Block]:
@@ -221,7 +227,7 @@ def measure_table(found: Findings) -> list[Block]:
     }
     blocks: list[Block] = []
     for features in ("stage4", "final"):
-        rows = []
+        rows, footnotes = [], Footnotes()
         for init in found.probed:
             values: dict[str, list[float]] = {}
             for record in found.of_kind("probes"):
@@ -230,25 +236,15 @@ def measure_table(found: Findings) -> list[Block]:
                         if value is not None:
                             values.setdefault(name, []).append(value)
             if values:
-                rows.append((label_of(init), *(_mean(values.get(name, []), 2) for name in names)))
+                wanted = len(found.study.grid.seeds)
+                each = (footnotes.mean(values.get(name, []), wanted, digits=2) for name in names)
+                rows.append((label_of(init), *each))
         if rows:
             said = "stage 4" if features == "stage4" else "the head's embedding"
             caption = f"{found.data.name}. Measures without labels (TMI: with), test images, {said}, mean of seeds"
-            blocks.append(Table(caption=caption, header=("method", *names.values()), rows=tuple(rows)))
+            header = ("method", *names.values())
+            blocks.append(Table(caption=caption, header=header, rows=tuple(rows), notes=footnotes.lines))
     return blocks
-
-
-def _by_stage(found: Findings, values: dict[str, dict[str, list[float]]], caption: str, digits: int) -> Table:
-    columns = ("stage1", "stage2", "stage3", "stage4", "final")
-    rows = tuple(
-        (label_of(init), *(_mean(values.get(init, {}).get(name, []), digits) for name in columns))
-        for init in found.probed
-    )
-    return Table(caption=caption, header=("method", *columns), rows=rows)
-
-
-def _mean(values: list[Any], digits: int) -> str:
-    return number(sum(values) / len(values) if values else None, digits)
 
 
 def _labels(found: Findings) -> tuple[str, ...]:

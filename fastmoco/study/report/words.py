@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from fastmoco.evaluate.intervals import Estimate
 
@@ -20,6 +20,16 @@ class Footnotes:
         """`text` with the numbers of `notes` behind it."""
         places = [self._places.setdefault(note, len(self._places) + 1) for note in dict.fromkeys(notes)]
         return text + (" " if places else "") + " ".join(map(_raised, places))
+
+    def mean(self, values: Sequence[float], seeds: int, *, digits: int = 3) -> str:
+        """The mean of a value a seed, marked where fewer than `seeds` have one."""
+        text = number(sum(values) / len(values) if values else None, digits)
+        return self.mark(text, self.seeds(len(values), seeds))
+
+    @staticmethod
+    def seeds(count: int, planned: int) -> list[str]:
+        """The remark on a mean over `count` seeds, where some of those `planned` are missing."""
+        return [f"provisional: {count} of {planned} seeds"] if 0 < count < planned else []
 
     @property
     def lines(self) -> tuple[str, ...]:
