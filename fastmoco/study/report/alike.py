@@ -36,7 +36,7 @@ def heat_maps(found: Findings) -> list[Block]:
         for kernel in _DRAWN:
             figure = plots.cka_heat_map(
                 Alignments(STAGES, STAGES, means[kernel]),
-                title=f"{found.data.name}: {names[0]} and {names[1]}, {KERNELS[kernel]}",
+                title=f"{found.data.name}: {names[0]} and {names[1]}\n{KERNELS[kernel]}",
                 rows=names[0],
                 columns=names[1],
             )
@@ -142,7 +142,7 @@ def output_distances(own: Statistics) -> list[Block]:
         Picture(
             name=f"{found.data.name}-ks-{place}",
             caption=f"{found.data.name}: outputs on test images, {who}, {said_of}; of each the run nearest to the mean",
-            figure=plots.ks_curves(outputs, title=f"{found.data.name}, {who}: {said_of}"),
+            figure=plots.ks_curves(outputs, title=f"{found.data.name}, {who}:\n{said_of}"),
         )
         for place, (who, outputs) in enumerate(drawn.items(), start=1)
     ]
