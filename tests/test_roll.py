@@ -42,6 +42,20 @@ def test_a_rank_that_never_reported_is_named() -> None:
     assert "rank 1 never reported" in verdict.text
 
 
+def test_who_lived_by_anothers_signs_has_its_time_from_that_ones_end_on() -> None:
+    roll = Roll(2, seconds=60.0, grace=1.0, patience=10.0, began=0.0)
+    roll.heard(Pulse(0, "n", 10, step=5, idle=90.0), 100.0)
+    roll.heard(Pulse(1, "n", 11, step=5, idle=2.0), 100.0)
+    assert roll.verdict(100.0) is None
+    roll.heard(Pulse(1, "n", 11, step=5, ended=True), 101.0)
+    assert roll.verdict(101.0) is None
+    roll.heard(Pulse(0, "n", 10, step=5, idle=151.0), 161.0)
+    assert roll.verdict(161.0) is None
+    verdict = roll.verdict(161.1)
+    assert verdict is not None
+    assert verdict.hung and "rank 0 on n (pid 10) stands after step 5" in verdict.text
+
+
 def test_all_that_fail_alike_are_one_failure() -> None:
     roll = Roll(2, seconds=60.0, grace=1.0, patience=10.0, began=0.0)
     roll.heard(Pulse(0, "n", 10, step=5), 1.0)

@@ -153,8 +153,12 @@ class Roll:
         return Verdict(f"{first} failed {since(first.step)}: {why}; {AGAIN}", first.rank, alike=alike)
 
     def _hung(self, running: list[_Known], now: float) -> Verdict | None:
-        idle = [known.pulse.idle + now - known.heard for known in running]
-        if not idle or min(idle) <= self.seconds:
+        # The end of one in good order is a sign of life too: the others may have got on by its signs alone till then.
+        idle = [
+            known.pulse.idle + now - known.heard if known.ended_at is None else now - known.ended_at
+            for known in self.known.values()
+        ]
+        if not running or min(idle) <= self.seconds:
             return None
         silent = [known for known in running if now - known.heard > self.seconds / 2]
         last = min(known.steps for known in running)
