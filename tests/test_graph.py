@@ -41,8 +41,9 @@ def _run(world: World, method: str, graph: bool) -> tuple[dict[str, Tensor], lis
     return state, t.history.read(), dict(world.sent)
 
 
-@pytest.mark.parametrize("size", [1, 2])
-@pytest.mark.parametrize("method", ["moco", "barlow"])
+@pytest.mark.parametrize(
+    ("method", "size"), [("moco", 1), pytest.param("moco", 2, marks=pytest.mark.system), ("barlow", 1), ("barlow", 2)]
+)
 def test_replays_train_as_calls_do(method: str, size: int) -> None:
     plain, replayed = (
         in_world(size, _run, method, graph)[0] if size > 1 else _run(World(), method, graph) for graph in (False, True)
