@@ -29,15 +29,20 @@ def find_leaks(manifest: Manifest, splits: Splits, *, workers: int = 0) -> list[
     return _patients(manifest, part) + _duplicates(manifest, part, workers or os.cpu_count() or 1)
 
 
-def refuse_leaks(manifest: Manifest, splits: Splits, *, allowed: bool) -> list[str]:
-    """`find_leaks`; raises UserError with the first of them where there are any, unless they are `allowed`."""
+def refuse_leaks(
+    manifest: Manifest, splits: Splits, *, allowed: bool, leave: str = "pass --allow-leaks"
+) -> list[str]:
+    """`find_leaks`; raises UserError with the first of them where there are any, unless they are `allowed`.
+
+    `leave` says there how to allow them.
+    """
     found = find_leaks(manifest, splits)
     if found and not allowed:
         more = [f"and {len(found) - _LISTED:,} more"] if len(found) > _LISTED else []
         listed = "\n  ".join(found[:_LISTED] + more)
         raise UserError(
             f"the splits leak, so that scores would be too good:\n  {listed}\nMend the split column, take one of each "
-            "pair of images out, or pass --allow-leaks"
+            f"pair of images out, or {leave}"
         )
     return found
 

@@ -15,7 +15,7 @@ from fastmoco.data.manifest import Manifest, load_manifest
 from fastmoco.data.manifest_file import write_manifest
 from fastmoco.errors import UserError
 from fastmoco.evaluate.images import Images, load_images
-from fastmoco.evaluate.leaks import find_leaks
+from fastmoco.evaluate.leaks import refuse_leaks
 from fastmoco.evaluate.splits import Splits, make_splits, patient_groups
 from fastmoco.evaluate.targets import Target, make_target
 from fastmoco.study.cell import digest
@@ -26,7 +26,6 @@ from fastmoco.train.images import fingerprint
 
 # Test and validation images are the same for every seed, draw and method.
 _SPLIT_SEED = 0
-_MOST_LISTED = 20
 
 
 def listed(store: Store, data: Data) -> Path:
@@ -73,19 +72,10 @@ def prepare(study: Study, data: Data) -> Prepared:
         splits = make_splits(manifest, data.label, seed=_SPLIT_SEED, allow_leaks=True)
         target = make_target(manifest, data.label)
         second = make_target(manifest, data.multilabel, SECOND) if data.multilabel else None
+        leave = f'write allow = ["{data.name}"] in the table [leaks]'
+        refuse_leaks(manifest, splits, allowed=data.name in study.leaks.allow, leave=leave)
     except UserError as error:
         raise UserError(f"{where}: {error}") from error
-    leaks = find_leaks(manifest, splits)
-    if leaks and data.name not in study.leaks.allow:
-        lines = [
-            *leaks[:_MOST_LISTED],
-            *([f"... and {len(leaks) - _MOST_LISTED} more"] if leaks[_MOST_LISTED:] else []),
-        ]
-        raise UserError(
-            f"{where}: the splits leak, so scores would be too good:\n  "
-            + "\n  ".join(lines)
-            + f'\nmend the splits, or write allow = ["{data.name}"] in the table [leaks]'
-        )
     names = np.full(len(manifest), "train", dtype="<U10")
     names[splits.validation], names[splits.test] = "validation", "test"
     whole = replace(manifest, splits=names)
