@@ -15,6 +15,7 @@ from fastmoco.data.manifest import Manifest, load_manifest
 from fastmoco.data.views import ViewConfig
 from fastmoco.errors import UserError
 from fastmoco.evaluate import finetune as module
+from fastmoco.evaluate.classifier import Classifier
 from fastmoco.evaluate.features import evaluation_image, extract
 from fastmoco.evaluate.finetune import FinetuneConfig, Finetuned, finetune
 from fastmoco.evaluate.images import Images, load_images
@@ -148,6 +149,21 @@ def test_linear_mode_leaves_the_encoder_bit_for_bit(encoder: Encoder, images: Im
     assert _equal(found.encoder.backbone, before.backbone)
     fresh = _run(encoder, images, target, replace(QUICK, mode="linear", lr=0.0))
     assert not _equal(found.classifier, fresh.classifier)
+
+
+def test_features_are_brought_to_one_size_before_a_linear_layer(encoder: Encoder, images: Images) -> None:
+    other = copy.deepcopy(encoder)
+    last = other.backbone.layer4[-1]
+    with torch.no_grad():
+        last.bn2.weight.mul_(100)
+        last.bn2.bias.mul_(100)
+    model = Classifier(other, 2, frozen=True, precision="fp32", seed=0)
+    model.standardise(images.select(TRAIN))
+    features = (model.features(images.select(TRAIN)) - model.shift) * model.scale
+    assert features.mean(0).abs().max() < 1e-4 and float(features.square().mean()) == pytest.approx(1, rel=1e-4)
+    linear = model.linear()
+    raw = model.features(images.select(TEST))
+    torch.testing.assert_close(linear(raw), model.classify(raw), rtol=1e-4, atol=1e-4)
 
 
 def test_full_mode_trains_every_weight_of_a_copy(encoder: Encoder, images: Images, target: Target) -> None:

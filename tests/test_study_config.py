@@ -108,7 +108,7 @@ def test_overrides_hold_for_all_methods_for_one_and_for_the_data(tmp_path: Path)
     # The data's say over the study's.
     assert (moco.optim.steps, moco.optim.batch_size, moco.optim.lr) == (2, 4, 0.5)
     assert moco.loss.projector_width == 2048 and barlow.loss.projector_width == 16
-    settings = finetune_settings(study, data, "full")
+    settings = finetune_settings(study, data, "full", "moco")
     assert (settings.mode, settings.least_steps, settings.arch) == ("full", 3, "resnet18")
     # Fine-tuned with the crops and flips of the domain.
     assert settings.views is not None
@@ -118,10 +118,31 @@ def test_overrides_hold_for_all_methods_for_one_and_for_the_data(tmp_path: Path)
 def test_views_of_fine_tuning_may_be_said(tmp_path: Path) -> None:
     file = changed(tmp_path, "[report]", "[finetune.views]\nsize = 32\ncrop_scale = [0.9, 1.0]\n\n[report]")
     study = read_study(file)
-    views = finetune_settings(study, study.data[0], "full").views
+    views = finetune_settings(study, study.data[0], "full", "moco").views
     assert views is not None and (views.crop_scale, views.flip_p) == ((0.9, 1.0), 0.0)
     with pytest.raises(UserError, match=r"\[finetune\]: views: crop_scale: needs 2 values, not 1"):
         read_study(changed(tmp_path, "[report]", "[finetune.views]\ncrop_scale = [0.9]\n\n[report]"))
+
+
+def test_fine_tuning_may_differ_by_what_is_trained(tmp_path: Path) -> None:
+    own = "[finetune.full]\nencoder_lr = 1e-4\n\n[finetune.linear]\nlr = 0.01\n\n[data.finetune.scratch]\nlr = 0.1\n\n"
+    study = read_study(changed(tmp_path, "[report]", own + "[report]"))
+    data = study.data[0]
+    rates = {
+        (mode, start): (config.lr, config.encoder_lr)
+        for mode, start in (("full", "moco"), ("linear", "moco"), ("full", "scratch"), ("full", "random"))
+        for config in [finetune_settings(study, data, mode, start)]
+    }
+    assert rates == {
+        ("full", "moco"): (1e-3, 1e-4), ("full", "random"): (1e-3, 1e-4),
+        ("linear", "moco"): (0.01, None), ("full", "scratch"): (0.1, None),
+    }  # fmt: skip
+    before, after = make_cells(read(tmp_path), PRINTS), make_cells(study, PRINTS)
+    assert {c for c in before if before[c].hash != after[c].hash} == {c for c in before if "finetune" in c}
+    with pytest.raises(UserError, match=r"\[finetune\]: linear must be a table, not 3"):
+        read_study(changed(tmp_path, "least_steps = 3", "least_steps = 3\nlinear = 3"))
+    with pytest.raises(UserError, match=r"\[finetune\]: .*decay"):
+        read_study(changed(tmp_path, "[report]", "[finetune.full]\ndecay = 3\n\n[report]"))
 
 
 def test_every_cell_comes_after_what_it_needs(tmp_path: Path) -> None:

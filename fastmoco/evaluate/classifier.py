@@ -19,7 +19,8 @@ from fastmoco.precision import Precision
 class Classifier(nn.Module):
     """A copy of an encoder without its head, and a linear layer on its pooled stage-4 feature, drawn from `seed`.
 
-    A `frozen` encoder has no gradients and stays in evaluation mode.
+    A `frozen` encoder has no gradients and stays in evaluation mode; its features are shifted and scaled before the
+    layer, by `standardise`, so that a learning rate means the same whatever their size.
     """
 
     def __init__(self, encoder: Encoder, outputs: int, *, frozen: bool, precision: Precision, seed: int) -> None:
@@ -29,6 +30,10 @@ class Classifier(nn.Module):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             self.classifier = nn.Linear(self.encoder.width, outputs)
+        self.register_buffer("shift", torch.zeros(self.encoder.width))
+        self.register_buffer("scale", torch.ones(()))
+        self.shift: Tensor
+        self.scale: Tensor
         self.frozen = frozen
         self.encoder.requires_grad_(not frozen)
         self.precision = precision
@@ -42,8 +47,26 @@ class Classifier(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """`images` (N, 3, H, W) in [0, 1] -> logits (N, C) float32."""
-        logits: Tensor = self.classifier(self._features(images))
-        return logits
+        return self._logits(self._features(images))
+
+    @torch.no_grad()
+    def standardise(self, images: Images) -> None:
+        """Shift the features by their mean over `images`, and divide all by their deviations' root mean square.
+
+        One scale for all: of a few images, a feature's own deviation is no more than a guess.
+        """
+        features = self.features(images)
+        self.shift.copy_(features.mean(0))
+        spread = float((features - self.shift).square().mean().sqrt())
+        self.scale.fill_(1 / spread if spread > 0 else 1.0)
+
+    @torch.no_grad()
+    def linear(self) -> nn.Linear:
+        """The layer that gives the same logits of features as the encoder makes them."""
+        found = copy.deepcopy(self.classifier)
+        found.weight.mul_(self.scale)
+        found.bias.sub_(found.weight @ self.shift)
+        return found
 
     @torch.no_grad()
     def features(self, images: Images) -> Tensor:
@@ -54,7 +77,10 @@ class Classifier(nn.Module):
     @torch.no_grad()
     def classify(self, features: Tensor) -> Tensor:
         """Logits (n, C) float32 of `features`, on the CPU."""
-        logits: Tensor = self.classifier(features).cpu()
+        return self._logits(features).cpu()
+
+    def _logits(self, features: Tensor) -> Tensor:
+        logits: Tensor = self.classifier((features - self.shift) * self.scale)
         return logits
 
     def _features(self, images: Tensor) -> Tensor:

@@ -130,6 +130,8 @@ def finetune(
         model = Classifier(start, len(target.class_names), frozen=frozen, precision=config.precision, seed=seed)
         model = model.to(device).to(memory_format=torch.channels_last)
         images = images.on(device)
+        if frozen:
+            model.standardise(images.select(train))
         looks = _Looks(images.select(validation), target.values[validation], target, on_look)
         best = _train(model, images, target, train, looks, config, seed)
         model.load_state_dict(best.weights)
@@ -142,7 +144,7 @@ def finetune(
         best_step=best.step,
         curve=looks.curve,
         encoder=model.encoder,
-        classifier=model.classifier,
+        classifier=model.linear(),
     )
 
 

@@ -12,7 +12,7 @@ from fastmoco.data.views import ViewConfig
 from fastmoco.evaluate.finetune import FinetuneConfig
 from fastmoco.study.cell import REVISIONS, Cell, Kind
 from fastmoco.study.config import SCRATCH, Data, Study
-from fastmoco.study.overrides import apply, finetune_config, for_method, recipe_name
+from fastmoco.study.overrides import apply, finetune_config, of_one, recipe_name
 from fastmoco.train.config import Config
 from fastmoco.train.recipes import METHODS, find
 from fastmoco.train.stored import to_json
@@ -140,7 +140,7 @@ class _Maker:
         if mode == "linear" and method == SCRATCH:
             # A layer on random features: that is the random encoder's.
             method = RANDOM
-        config = finetune_settings(self.study, data, mode)
+        config = finetune_settings(self.study, data, mode, method)
         start = self._start(data, RANDOM if method == SCRATCH else method, seed)
         common = {"data": own, "init": method, "mode": mode, "seed": seed, "config": _plain(config), **start}
         common["resize"] = evaluation_resize(self.study, data)
@@ -215,7 +215,7 @@ def pretrain_config(study: Study, data: Data, method: str, manifest: Path, out: 
         model=dataclasses.replace(config.model, arch=study.grid.arch),
     )
     for table, where in ((study.pretrain, "[pretrain]"), (data.pretrain, f"[[data]] {data.name}: pretrain")):
-        config = apply(config, for_method(table, method, where), f"{study.file} {where}")
+        config = apply(config, of_one(table, method, METHODS, where), f"{study.file} {where}")
     return config
 
 
@@ -241,13 +241,12 @@ def evaluation_resize(study: Study, data: Data) -> float:
     return 1.0 if resize is None else resize
 
 
-def finetune_settings(study: Study, data: Data, mode: str) -> FinetuneConfig:
+def finetune_settings(study: Study, data: Data, mode: str, start: str) -> FinetuneConfig:
     """How a network is fine-tuned, one of random weights too: augmented as in pretraining, unless said otherwise."""
+    trained = SCRATCH if start == SCRATCH else mode
+    views = pretraining_views(study, data)
     tables = (study.finetuning.options, data.finetune)
-    own: dict[str, Any] = {"mode": mode, "arch": study.grid.arch}
-    if not any("views" in table for table in tables):
-        own["views"] = pretraining_views(study, data)
-    return finetune_config(tables, **own)
+    return finetune_config(tables, trained, mode=mode, arch=study.grid.arch, views=views)
 
 
 def _work(config: FinetuneConfig, images: int, validation: int) -> float:

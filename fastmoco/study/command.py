@@ -79,7 +79,11 @@ def study_command(args: StudyArgs, *, pool: MakePool = Pool) -> int:
 
     Raises UserError for a mistake in the file or the options.
     """
-    study = read_study(args.config)
+    return compute(read_study(args.config), args, pool=pool)
+
+
+def compute(study: Study, args: StudyArgs, *, pool: MakePool = Pool) -> int:
+    """As `study_command`, of `study` in place of what the file says."""
     grid = study.grid
     grid = replace(grid, out=args.out or grid.out, jobs=args.jobs or grid.jobs, device=args.device or grid.device)
     study = replace(study, grid=grid)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -36,6 +36,8 @@ _TAKEN = {
     "knn_every",
 }
 _TAKEN_OF_FINETUNING = {"mode", "arch", "size"}
+# What is trained: all weights of a pretrained encoder, a linear layer on it, all weights from random ones.
+TRAINED = ("full", "linear", "scratch")
 
 
 def recipe_name(domain: str, method: str, *, small: bool) -> str:
@@ -71,35 +73,37 @@ def apply(config: Config, table: Mapping[str, Any], where: str) -> Config:
         raise UserError(f"{where}: {error}") from error
 
 
-def for_method(table: Mapping[str, Any], method: str, where: str) -> dict[str, Any]:
-    """The keys of `table` that hold for `method`: those in it, and over them those of its table [.METHOD]."""
-    own = table.get(method, {})
+def of_one(table: Mapping[str, Any], name: str, every: Collection[str], where: str) -> dict[str, Any]:
+    """The keys of `table` that hold for `name`, of `every`: those in it, and over them those of its table [.NAME]."""
+    own = table.get(name, {})
     if not isinstance(own, dict):
-        raise UserError(f"{where}: {method} must be a table, not {own!r}")
-    return {name: value for name, value in table.items() if name not in METHODS} | own
+        raise UserError(f"{where}: {name} must be a table, not {own!r}")
+    return {key: value for key, value in table.items() if key not in every} | own
 
 
 def check_pretrain(recipe: str, method: str, table: Mapping[str, Any], where: str) -> None:
     """Raise UserError where `table` cannot override `recipe`."""
-    apply(find(recipe)(Path(), Path()), for_method(table, method, where), where)
+    apply(find(recipe)(Path(), Path()), of_one(table, method, METHODS, where), where)
 
 
 def check_finetune(table: Mapping[str, Any], where: str) -> None:
     """Raise UserError where `table` does not fit FinetuneConfig."""
-    for name in table:
-        if name in _TAKEN_OF_FINETUNING:
-            raise UserError(f"{where}: {name} is not set here: the study sets it, from its other tables")
-    require_known(table, {field.name: field for field in dataclasses.fields(FinetuneConfig)}, where)
-    values = read_values(FinetuneConfig, table, where)
-    try:
-        FinetuneConfig(**values)
-    except UserError as error:
-        raise UserError(f"{where}: {error}") from error
+    for trained in TRAINED:
+        own = of_one(table, trained, TRAINED, where)
+        for name in own:
+            if name in _TAKEN_OF_FINETUNING:
+                raise UserError(f"{where}: {name} is not set here: the study sets it, from its other tables")
+        require_known(own, {field.name: field for field in dataclasses.fields(FinetuneConfig)}, where)
+        values = read_values(FinetuneConfig, own, where)
+        try:
+            FinetuneConfig(**values)
+        except UserError as error:
+            raise UserError(f"{where}: {error}") from error
 
 
-def finetune_config(tables: Sequence[Mapping[str, Any]], **own: Any) -> FinetuneConfig:
-    """The settings that the `tables`, the later over the earlier, and what the study says itself make."""
+def finetune_config(tables: Sequence[Mapping[str, Any]], trained: str, **own: Any) -> FinetuneConfig:
+    """The settings that the `tables`, the later over the earlier, and what the study says itself make of `trained`."""
     merged: dict[str, Any] = {}
     for table in tables:
-        merged |= read_values(FinetuneConfig, table, "[finetune]")
-    return FinetuneConfig(**merged, **own)
+        merged |= read_values(FinetuneConfig, of_one(table, trained, TRAINED, "[finetune]"), "[finetune]")
+    return FinetuneConfig(**(own | merged))

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from fastmoco.evaluate.probe import C_GRID
+from fastmoco.study.config import SCRATCH
 from fastmoco.study.overrides import recipe_name
 from fastmoco.study.plots import label_of
 from fastmoco.study.report.blocks import Block, Heading, Listing, Table, Text
@@ -29,6 +30,7 @@ _PRETRAINING = (
     ("loss", "stage_weight", "weight of a stage's loss"),
     ("run", "precision", "precision"),
 )
+_TRAINED = {"full": "all weights", "linear": "a linear layer", SCRATCH: "from scratch"}
 _FINETUNING = (
     ("lr", "learning rate"),
     ("encoder_lr", "of the encoder"),
@@ -96,11 +98,11 @@ def _finetuning(every: Sequence[Findings]) -> tuple[list[tuple[str, ...]], list[
     for found in every:
         seen: dict[str, Mapping[str, Any]] = {}
         for record in found.of_kind("finetune"):
-            seen.setdefault(record["settings"]["mode"], record["settings"]["config"])
-        for mode, config in seen.items():
+            own = record["settings"]
+            seen.setdefault(SCRATCH if own["init"] == SCRATCH else own["mode"], own["config"])
+        for trained, config in seen.items():
             shown = (_shown(config.get(name)) for name, _ in _FINETUNING)
-            said = "all weights" if mode == "full" else "a linear layer"
-            rows.append((f"{found.data.name}, {said}", *shown))
+            rows.append((f"{found.data.name}, {_TRAINED[trained]}", *shown))
         if seen:
             own = next(iter(seen.values())).get("views") or {}
             geometry = {name: own.get(name) for name in ("crop_scale", "rotation", "flip_p")}

@@ -39,7 +39,7 @@ def run(cell: Cell, context: Context, needed: dict[str, Cell]) -> dict[str, Any]
         images,
         splits.validation,
         splits.test,
-        finetune_settings(context.study, context.data, s["mode"]),
+        finetune_settings(context.study, context.data, s["mode"], s["init"]),
         seed=draw_seed(seed, s["draw"]),
         device=context.device,
     )

@@ -1,0 +1,205 @@
+"""What matters in pretraining on small sets? Settings compared by their scores on validation patients alone."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+import tomllib
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+import tyro
+
+from fastmoco.atomic import write_text
+from fastmoco.errors import UserError
+from fastmoco.study.cells import make_cells
+from fastmoco.study.command import StudyArgs, compute
+from fastmoco.study.config import SCRATCH, Study, StudyMethod, read_study
+from fastmoco.study.store import Store
+from fastmoco.study.typed import read_table
+from fastmoco.study.work.context import prepare
+from fastmoco.study.work.encoders import is_whole, run_folder
+
+STAGES = ("stage1", "stage2", "stage3", "stage4")
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trial:
+    """Table [[trial]]: settings that differ from those of the study, for one set of images."""
+
+    name: str
+    """What it is called; "base" is what the others of its data are compared with."""
+    data: str
+    methods: tuple[StudyMethod, ...] = ("moco", "mse", "barlow")
+    seeds: tuple[int, ...] = (0,)
+    pretrain: dict[str, Any] = field(default_factory=dict)
+    finetune: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(kw_only=True)
+class SearchArgs:
+    """Pretrain with other settings than a study's, and score what comes of it on validation patients.
+
+    Scores are validation AUCs: of linear probes on each stage with the labels of seven draws, and of fine-tuning all
+    weights. No test label is read."""
+
+    config: tyro.conf.Positional[Path] = Path("bench/search.toml")
+    """TOML file with the study that the trials differ from, a folder, and the tables [[trial]]."""
+    only: tuple[str, ...] = ()
+    """Trials, as DATA.NAME; all if not given."""
+    jobs: int | None = None
+    """Cells computed at a time; as the study says if not given."""
+    out: Path = Path("docs/results/search.json")
+    """Results so far, to which those of this run are added; a table goes beside it, as Markdown."""
+
+
+def changed(study: Study, trial: Trial, out: Path) -> Study:
+    """`study` with the settings of `trial`, of its data alone."""
+    data = study.named(trial.data)
+    data = replace(data, pretrain=_over(data.pretrain, trial.pretrain), finetune=_over(data.finetune, trial.finetune))
+    grid = replace(study.grid, out=out / f"{trial.data}.{trial.name}", methods=trial.methods, seeds=trial.seeds)
+    return replace(study, grid=grid, data=(data,))
+
+
+def _over(table: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
+    """`table` with what `other` says over it, tables in tables too."""
+    merged = dict(table)
+    for name, value in other.items():
+        merged[name] = _over(merged.get(name, {}), value) if isinstance(value, dict) else value
+    return merged
+
+
+def take_encoders(study: Study, folders: Iterable[Path]) -> None:
+    """Take over from other `folders` what was pretrained there with the same settings."""
+    store = Store(study.out)
+    store.make()
+    prints = {data.name: prepare(study, data).print for data in study.data}
+    for cell in make_cells(study, prints).values():
+        for folder in folders if cell.kind == "pretrain" and not is_whole(store, cell) else ():
+            other = Store(folder)
+            if folder != study.out and is_whole(other, cell):
+                shutil.copytree(run_folder(other, cell), run_folder(store, cell), dirs_exist_ok=True)
+                shutil.copyfile(other.path(cell.id), store.path(cell.id))
+                break
+
+
+def patterns(trial: Trial, study: Study) -> tuple[str, ...]:
+    """The cells that a trial takes: probes of each encoder, and fine-tuning at budgets below 1."""
+    small = [budget for budget in study.grid.budgets if budget < 1]
+    probes = [f"{trial.data}.probes.{method}.s*" for method in trial.methods if method != SCRATCH]
+    tuned = [f"{trial.data}.finetune.{method}.full.s*.b{budget:g}.d*" for method in trial.methods for budget in small]
+    return (*probes, *tuned)
+
+
+def row_of(trial: Trial, study: Study, method: str) -> Row:
+    """Mean validation AUCs over seeds and draws: {"probes": {budget: {stage: AUC}}, "finetune": {budget: AUC}}."""
+    store = Store(study.out)
+    probes: dict[str, dict[str, list[float]]] = {}
+    tuned: dict[str, list[float]] = {}
+    for path in sorted(store.cells.glob(f"{trial.data}.*.json")):
+        record = store.read(path.stem)
+        assert record is not None
+        settings = record["settings"]
+        if settings.get("init") != method:
+            continue
+        if record["kind"] == "probes":
+            for row in record["result"]["probes"]:
+                if row["features"] in STAGES and row.get("validation_auc") is not None:
+                    of_budget = probes.setdefault(f"{row['budget']:g}", {})
+                    of_budget.setdefault(row["features"], []).append(row["validation_auc"])
+        elif settings["mode"] == "full":
+            tuned.setdefault(f"{settings['budget']:g}", []).append(record["result"]["validation_score"])
+    return {
+        "data": trial.data,
+        "trial": trial.name,
+        "method": method,
+        "seeds": list(trial.seeds),
+        "pretrain": {k: v for k, v in trial.pretrain.items() if not isinstance(v, dict) or k == method},
+        "finetune": trial.finetune,
+        "probes": {b: {s: round(mean(v), 4) for s, v in stages.items()} for b, stages in probes.items()},
+        "tuned": {budget: round(mean(values), 4) for budget, values in tuned.items()},
+    }
+
+
+def table(rows: Sequence[Row]) -> list[str]:
+    """Markdown, a table for each set of images."""
+    lines = []
+    for data in dict.fromkeys(row["data"] for row in rows):
+        own = [row for row in rows if row["data"] == data]
+        budgets = sorted({budget for row in own for budget in (*row["probes"], *row["tuned"])}, key=float)
+        heads = [*(f"probe {s[-1]}, {float(b):.0%}" for b in budgets for s in ("stage1", "stage4"))]
+        heads += [f"tuned, {float(b):.0%}" for b in budgets if any(b in row["tuned"] for row in own)]
+        lines += [
+            "",
+            f"## {data}",
+            "",
+            f"| trial | method | seeds | {' | '.join(heads)} |",
+            "|---" * (3 + len(heads)) + "|",
+        ]
+        for row in own:
+            base = next((r for r in own if r["trial"] == "base" and r["method"] == row["method"]), None)
+            cells = [_score(row, base, "probes", b, s) for b in budgets for s in ("stage1", "stage4")]
+            cells += [_score(row, base, "tuned", b) for b in budgets if any(b in r["tuned"] for r in own)]
+            seeds = " ".join(map(str, row["seeds"]))
+            lines.append(f"| {row['trial']} | {row['method']} | {seeds} | {' | '.join(cells)} |")
+    return lines
+
+
+def _score(row: Row, base: Row | None, *keys: str) -> str:
+    """The AUC, and in points how much that is above the base's."""
+    value, other = (_at(source, keys) for source in (row, base))
+    if value is None:
+        return "-"
+    if other is None or row is base or base is None or row["seeds"] != base["seeds"]:
+        return f"{value:.3f}"
+    return f"{value:.3f} ({100 * (value - other):+.1f})"
+
+
+def _at(source: Any, keys: Sequence[str]) -> float | None:
+    for key in keys:
+        source = None if source is None else source.get(key)
+    return source
+
+
+def main(args: SearchArgs) -> int:
+    """Compute what is left of the trials, and write their scores; the exit status."""
+    text = tomllib.loads(args.config.read_text(encoding="utf-8"))
+    study = read_study(args.config.parent / text["study"])
+    folder = args.config.parent / text["out"]
+    trials = [read_table(Trial, entry, f"{args.config} [[trial]]") for entry in text["trial"]]
+    chosen = [t for t in trials if not args.only or f"{t.data}.{t.name}" in args.only]
+    if not chosen:
+        raise UserError(f"--only: there are {', '.join(f'{t.data}.{t.name}' for t in trials)}")
+    rows = (
+        {(r["data"], r["trial"], r["method"]): r for r in json.loads(args.out.read_text())}
+        if args.out.is_file()
+        else {}
+    )
+    status = 0
+    for trial in chosen:
+        own = changed(study, trial, folder)
+        take_encoders(own, [study.out, *sorted(folder.glob("*"))])
+        print(f"{trial.data}.{trial.name}", flush=True)
+        options = StudyArgs(config=args.config, only=patterns(trial, own), report="none", jobs=args.jobs)
+        if compute(own, options) == 1:
+            status = 1
+            continue
+        rows |= {(trial.data, trial.name, method): row_of(trial, own, method) for method in trial.methods}
+        order = {(t.data, t.name): place for place, t in enumerate(trials)}
+        listed = sorted(rows.values(), key=lambda r: order.get((r["data"], r["trial"]), len(order)))
+        write_text(args.out, json.dumps(listed, indent=1) + "\n")
+        head = f"# What matters on small sets\n\n`python -m bench.search {args.config}`\n\n{text.get('note', '')}"
+        write_text(args.out.with_suffix(".md"), "\n".join([head, *table(listed)]) + "\n")
+    return status
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main(tyro.cli(SearchArgs, prog="python -m bench.search")))
+    except UserError as error:
+        sys.exit(f"error: {error}")
