@@ -8,6 +8,7 @@ import sys
 import tomllib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import product
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -18,13 +19,15 @@ from fastmoco.atomic import write_text
 from fastmoco.errors import UserError
 from fastmoco.study.cells import make_cells
 from fastmoco.study.command import StudyArgs, compute
-from fastmoco.study.config import SCRATCH, Study, StudyMethod, read_study
+from fastmoco.study.config import SCRATCH, Mode, Study, StudyMethod, read_study
 from fastmoco.study.store import Store
 from fastmoco.study.typed import read_table
 from fastmoco.study.work.context import prepare
 from fastmoco.study.work.encoders import is_whole, run_folder
 
+BASE = "base"
 STAGES = ("stage1", "stage2", "stage3", "stage4")
+SHOWN = {"stage1": "probe 1", "stage4": "probe 4", "linear": "linear", "full": "tuned"}
 Row = dict[str, Any]
 
 
@@ -37,6 +40,8 @@ class Trial:
     data: str
     methods: tuple[StudyMethod, ...] = ("moco", "mse", "barlow")
     seeds: tuple[int, ...] = (0,)
+    modes: tuple[Mode, ...] = ("full",)
+    """What is fine-tuned."""
     pretrain: dict[str, Any] = field(default_factory=dict)
     finetune: dict[str, Any] = field(default_factory=dict)
 
@@ -89,18 +94,18 @@ def take_encoders(study: Study, folders: Iterable[Path]) -> None:
 
 
 def patterns(trial: Trial, study: Study) -> tuple[str, ...]:
-    """The cells that a trial takes: probes of each encoder, and fine-tuning at budgets below 1."""
+    """The cells that a trial takes: probes of encoders that no other has, and fine-tuning at budgets below 1."""
     small = [budget for budget in study.grid.budgets if budget < 1]
-    probes = [f"{trial.data}.probes.{method}.s*" for method in trial.methods if method != SCRATCH]
-    tuned = [f"{trial.data}.finetune.{method}.full.s*.b{budget:g}.d*" for method in trial.methods for budget in small]
-    return (*probes, *tuned)
+    probed = trial.methods if trial.pretrain or trial.name == BASE else ()
+    probes = [f"{trial.data}.probes.{method}.s*" for method in probed if method != SCRATCH]
+    each = product(trial.methods, trial.modes, small)
+    return (*probes, *(f"{trial.data}.finetune.{method}.{mode}.s*.b{b:g}.d*" for method, mode, b in each))
 
 
 def row_of(trial: Trial, study: Study, method: str) -> Row:
-    """Mean validation AUCs over seeds and draws: {"probes": {budget: {stage: AUC}}, "finetune": {budget: AUC}}."""
+    """Mean validation AUCs over seeds and draws: "scores" by budget, of "stage1" to "stage4", "full" and "linear"."""
     store = Store(study.out)
-    probes: dict[str, dict[str, list[float]]] = {}
-    tuned: dict[str, list[float]] = {}
+    found: dict[str, dict[str, list[float]]] = {}
     for path in sorted(store.cells.glob(f"{trial.data}.*.json")):
         record = store.read(path.stem)
         assert record is not None
@@ -110,10 +115,11 @@ def row_of(trial: Trial, study: Study, method: str) -> Row:
         if record["kind"] == "probes":
             for row in record["result"]["probes"]:
                 if row["features"] in STAGES and row.get("validation_auc") is not None:
-                    of_budget = probes.setdefault(f"{row['budget']:g}", {})
+                    of_budget = found.setdefault(f"{row['budget']:g}", {})
                     of_budget.setdefault(row["features"], []).append(row["validation_auc"])
-        elif settings["mode"] == "full":
-            tuned.setdefault(f"{settings['budget']:g}", []).append(record["result"]["validation_score"])
+        else:
+            of_budget = found.setdefault(f"{settings['budget']:g}", {})
+            of_budget.setdefault(settings["mode"], []).append(record["result"]["validation_score"])
     return {
         "data": trial.data,
         "trial": trial.name,
@@ -121,8 +127,7 @@ def row_of(trial: Trial, study: Study, method: str) -> Row:
         "seeds": list(trial.seeds),
         "pretrain": {k: v for k, v in trial.pretrain.items() if not isinstance(v, dict) or k == method},
         "finetune": trial.finetune,
-        "probes": {b: {s: round(mean(v), 4) for s, v in stages.items()} for b, stages in probes.items()},
-        "tuned": {budget: round(mean(values), 4) for budget, values in tuned.items()},
+        "scores": {b: {name: round(mean(v), 4) for name, v in scores.items()} for b, scores in found.items()},
     }
 
 
@@ -131,39 +136,33 @@ def table(rows: Sequence[Row]) -> list[str]:
     lines = []
     for data in dict.fromkeys(row["data"] for row in rows):
         own = [row for row in rows if row["data"] == data]
-        budgets = sorted({budget for row in own for budget in (*row["probes"], *row["tuned"])}, key=float)
-        heads = [*(f"probe {s[-1]}, {float(b):.0%}" for b in budgets for s in ("stage1", "stage4"))]
-        heads += [f"tuned, {float(b):.0%}" for b in budgets if any(b in row["tuned"] for row in own)]
+        every = {(b, name) for row in own for b, scores in row["scores"].items() for name in scores}
+        shown = [(b, n) for b in sorted({b for b, _ in every}, key=float) for n in SHOWN if (b, n) in every]
+        head = [f"{SHOWN[name]}, {float(budget):.0%}" for budget, name in shown]
         lines += [
             "",
             f"## {data}",
             "",
-            f"| trial | method | seeds | {' | '.join(heads)} |",
-            "|---" * (3 + len(heads)) + "|",
+            f"| trial | method | seeds | {' | '.join(head)} |",
+            "|---" * (3 + len(head)) + "|",
         ]
         for row in own:
-            base = next((r for r in own if r["trial"] == "base" and r["method"] == row["method"]), None)
-            cells = [_score(row, base, "probes", b, s) for b in budgets for s in ("stage1", "stage4")]
-            cells += [_score(row, base, "tuned", b) for b in budgets if any(b in r["tuned"] for r in own)]
+            base = next((r for r in own if r["trial"] == BASE and r["method"] == row["method"]), None)
             seeds = " ".join(map(str, row["seeds"]))
+            cells = (_score(row, base, budget, name) for budget, name in shown)
             lines.append(f"| {row['trial']} | {row['method']} | {seeds} | {' | '.join(cells)} |")
     return lines
 
 
-def _score(row: Row, base: Row | None, *keys: str) -> str:
+def _score(row: Row, base: Row | None, budget: str, name: str) -> str:
     """The AUC, and in points how much that is above the base's."""
-    value, other = (_at(source, keys) for source in (row, base))
+    value = row["scores"].get(budget, {}).get(name)
+    other = None if base is None else base["scores"].get(budget, {}).get(name)
     if value is None:
         return "-"
-    if other is None or row is base or base is None or row["seeds"] != base["seeds"]:
+    if base is None or other is None or row is base or row["seeds"] != base["seeds"]:
         return f"{value:.3f}"
     return f"{value:.3f} ({100 * (value - other):+.1f})"
-
-
-def _at(source: Any, keys: Sequence[str]) -> float | None:
-    for key in keys:
-        source = None if source is None else source.get(key)
-    return source
 
 
 def main(args: SearchArgs) -> int:
