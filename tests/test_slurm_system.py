@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 from fastmoco import cli
 from fastmoco.train.metrics import read_rows
 from slurm_cluster import Cluster, cluster, missing, wait_for
+from studies import draw_study
 
 pytestmark = pytest.mark.system
 ROOT = Path(__file__).resolve().parents[1]
@@ -241,6 +242,30 @@ def test_one_task_of_a_study_requeues_itself_alone(slurm: Cluster, images: Path,
     assert slurm.field(tasks[1 - told], "JobState") == "RUNNING"
     assert [(run / "requeue.json").exists() for run in runs] == [task == told for task in (0, 1)]
     slurm.call("scancel", array)
+
+
+def test_tasks_of_an_array_share_the_cells_of_a_study(slurm: Cluster, tmp_path: Path) -> None:
+    file, script = draw_study(tmp_path), tmp_path / "grid.sbatch"
+    asked = [
+        "--tasks", "2", "--gpus", "0", "--cpus", "1", "--time", "30",
+        "--command", f"{sys.executable} -m fastmoco.cli", "--out", str(script),
+    ]  # fmt: skip
+    assert cli.dispatch(["slurm", "render", "grid", *asked, "--", str(file)]) == 0
+    array = slurm.submit(script, cwd=tmp_path)
+
+    def said() -> str:
+        return "".join(path.read_text() for path in tmp_path.glob("*.out"))
+
+    def ended() -> str:
+        return "" if slurm.call("squeue", "--noheader", f"--jobs={array}").strip() else "yes"
+
+    wait_for(ended, timeout=500, otherwise=said)
+    outputs = [path.read_text() for path in sorted(tmp_path.glob("*.out"))]
+    done = [set(re.findall(r"^(\S+): done in", text, re.MULTILINE)) for text in outputs]
+    # Each did some, none did another's, and nothing is left.
+    assert len(done) == 2 and all(done) and not done[0] & done[1]
+    assert done[0] | done[1] == {path.stem for path in (tmp_path / "out" / "cells").iterdir()}
+    assert cli.dispatch(["study", str(file), "--report", "only"]) == 0
 
 
 def test_the_preflight_of_two_nodes(slurm: Cluster, tmp_path: Path) -> None:
