@@ -8,6 +8,7 @@ import sys
 import tomllib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from fnmatch import fnmatchcase
 from itertools import product
 from pathlib import Path
 from statistics import mean
@@ -33,7 +34,7 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True, kw_only=True)
 class Trial:
-    """Table [[trial]]: settings that differ from those of the study, for one set of images."""
+    """Table [[trial]]: settings that differ from those of the study; `data` may name several sets, one trial each."""
 
     name: str
     """What it is called; "base" is what the others of its data are compared with."""
@@ -56,7 +57,7 @@ class SearchArgs:
     config: tyro.conf.Positional[Path] = Path("bench/search.toml")
     """TOML file with the study that the trials differ from, a folder, and the tables [[trial]]."""
     only: tuple[str, ...] = ()
-    """Trials, as DATA.NAME; all if not given."""
+    """Trials whose DATA.NAME match one of these patterns (* and ?); all if not given."""
     jobs: int | None = None
     """Cells computed at a time; as the study says if not given."""
     out: Path = Path("docs/results/search.json")
@@ -170,8 +171,12 @@ def main(args: SearchArgs) -> int:
     text = tomllib.loads(args.config.read_text(encoding="utf-8"))
     study = read_study(args.config.parent / text["study"])
     folder = args.config.parent / text["out"]
-    trials = [read_table(Trial, entry, f"{args.config} [[trial]]") for entry in text["trial"]]
-    chosen = [t for t in trials if not args.only or f"{t.data}.{t.name}" in args.only]
+    trials = [
+        read_table(Trial, entry | {"data": data}, f"{args.config} [[trial]]")
+        for entry in text["trial"]
+        for data in ([entry["data"]] if isinstance(entry["data"], str) else entry["data"])
+    ]
+    chosen = [t for t in trials if not args.only or any(fnmatchcase(f"{t.data}.{t.name}", p) for p in args.only)]
     if not chosen:
         raise UserError(f"--only: there are {', '.join(f'{t.data}.{t.name}' for t in trials)}")
     rows = (
