@@ -94,6 +94,13 @@ def embed(args: list[str]) -> int:
     return embed_command(tyro.cli(EmbedArgs, prog="fastmoco embed", args=args))
 
 
+def compare(args: list[str]) -> int:
+    """Say how alike two encoders are, or the stages of one, by CKA."""
+    from fastmoco.evaluate.compare_command import CompareArgs, compare_command
+
+    return compare_command(tyro.cli(CompareArgs, prog="fastmoco compare", args=args))
+
+
 def export(args: list[str]) -> int:
     """Write a run's query encoder as safetensors in torchvision's key layout."""
     from fastmoco.models.weights import EXPORTED, load_encoder, run_folder, save_encoder
@@ -166,6 +173,7 @@ COMMANDS: dict[str, Command] = {
     "evaluate": evaluate,
     "finetune": finetune,
     "embed": embed,
+    "compare": compare,
     "export": export,
     "data": data,
     "plan": plan,

@@ -13,14 +13,15 @@ from matplotlib.figure import Figure
 from matplotlib.text import Text
 
 from fastmoco.evaluate.cka import Alignments, Reuse
+from fastmoco.evaluate.heat_map import cka_heat_map
+from fastmoco.evaluate.panels import SMALLEST
+from fastmoco.evaluate.pictures import png, svg
 from fastmoco.study import plots
-from fastmoco.study.pictures import png, svg
 from fastmoco.study.plots import (
     STYLES,
     Level,
     Line,
     Outputs,
-    cka_heat_map,
     ks_curves,
     low_label_curves,
     probe_curves,
@@ -188,7 +189,7 @@ def test_pictures_are_as_wide_as_a_page_and_their_text_is_legible_and_inside(dra
     assert figure.get_size_inches()[0] == pytest.approx(6.4)
     page = figure.bbox
     for text in texts(figure):
-        assert text.get_fontsize() >= plots.SMALLEST, text.get_text()
+        assert text.get_fontsize() >= SMALLEST, text.get_text()
         box = text.get_window_extent()
         inside = box.x0 >= page.x0 - 1 and box.x1 <= page.x1 + 1 and box.y0 >= page.y0 - 1 and box.y1 <= page.y1 + 1
         assert inside, text.get_text()

@@ -123,6 +123,14 @@ class Manifest:
         return self.select(mask)
 
 
+def refuse_inside(path: Path, option: str, manifest: Manifest) -> None:
+    """Raise UserError where `path`, which `option` names, lies among the images, whose next listing would hold its
+    pictures."""
+    listed = manifest.offsets is None and manifest.root.is_dir()
+    if listed and path.resolve().is_relative_to(manifest.root.resolve()):
+        raise UserError(f"{option} {path} lies inside --data {manifest.root}, so its pictures would count as images")
+
+
 def trusted_list(data: Path, labels: Path | None = None) -> Path | None:
     """The manifest file that is taken on trust for these: `labels`, or the index.csv of a folder of shards; or None."""
     if labels is None and find_shards(data) in ([], [data]):

@@ -68,6 +68,15 @@ def unbiased_for(images: int) -> Estimator:
     return "unbiased" if images <= WHOLE else "minibatch"
 
 
+def kernel_words(kernel: Kernel, sigma: float = 1.0) -> str:
+    """What `kernel` is called wherever it is shown; `sigma` is in medians and belongs to `rbf`."""
+    if kernel == "linear":
+        return "linear"
+    if kernel == "paper":
+        return f"RBF, absolute {PAPER_SIGMA}"
+    return f"RBF, {'' if sigma == 1 else f'{sigma:g} x '}median distance"
+
+
 def cka(
     a: np.ndarray,
     b: np.ndarray,

@@ -33,6 +33,11 @@ def evaluation_image(image: np.ndarray, *, size: int, resize: float = 1.0) -> Te
     return F.center_crop(resized, [size, size])
 
 
+def describe_input(size: int, resize: float) -> str:
+    """What `evaluation_image` makes of an image, in words."""
+    return f"{size}x{size} pixels, the centre of the image after its shorter side is resized to {round(resize * size)}"
+
+
 class BadImage(BadFile):
     """Image `index` of the manifest cannot be had."""
 

@@ -9,7 +9,7 @@ from fastmoco.data.manifest import Manifest, load_manifest
 from fastmoco.errors import UserError
 from fastmoco.models.encoder import Encoder
 
-_LEAST = {"size": 1, "batch_size": 1, "workers": 0, "seed": 0, "draws": 1}
+_LEAST = {"size": 1, "batch_size": 1, "workers": 0, "seed": 0, "draws": 1, "resize": 1}
 
 
 @dataclass(kw_only=True, slots=True)

@@ -14,7 +14,7 @@ from rich.console import Console
 from fastmoco.data.manifest import Manifest
 from fastmoco.device import find_device
 from fastmoco.evaluate.baselines import colour_statistics, gray_pixels
-from fastmoco.evaluate.features import extract
+from fastmoco.evaluate.features import describe_input, extract
 from fastmoco.evaluate.leaks import refuse_leaks
 from fastmoco.evaluate.options import LabelledImages
 from fastmoco.evaluate.protocol import evaluate_features
@@ -86,7 +86,7 @@ def evaluate(
         precision=precision,
         progress=progress,
     )
-    context = (_describe_input(size, resize),)
+    context = (f"Encoders see {describe_input(size, resize)}.",)
     return evaluate_features(features, manifest, label=label, seed=seed, allow_leaks=allow_leaks, context=context)
 
 
@@ -152,7 +152,7 @@ def evaluate_command(args: EvaluateArgs) -> int:
         precision=args.precision,
     )
     console = Console()
-    context = (f"Pretrained: {args.run}, {encoder.arch}.", _describe_input(size, resize))
+    context = (f"Pretrained: {args.run}, {encoder.arch}.", f"Encoders see {describe_input(size, resize)}.")
     results = []
     for label in manifest.labels:
         with console.status(f"scoring {label}"):
@@ -171,11 +171,3 @@ def default_folder(run: Path) -> Path:
     if run.is_dir():
         return run / "evaluation"
     return run_folder(run) / "evaluation" / run.stem
-
-
-def _describe_input(size: int, resize: float) -> str:
-    """The evaluation transform in words."""
-    return (
-        f"Encoders see {size}x{size} pixels, the centre of the image after its shorter side is resized to "
-        f"{round(resize * size)}."
-    )

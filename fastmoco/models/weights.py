@@ -44,7 +44,7 @@ def load_encoder(path: str | Path) -> Encoder:
 
     Raises UserError where the file is missing, damaged or holds no torchvision ResNet.
     """
-    file = _locate(Path(path))
+    file = weights_file(Path(path))
     state, meta = read_weights(file)
     config = meta.get("config", {})
     if "step" in meta:
@@ -171,7 +171,11 @@ def run_folder(path: Path) -> Path:
     return path.parent.parent if path.parent.name == CHECKPOINTS else path.parent
 
 
-def _locate(path: Path) -> Path:
+def weights_file(path: Path) -> Path:
+    """The file that `load_encoder` reads: of a run folder its newest checkpoint, or the exported encoder.
+
+    Raises UserError where there is none.
+    """
     if not path.exists():
         raise UserError(f"{path}: no such run folder or file")
     if path.is_file():

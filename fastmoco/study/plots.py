@@ -1,8 +1,8 @@
 """The pictures of a report, each from plain numbers to a matplotlib figure.
 
-All are 6.4 inches wide with text of 11 points and more, so that they can be read on a telephone and in print. A method
-has one colour, marker and dash everywhere (Okabe and Ito's colours, told apart by colour-blind readers; markers and
-dashes without any colour). What is drawn is what is given; of outputs, their KS distance is marked too.
+All are laid out by `fastmoco.evaluate.panels`. A method has one colour, marker and dash everywhere (Okabe and Ito's
+colours, told apart by colour-blind readers; markers and dashes without any colour). What is drawn is what is given; of
+outputs, their KS distance is marked too.
 """
 
 from __future__ import annotations
@@ -18,12 +18,9 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import NullFormatter
 
-from fastmoco.evaluate.cka import Alignments, Reuse
+from fastmoco.evaluate.cka import Reuse
 from fastmoco.evaluate.ks import greatest_gap
-
-WIDTH, HEIGHT = 6.4, 4.0
-SMALLEST = 11.0
-_TEXT = 12.0
+from fastmoco.evaluate.panels import SMALLEST, TEXT, make_panels
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -95,35 +92,12 @@ def label_of(method: str) -> str:
     return style(method).label
 
 
-def cka_heat_map(found: Alignments, *, title: str, rows: str = "", columns: str = "") -> Figure:
-    """CKA of each stage of one checkpoint (down) with each of another (across), numbers in the cells.
-
-    One scale from 0 to 1 in every picture, so that pictures can be compared: a value outside takes the colour of the
-    end, and shows its own number. A value that is not defined is "n/a".
-    """
-    figure, (axes,) = _panels(1, title, height=4.6)
-    image = axes.imshow(found.values, vmin=0.0, vmax=1.0, cmap="cividis", aspect="auto")
-    axes.set_xticks(range(len(found.columns)), found.columns)
-    axes.set_yticks(range(len(found.rows)), found.rows)
-    axes.set(xlabel=columns, ylabel=rows)
-    axes.grid(False)
-    for (i, j), value in np.ndenumerate(found.values):
-        # Undefined cells stay as white as the paper.
-        ink = "white" if value < 0.45 else "black"
-        shown = "n/a" if np.isnan(value) else f"{value:.2f}"
-        axes.text(j, i, shown, ha="center", va="center", fontsize=_TEXT, color=ink)
-    bar = figure.colorbar(image, ax=axes)
-    bar.set_label("CKA", size=_TEXT)
-    bar.ax.tick_params(labelsize=SMALLEST)
-    return figure
-
-
 def reuse_bars(reuse: Mapping[str, Mapping[str, Reuse]], *, title: str) -> Figure:
     """Feature reuse by stage, a group of bars a stage and a bar a method; `reuse` is by method, then stage.
 
     Whiskers are one standard deviation over the draws. A stage that a method lacks has no bar.
     """
-    figure, (axes,) = _panels(1, title)
+    figure, (axes,) = make_panels(1, title)
     stages = list(dict.fromkeys(stage for found in reuse.values() for stage in found))
     width = 0.8 / max(1, len(reuse))
     for place, (method, found) in enumerate(reuse.items()):
@@ -156,7 +130,7 @@ def ks_curves(outputs: Sequence[Outputs], *, title: str) -> Figure:
     panel spans the outputs that it shows.
     """
     columns = 2 if len(outputs) in (2, 4) else 3
-    figure, places = _panels(len(outputs), title, columns=columns)
+    figure, places = make_panels(len(outputs), title, columns=columns)
     for place, (axes, output) in enumerate(zip(places, outputs, strict=True)):
         colour = style(output.method, 5).colour
         for values, dash in ((output.few, "--"), (output.full, "-")):
@@ -188,7 +162,7 @@ def low_label_curves(
 
     `ticks` names the places on the axis, such as {24: "24 (1 %)"}; without it they are the numbers of the lines.
     """
-    figure, (axes,) = _panels(1, title)
+    figure, (axes,) = make_panels(1, title)
     _draw(axes, lines, levels)
     axes.set_xscale("log")
     named = ticks or {x: f"{x:g}" for x in sorted({x for line in lines for x in line.x})}
@@ -204,7 +178,7 @@ def probe_curves(
     stages: Sequence[str], lines: Sequence[Line], levels: Sequence[Level] = (), *, title: str, score: str
 ) -> Figure:
     """Score of a probe over the stages it reads, a line a method; a line's `x` counts the stages from 0."""
-    figure, (axes,) = _panels(1, title)
+    figure, (axes,) = make_panels(1, title)
     _draw(axes, lines, levels)
     axes.set_xticks(range(len(stages)), stages)
     axes.set(xlabel="features of", ylabel=score)
@@ -214,33 +188,16 @@ def probe_curves(
 
 def training_curves(panels: Mapping[str, Sequence[Line]], *, title: str, xlabel: str = "epoch") -> Figure:
     """Metrics of training, a panel each by their names, a line a run."""
-    figure, places = _panels(len(panels), title, columns=2)
+    figure, places = make_panels(len(panels), title, columns=2)
     shown: dict[str, Any] = {}
     for axes, (name, lines) in zip(places, panels.items(), strict=True):
         _draw(axes, lines, (), markers=False)
-        axes.set_title(name, fontsize=_TEXT)
+        axes.set_title(name, fontsize=TEXT)
         axes.set_xlabel(xlabel)
         handles, texts = axes.get_legend_handles_labels()
         shown.update(zip(texts, handles, strict=True))
     figure.legend(shown.values(), shown.keys(), loc="outside lower center", ncols=3, fontsize=SMALLEST)
     return figure
-
-
-def _panels(count: int, title: str, *, columns: int = 3, height: float = HEIGHT) -> tuple[Figure, list[Axes]]:
-    """A figure with `count` panels in rows of `columns`; more rows than one make it higher, never wider."""
-    columns = min(columns, max(1, count))
-    rows = -(-count // columns)
-    figure = Figure(figsize=(WIDTH, max(height, 1.2 + 2.1 * rows)), layout="constrained")
-    figure.suptitle(title, fontsize=_TEXT + 1)
-    places = [figure.add_subplot(rows, columns, place) for place in range(1, count + 1)]
-    for axes in places:
-        axes.tick_params(labelsize=SMALLEST)
-        axes.xaxis.label.set_fontsize(_TEXT)
-        axes.yaxis.label.set_fontsize(_TEXT)
-        axes.grid(alpha=0.3)
-        axes.set_axisbelow(True)
-        axes.spines[["top", "right"]].set_visible(False)
-    return figure, places
 
 
 def _draw(axes: Axes, lines: Sequence[Line], levels: Sequence[Level], *, markers: bool = True) -> None:

@@ -5,11 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 
-from fastmoco.data.manifest import Manifest, load_manifest
+from fastmoco.data.manifest import Manifest, load_manifest, refuse_inside
 from fastmoco.data.manifest_file import read_manifest_file, write_manifest
 from fastmoco.data.quarantine import check_there
 from fastmoco.data.stage import stage
@@ -67,19 +66,13 @@ def staged(config: Config, manifest: Manifest) -> Manifest:
     folder = config.data.stage
     if folder is None:
         return manifest
-    _refuse_inside(folder, "--stage", manifest)
+    refuse_inside(folder, "--stage", manifest)
     return stage(manifest, folder)
 
 
 def refuse_out_inside(config: Config, manifest: Manifest) -> None:
     """Raise UserError where the run's folder lies among the images, whose next listing would hold its pictures."""
-    _refuse_inside(config.run.out, "--out", manifest)
-
-
-def _refuse_inside(folder: Path, option: str, manifest: Manifest) -> None:
-    listed = manifest.offsets is None and manifest.root.is_dir()
-    if listed and folder.resolve().is_relative_to(manifest.root.resolve()):
-        raise UserError(f"{option} {folder} lies inside --data {manifest.root}, so its pictures would count as images")
+    refuse_inside(config.run.out, "--out", manifest)
 
 
 def root_of(manifest: Manifest) -> str:

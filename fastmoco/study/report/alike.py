@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import get_args
+
 import numpy as np
 
-from fastmoco.evaluate.cka import PAPER_SIGMA, Alignments, Reuse
+from fastmoco.evaluate.cka import Alignments, Kernel, Reuse, kernel_words
+from fastmoco.evaluate.heat_map import cka_heat_map
 from fastmoco.evaluate.ks import KsDistances, columns, ks_distances
 from fastmoco.study import plots
 from fastmoco.study.report.blocks import Block, Heading, Listing, Picture, Table
@@ -14,7 +17,7 @@ from fastmoco.study.report.statistics import Statistics, complete, stack
 from fastmoco.study.report.words import NOT_KNOWN, Footnotes, number
 from fastmoco.study.work.similarity import STAGES
 
-KERNELS = {"linear": "linear", "rbf": "RBF, median distance", "paper": f"RBF, absolute {PAPER_SIGMA}"}
+KERNELS = {kernel: kernel_words(kernel) for kernel in get_args(Kernel)}
 # The absolute width leaves next to nothing to be seen: a row of the table says so.
 _DRAWN = ("linear", "rbf")
 
@@ -34,7 +37,7 @@ def heat_maps(found: Findings) -> list[Block]:
         names = plots.label_of(a), plots.label_of(b)
         means = {kernel: np.mean(values, axis=0) for kernel, values in kernels.items()}
         for kernel in _DRAWN:
-            figure = plots.cka_heat_map(
+            figure = cka_heat_map(
                 Alignments(STAGES, STAGES, means[kernel]),
                 title=f"{found.data.name}: {names[0]} and {names[1]}\n{KERNELS[kernel]}",
                 rows=names[0],

@@ -8,9 +8,9 @@ from pathlib import Path
 from fastmoco.atomic import replacing, write_text
 from fastmoco.errors import UserError
 from fastmoco.evaluate.intervals import INTERVAL_OF_RUNS
+from fastmoco.evaluate.pictures import png
 from fastmoco.study.cell import Cell
 from fastmoco.study.config import Study
-from fastmoco.study.pictures import png
 from fastmoco.study.report import alike, figures, record, tables
 from fastmoco.study.report.blocks import Block, Heading, Picture, Text
 from fastmoco.study.report.gather import Findings, read_records

@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 from html import escape
 
-from fastmoco.study.pictures import svg
+from fastmoco.evaluate.pictures import svg
 from fastmoco.study.report.blocks import Block, Code, Heading, Listing, Picture, Table, Text
 
 _STYLE = """

@@ -8,12 +8,13 @@ from typing import Any
 
 from fastmoco.evaluate.cka import feature_reuse
 from fastmoco.evaluate.finetune import Finetuned, finetune
+from fastmoco.evaluate.numbers import finite
 from fastmoco.models.encoder import Encoder
 from fastmoco.study.cell import Cell
 from fastmoco.study.cells import SECOND, draw_seed, finetune_settings
 from fastmoco.study.work.context import Context
 from fastmoco.study.work.encoders import load_start
-from fastmoco.study.work.numbers import finite, pack
+from fastmoco.study.work.numbers import pack
 from fastmoco.study.work.probing import budget_row
 from fastmoco.study.work.similarity import STAGES
 

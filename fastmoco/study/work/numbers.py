@@ -40,11 +40,6 @@ def unpack(packed: dict[str, Any]) -> np.ndarray:
     return np.stack([expit(-odds), expit(odds)], axis=1) if odds.ndim == 1 else expit(odds)
 
 
-def finite(value: float | None) -> float | None:
-    """`value`, or None for NaN and infinity, which JSON lacks."""
-    return None if value is None or not math.isfinite(value) else float(value)
-
-
 def _log(values: np.ndarray) -> np.ndarray:
     with np.errstate(divide="ignore"):
         return np.maximum(np.log(values), _LEAST)

@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+from fastmoco.evaluate.numbers import finite
 from fastmoco.study.cell import Cell
 from fastmoco.study.cells import pretrain_config
 from fastmoco.study.work.context import Context, listed_for_pretraining
 from fastmoco.study.work.encoders import encoder_file, file_hash, keep_query, run_folder
-from fastmoco.study.work.numbers import finite
 from fastmoco.study.work.spent import METRICS
 from fastmoco.train.metrics import Row, read_rows
 from fastmoco.train.pretrain import pretrain

@@ -12,12 +12,13 @@ from fastmoco.evaluate.features import stage_features
 from fastmoco.evaluate.images import Images, views_device
 from fastmoco.evaluate.knn import knn_probabilities
 from fastmoco.evaluate.measures import alignment, effective_rank, rankme, tmi, uniformity
+from fastmoco.evaluate.numbers import finite
 from fastmoco.models.encoder import Encoder
 from fastmoco.study.cell import Cell
 from fastmoco.study.cells import pretraining_views
 from fastmoco.study.work.context import Context
 from fastmoco.study.work.encoders import load_start
-from fastmoco.study.work.numbers import finite, pack
+from fastmoco.study.work.numbers import pack
 from fastmoco.study.work.probing import probe_all
 
 # Draws of the two views that alignment compares; no training sees these.

@@ -8,11 +8,12 @@ from typing import Any
 import numpy as np
 
 from fastmoco.evaluate.budgets import draw_budget
+from fastmoco.evaluate.numbers import finite
 from fastmoco.evaluate.probe import choose_c, probe_probabilities
 from fastmoco.study.cell import Cell
 from fastmoco.study.cells import draw_seed, draws
 from fastmoco.study.work.context import Context
-from fastmoco.study.work.numbers import finite, pack
+from fastmoco.study.work.numbers import pack
 
 
 def budget_row(context: Context, budget: float, seed: int, draw: int) -> tuple[np.ndarray, dict[str, Any]]:

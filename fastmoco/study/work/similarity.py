@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from fastmoco.evaluate.cka import cka_matrix, unbiased_for
+from fastmoco.evaluate.numbers import finite
 from fastmoco.study.cell import Cell
 from fastmoco.study.work.context import Context
 from fastmoco.study.work.encoders import load_start
-from fastmoco.study.work.numbers import finite
 
 STAGES = ("stage1", "stage2", "stage3", "stage4")
 KERNELS = ("linear", "rbf", "paper")
