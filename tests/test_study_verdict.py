@@ -129,6 +129,8 @@ def test_a_claim_is_judged_when_all_seeds_and_draws_are_there(tmp_path: Path) ->
     assert texts(found)[2] == "The claim as a whole, of every variant: met."
     # What was used where more labels than asked were.
     assert any("at the smallest budget, 40 % (drawn: 14 images, 55 %)" in b.text for b in found if isinstance(b, Text))
+    # Beside what needs no pretraining, on which images that was fitted.
+    assert any("fitted on training and validation images together" in b.text for b in found if isinstance(b, Text))
     # One run fewer, and it is open again.
     del cells.records["drawn.finetune.mse.full.s1.b0.4.d1"]
     found = verdict([cells.statistics()])

@@ -13,11 +13,14 @@ COLOUR, GRAY = "colour statistics", "gray pixels"
 
 
 def run(cell: Cell, context: Context, needed: dict[str, Cell]) -> dict[str, Any]:
-    """{"probes", "budgets"}, with the label draws of every seed."""
+    """{"probes", "budgets"}, with the label draws of every seed.
+
+    With all labels they are fitted on the validation images too: what is to be beaten has every label there is.
+    """
     sets = {COLOUR: colour_statistics(context.manifest, workers=1), GRAY: gray_pixels(context.manifest, workers=1)}
     probes, budgets = [], []
     for seed in cell.settings["seeds"]:
-        found, said = probe_all(cell, context, sets, seed)
+        found, said = probe_all(cell, context, sets, seed, whole=True)
         probes += found
         budgets += said
     return {"probes": probes, "budgets": budgets}

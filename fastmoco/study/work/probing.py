@@ -25,12 +25,13 @@ def budget_row(context: Context, budget: float, seed: int, draw: int) -> tuple[n
 
 
 def probe_all(
-    cell: Cell, context: Context, sets: Mapping[str, np.ndarray], seed: int
+    cell: Cell, context: Context, sets: Mapping[str, np.ndarray], seed: int, *, whole: bool = False
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """Rows of probes {"features", "budget", "seed", "draw", "c", "validation_auc", "probabilities", "notes"} and of
     the budgets they had.
 
-    A probe is fitted on the labelled images alone; its one constant C is chosen on the validation images.
+    A probe is fitted on the labelled images alone; its one constant C is chosen on the validation images. With
+    `whole`, those that have all labels are fitted again with that C, on training and validation images together.
     """
     target, splits = context.target, context.splits
     classes = len(target.class_names)
@@ -40,6 +41,7 @@ def probe_all(
         for draw in draws(budget, cell.settings["draws"]):
             images, said = budget_row(context, budget, seed, draw)
             budgets.append(said)
+            fitted = np.concatenate([images, splits.validation]) if whole and budget == 1 else images
             for name, features in sets.items():
                 row: dict[str, Any] = {"features": name, "budget": budget, "seed": seed, "draw": draw}
                 if not np.isfinite(features).all():
@@ -48,7 +50,7 @@ def probe_all(
                 labelled, validation = features[images], features[splits.validation]
                 choice = choose_c(labelled, known[images], validation, known[splits.validation], classes=classes)
                 found, notes = probe_probabilities(
-                    labelled, known[images], features[splits.test], c=choice.c, classes=classes
+                    features[fitted], known[fitted], features[splits.test], c=choice.c, classes=classes
                 )
                 probes.append(
                     row
