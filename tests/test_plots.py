@@ -49,7 +49,8 @@ def heat_map() -> Figure:
 
 def bars() -> Figure:
     given = {"moco": {"stage1": reuse(0.9, 0.02), "stage2": reuse(0.4, 0.1)}, "mse": {"stage2": reuse(0.6, 0.05)}}
-    return reuse_bars(given, title="kept")
+    nearer = {"barlow": {"stage1": reuse(0.97, 0.01), "stage2": reuse(0.8, 0.02)}}
+    return reuse_bars({"linear": given, "RBF": nearer}, title="kept")
 
 
 def distributions() -> Figure:
@@ -104,7 +105,8 @@ def test_a_heat_map_has_the_matrix_its_numbers_and_one_scale() -> None:
 
 
 def test_bars_stand_at_their_stage_with_their_heights_and_whiskers() -> None:
-    axes = bars().axes[0]
+    figure = bars()
+    axes, other = figure.axes
     moco, mse = axes.containers[1], axes.containers[3]
     assert [bar.get_height() for bar in moco] == [0.9, 0.4] and [bar.get_height() for bar in mse] == [0.6]
     # A stage is at its number, and the bars of its methods around it.
@@ -112,6 +114,10 @@ def test_bars_stand_at_their_stage_with_their_heights_and_whiskers() -> None:
     segments = [line.get_segments() for line in axes.collections]
     assert np.allclose(segments[0][1][:, 1], [0.3, 0.5]) and np.allclose(segments[1][0][:, 1], [0.55, 0.65])
     assert to_hex(moco[0].get_facecolor()).upper() == STYLES["moco"].colour
+    # A panel a kernel, and one legend for both.
+    assert [axes.get_title(), other.get_title()] == ["linear", "RBF"]
+    assert [bar.get_height() for bar in other.containers[1]] == [0.97, 0.8]
+    assert legend(figure) == ["MoCo", "MoCo + MSE", "MoCo + Barlow"]
 
 
 def test_distributions_are_drawn_and_the_greatest_gap_is_marked() -> None:

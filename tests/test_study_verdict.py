@@ -230,14 +230,20 @@ def test_means_over_seeds_say_which_are_missing(tmp_path: Path) -> None:
     for seed in range(3):
         name = cells.finetune("moco", seed, 0, 1.0, 1.0)
         own = {"stage1": kept, "stage2": kept if seed else undefined, "stage3": undefined}
-        cells.records[name]["result"]["reuse"] = own
+        nearer = {"stage1": kept | {"mean": 0.5 + seed / 10}}
+        cells.records[name]["result"]["reuse"] = {"linear": own, "rbf": nearer}
     name = cells.finetune("mse", 0, 0, 1.0, 1.0)
     cells.records[name]["result"]["notes"] = ["no feature reuse: of all memory"]
-    found = table(reuse(cells.statistics().found), "feature reuse")
+    blocks = reuse(cells.statistics().found)
+    found, width = table(blocks, "feature reuse"), "RBF, median distance"
     assert found.rows == (
-        ("MoCo", "0.800 (0.100)", "0.800 (0.100) ¹", "-", "-"), ("MoCo + MSE ²", "-", "-", "-", "-")
+        ("MoCo", "linear", "0.800 (0.100)", "0.800 (0.100) ¹", "-", "-"),
+        ("MoCo", width, "0.600 (0.100)", "-", "-", "-"),
+        ("MoCo + MSE ²", "linear", "-", "-", "-", "-"), ("MoCo + MSE ²", width, "-", "-", "-", "-"),
     )  # fmt: skip
     assert found.notes == ("¹ provisional: 2 of 3 seeds", "² no feature reuse: of all memory")
+    (drawn,) = (block.figure for block in blocks if isinstance(block, Picture))
+    assert [axes.get_title() for axes in drawn.axes] == ["linear", width]
     only = Findings(cells.study, cells.study.data[0], {name: cells.records[name]})
     assert [block.items for block in reuse(only) if isinstance(block, Listing)] == [
         ("MoCo + MSE: no feature reuse: of all memory",)

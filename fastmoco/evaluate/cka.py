@@ -19,11 +19,13 @@ All is computed in float64.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Literal, NamedTuple
 
 import numpy as np
 from scipy.spatial.distance import pdist
+
+from fastmoco.evaluate.numbers import finite
 
 Kernel = Literal["linear", "rbf", "paper"]
 Estimator = Literal["biased", "unbiased", "minibatch"]
@@ -61,6 +63,10 @@ class Reuse:
     draws: int
     size: int
     images: int
+
+    def as_json(self) -> dict[str, float | int | None]:
+        """All of it by name, as JSON has it: None for what is undefined."""
+        return asdict(self) | {"mean": finite(self.mean), "std": finite(self.std)}
 
 
 def unbiased_for(images: int) -> Estimator:

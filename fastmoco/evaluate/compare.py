@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -105,10 +105,7 @@ def as_json(found: Comparison, sides: Sequence[Side]) -> dict[str, Any]:
             for kernel, one in found.cka.items()
         },
         "reuse": {
-            kernel: {
-                stage: asdict(value) | {"mean": finite(value.mean), "std": finite(value.std)}
-                for stage, value in stages.items()
-            }
+            kernel: {stage: value.as_json() for stage, value in stages.items()}
             for kernel, stages in found.reuse.items()
         },
     }

@@ -92,12 +92,21 @@ def label_of(method: str) -> str:
     return style(method).label
 
 
-def reuse_bars(reuse: Mapping[str, Mapping[str, Reuse]], *, title: str) -> Figure:
-    """Feature reuse by stage, a group of bars a stage and a bar a method; `reuse` is by method, then stage.
+def reuse_bars(panels: Mapping[str, Mapping[str, Mapping[str, Reuse]]], *, title: str) -> Figure:
+    """Feature reuse by stage, a group of bars a stage and a bar a method; `panels` is by kernel, a panel each under
+    its name, then by method, then by stage.
 
     Whiskers are one standard deviation over the draws. A stage that a method lacks has no bar.
     """
-    figure, (axes,) = make_panels(1, title)
+    figure, places = make_panels(len(panels), title, columns=1)
+    for axes, (kernel, reuse) in zip(places, panels.items(), strict=True):
+        _draw_bars(axes, reuse)
+        axes.set_title(kernel, fontsize=TEXT)
+    _legend(figure, places)
+    return figure
+
+
+def _draw_bars(axes: Axes, reuse: Mapping[str, Mapping[str, Reuse]]) -> None:
     stages = list(dict.fromkeys(stage for found in reuse.values() for stage in found))
     width = 0.8 / max(1, len(reuse))
     for place, (method, found) in enumerate(reuse.items()):
@@ -117,10 +126,8 @@ def reuse_bars(reuse: Mapping[str, Mapping[str, Reuse]], *, title: str) -> Figur
         )
     axes.set_xticks(range(len(stages)), stages)
     axes.set_ylim(min(0.0, axes.get_ylim()[0]), 1.05)
-    axes.set_ylabel("CKA before against after")
+    axes.set_ylabel("CKA")
     axes.grid(axis="x", visible=False)
-    _legend(figure, axes)
-    return figure
 
 
 def ks_curves(outputs: Sequence[Outputs], *, title: str) -> Figure:
@@ -170,7 +177,7 @@ def low_label_curves(
     axes.xaxis.set_minor_formatter(NullFormatter())
     axes.tick_params(axis="x", which="minor", bottom=False)
     axes.set(xlabel="labelled training images", ylabel=score)
-    _legend(figure, axes)
+    _legend(figure, [axes])
     return figure
 
 
@@ -182,21 +189,18 @@ def probe_curves(
     _draw(axes, lines, levels)
     axes.set_xticks(range(len(stages)), stages)
     axes.set(xlabel="features of", ylabel=score)
-    _legend(figure, axes)
+    _legend(figure, [axes])
     return figure
 
 
 def training_curves(panels: Mapping[str, Sequence[Line]], *, title: str, xlabel: str = "epoch") -> Figure:
     """Metrics of training, a panel each by their names, a line a run."""
     figure, places = make_panels(len(panels), title, columns=2)
-    shown: dict[str, Any] = {}
     for axes, (name, lines) in zip(places, panels.items(), strict=True):
         _draw(axes, lines, (), markers=False)
         axes.set_title(name, fontsize=TEXT)
         axes.set_xlabel(xlabel)
-        handles, texts = axes.get_legend_handles_labels()
-        shown.update(zip(texts, handles, strict=True))
-    figure.legend(shown.values(), shown.keys(), loc="outside lower center", ncols=3, fontsize=SMALLEST)
+    _legend(figure, places)
     return figure
 
 
@@ -224,6 +228,10 @@ def _draw(axes: Axes, lines: Sequence[Line], levels: Sequence[Level], *, markers
         axes.axhline(level.value, color=_SPARE[place % len(_SPARE)], linestyle="--", linewidth=1.2, label=level.label)
 
 
-def _legend(figure: Figure, axes: Axes) -> None:
-    """Below the panels, where it hides nothing."""
-    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=SMALLEST)
+def _legend(figure: Figure, places: Sequence[Axes]) -> None:
+    """One for all panels, below them, where it hides nothing."""
+    shown: dict[str, Any] = {}
+    for axes in places:
+        handles, texts = axes.get_legend_handles_labels()
+        shown.update(zip(texts, handles, strict=True))
+    figure.legend(shown.values(), shown.keys(), loc="outside lower center", ncols=3, fontsize=SMALLEST)

@@ -58,56 +58,59 @@ def heat_maps(found: Findings) -> list[Block]:
 
 
 def reuse(found: Findings) -> list[Block]:
-    """CKA of each stage before fine-tuning against after, all labels."""
-    kept: dict[str, dict[str, list[dict[str, float]]]] = {}
+    """CKA of each stage before fine-tuning against after, all labels, by kernel."""
+    kept: dict[tuple[str, str, str], list[dict[str, float]]] = {}
     lost: dict[str, list[str]] = {}
     for record in found.of_kind("finetune"):
-        lost.setdefault(record["settings"]["init"], []).extend(record["result"].get("notes", []))
-        for stage, row in record["result"].get("reuse", {}).items():
-            if row["mean"] is not None:
-                kept.setdefault(record["settings"]["init"], {}).setdefault(stage, []).append(row)
+        init = record["settings"]["init"]
+        lost.setdefault(init, []).extend(record["result"].get("notes", []))
+        for kernel, stages in record["result"].get("reuse", {}).items():
+            for stage, row in stages.items():
+                if row["mean"] is not None:
+                    kept.setdefault((kernel, init, stage), []).append(row)
     if not kept:
         items = tuple(f"{plots.label_of(init)}: {note}" for init, notes in lost.items() for note in notes)
         return [Heading(level=3, text="Feature reuse"), Listing(items=items)] if items else []
-    bars = {
-        init: {
-            stage: Reuse(
-                mean=float(np.mean([row["mean"] for row in rows])),
-                std=float(np.mean([row["std"] for row in rows])),
-                draws=int(rows[0]["draws"]),
-                size=int(rows[0]["size"]),
-                images=int(rows[0]["images"]),
-            )
-            for stage, rows in stages.items()
-        }
-        for init in found.inits
-        if (stages := kept.get(init))
-    }
-    one = next(iter(next(iter(bars.values())).values()))
+    means = {key: _mean_reuse(rows) for key, rows in kept.items()}
+    kernels = [kernel for kernel in KERNELS if any(key[0] == kernel for key in means)]
     footnotes, wanted = Footnotes(), len(found.study.grid.seeds)
-    rows = []
+    bars: dict[str, dict[str, dict[str, Reuse]]] = {KERNELS[kernel]: {} for kernel in kernels}
+    table = []
     for init in found.inits:
-        if init not in bars and not lost.get(init):
-            continue
-        cells = []
-        for stage in STAGES:
-            one_of = bars.get(init, {}).get(stage)
-            shown = NOT_KNOWN if one_of is None else f"{one_of.mean:.3f} ({one_of.std:.3f})"
-            cells.append(footnotes.mark(shown, footnotes.seeds(len(kept.get(init, {}).get(stage, [])), wanted)))
-        rows.append((footnotes.mark(plots.label_of(init), lost[init]), *cells))
+        known = any(key[1] == init for key in means)
+        for kernel in kernels if known or lost.get(init) else ():
+            own = {stage: means[kernel, init, stage] for stage in STAGES if (kernel, init, stage) in means}
+            if own:
+                bars[KERNELS[kernel]][init] = own
+            cells = []
+            for stage in STAGES:
+                shown = f"{own[stage].mean:.3f} ({own[stage].std:.3f})" if stage in own else NOT_KNOWN
+                seeds = len(kept.get((kernel, init, stage), []))
+                cells.append(footnotes.mark(shown, footnotes.seeds(seeds, wanted)))
+            table.append((footnotes.mark(plots.label_of(init), lost[init]), KERNELS[kernel], *cells))
+    one = next(iter(means.values()))
     caption = (
-        f"{found.data.name}: feature reuse, linear CKA (unbiased) before against after fine-tuning with all labels; "
-        f"mean over seeds, and the deviation over {one.draws} draws of {one.size} of {one.images} test images"
+        f"{found.data.name}: feature reuse, CKA (unbiased) before against after fine-tuning with all labels, by "
+        f"kernel; mean over seeds, and the deviation over {one.draws} draws of {one.size} of {one.images} test images"
     )
+    figure = plots.reuse_bars(bars, title=f"{found.data.name}: feature reuse")
+    header = ("method", "kernel", *STAGES)
     return [
         Heading(level=3, text="Feature reuse"),
-        Picture(
-            name=f"{found.data.name}-reuse",
-            caption=caption,
-            figure=plots.reuse_bars(bars, title=f"{found.data.name}: feature reuse"),
-        ),
-        Table(caption=caption, header=("method", *STAGES), rows=tuple(rows), notes=footnotes.lines),
+        Picture(name=f"{found.data.name}-reuse", caption=caption, figure=figure),
+        Table(caption=caption, header=header, rows=tuple(table), notes=footnotes.lines),
     ]
+
+
+def _mean_reuse(rows: list[dict[str, float]]) -> Reuse:
+    """Of several seeds, one row each."""
+    return Reuse(
+        mean=float(np.mean([row["mean"] for row in rows])),
+        std=float(np.mean([row["std"] for row in rows])),
+        draws=int(rows[0]["draws"]),
+        size=int(rows[0]["size"]),
+        images=int(rows[0]["images"]),
+    )
 
 
 def output_distances(own: Statistics) -> list[Block]:

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import traceback
-from dataclasses import asdict
 from typing import Any
 
-from fastmoco.evaluate.cka import feature_reuse
+from fastmoco.evaluate.cka import Kernel, feature_reuse
 from fastmoco.evaluate.finetune import Finetuned, finetune
-from fastmoco.evaluate.numbers import finite
 from fastmoco.models.encoder import Encoder
 from fastmoco.study.cell import Cell
 from fastmoco.study.cells import SECOND, draw_seed, finetune_settings
@@ -18,11 +16,14 @@ from fastmoco.study.work.numbers import pack
 from fastmoco.study.work.probing import budget_row
 from fastmoco.study.work.similarity import STAGES
 
+# RBF's width is the median distance: by an absolute one, hardly any two images are alike.
+_KERNELS: tuple[Kernel, ...] = ("linear", "rbf")
+
 
 def run(cell: Cell, context: Context, needed: dict[str, Cell]) -> dict[str, Any]:
     """{"probabilities" of the test images, "validation_score", "best_epoch", "best_step", "curve", "budget"}; after
-    full fine-tuning with all labels "reuse" too: CKA of each stage's features before with those after, or "notes" that
-    say why there is none.
+    full fine-tuning with all labels "reuse" too, by kernel: CKA of each stage's features before with those after, or
+    "notes" that say why there is none.
 
     Draws of one seed begin with the same encoder, from scratch too: they differ in the labelled images, in the
     classifier's first weights and in the order of the images.
@@ -64,14 +65,13 @@ def run(cell: Cell, context: Context, needed: dict[str, Cell]) -> dict[str, Any]
 
 
 def _reuse(context: Context, before: Encoder, found: Finetuned) -> dict[str, Any]:
-    """Of each stage: mean and deviation over draws of test images of the CKA before against after."""
+    """By kernel, of each stage: mean and deviation over draws of test images of the CKA before against after."""
     pictures = context.images.select(context.splits.test)
     sets = []
     for encoder in (before, found.encoder):
         features = pictures.features(encoder, device=context.device)
         sets.append({stage: features[stage] for stage in STAGES})
-    reuse = {stage: asdict(value) for stage, value in feature_reuse(sets[0], sets[1]).items()}
     return {
-        stage: {name: finite(value) if isinstance(value, float) else value for name, value in row.items()}
-        for stage, row in reuse.items()
+        kernel: {stage: value.as_json() for stage, value in feature_reuse(*sets, kernel=kernel).items()}
+        for kernel in _KERNELS
     }
