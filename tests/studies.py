@@ -1,4 +1,4 @@
-"""Small studies on drawn images, and processes for them that compute nothing worth waiting for."""
+"""Small studies on drawn images, processes for them that compute nothing worth waiting for, and finished cells."""
 
 from __future__ import annotations
 
@@ -7,17 +7,26 @@ import os
 import time
 from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
 
 from fastmoco.study import worker
 from fastmoco.study.cell import Cell
-from fastmoco.study.config import Study
+from fastmoco.study.config import Study, read_study
 from fastmoco.study.pool import Pool
+from fastmoco.study.report.blocks import Block, Table, Text
+from fastmoco.study.report.gather import Findings
+from fastmoco.study.report.statistics import Statistics
 from fastmoco.study.store import Store
 from fastmoco.study.work import compute
 from fastmoco.study.work.encoders import encoder_file
+from fastmoco.study.work.numbers import pack
+
+# Test images of the cells that `Cells` makes up, and their classes.
+IMAGES = 40
+TRUTH = np.arange(IMAGES) % 2
 
 SETTINGS = """
 [study]
@@ -152,3 +161,61 @@ class NoProcesses(Pool):
 
     def trial(self, size: int) -> float:
         return 1e-4
+
+
+def outputs(seed: int, strength: float) -> dict[str, Any]:
+    """Packed probabilities that tell the classes apart the better the greater `strength` is."""
+    rng = np.random.default_rng(seed)
+    up = 1 / (1 + np.exp(-(strength * (2 * TRUTH - 1) + rng.normal(size=IMAGES))))
+    return pack(np.stack([1 - up, up], axis=1), "binary")
+
+
+class Cells:
+    """Finished cells of a study of `seeds` with all that a report reads of them."""
+
+    def __init__(self, folder: Path, *, seeds: int, draws: int = 2, modes: str = '["full"]', **described: Any) -> None:
+        file = draw_study(folder)
+        text = file.read_text().replace("seeds = [0]", f"seeds = {list(range(seeds))}")
+        text = text.replace("draws = 1\nmodes", f"draws = {draws}\nmodes")
+        text = text.replace('modes = ["full"]', f"modes = {modes}")
+        file.write_text(text)
+        self.study = read_study(file)
+        self.seeds, self.draws = seeds, draws
+        self.records: dict[str, Any] = {}
+        told = {"kind": "binary", "class_names": ["no", "yes"], "test": TRUTH.tolist()}
+        self.add(
+            "drawn.data", "data", {},
+            {"targets": {"kind": told}, "test_groups": list(range(IMAGES)), "patients": None, "leaks": []} | described,
+        )  # fmt: skip
+
+    def add(self, name: str, kind: str, settings: dict[str, Any], result: dict[str, Any]) -> None:
+        self.records[name] = {"kind": kind, "settings": {"data": {"name": "drawn"}} | settings, "result": result}
+
+    def finetune(self, init: str, seed: int, draw: int, budget: float, strength: float) -> str:
+        """A finished fine-tuning."""
+        name = f"drawn.finetune.{init}.full.s{seed}.b{budget:g}.d{draw}"
+        settings = {"init": init, "mode": "full", "seed": seed, "draw": draw, "budget": budget, "target": "kind"}
+        used = {"images": 14, "used": 0.55} if budget < 1 else {"images": 26, "used": 1.0}
+        own = {"budget": budget, "seed": seed, "draw": draw, "note": "", **used}
+        number = 1000 * seed + 10 * draw + int(10 * budget)
+        self.add(name, "finetune", settings, {"probabilities": outputs(number, strength), "budget": own})
+        return name
+
+    def all(self, **strengths: float) -> None:
+        """Every fine-tuning at 0.4 and at 1, by start."""
+        for init, strength in strengths.items():
+            for seed in range(self.seeds):
+                for draw in range(self.draws):
+                    self.finetune(init, seed, draw, 0.4, strength)
+                self.finetune(init, seed, 0, 1.0, strength)
+
+    def statistics(self) -> Statistics:
+        return Statistics(Findings(self.study, self.study.data[0], self.records), 100)
+
+
+def texts(blocks: list[Block]) -> list[str]:
+    return [block.text for block in blocks if isinstance(block, Text) and block.strong]
+
+
+def table(blocks: list[Block], caption: str) -> Table:
+    return next(block for block in blocks if isinstance(block, Table) and caption in block.caption)

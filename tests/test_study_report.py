@@ -40,6 +40,7 @@ TABLES = (
     "The claim at 40 % of the labels", "Each against what needs no pretraining", "Full fine-tuning: test AUC",
     "Linear probe of stage 4: test AUC", "Linear probe of the stage that is best", "How often each stage was the best",
     "Full fine-tuning: other test scores", "Full fine-tuning: differences", "Linear probe of stage 4: differences",
+    "DeLong's test, run by run",
     "2 labels at once, full fine-tuning, all labels: paired differences", "2 labels at once",
     "kNN", "stage 4, mean of seeds", "embedding, mean of seeds", "feature reuse", "KS distance",
     "Pretraining", "Fine-tuning (Adam)", "Labelled images by budget", "Cells by kind and machine",

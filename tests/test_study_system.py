@@ -16,6 +16,8 @@ from urllib.parse import urlsplit
 import numpy as np
 import pytest
 
+from fastmoco.study.report.blocks import Listing, Table
+from fastmoco.study.report.page import to_html
 from studies import draw_study
 
 pytestmark = pytest.mark.system
@@ -159,14 +161,32 @@ def test_a_page_that_does_ask_and_does_err_is_seen_to(tmp_path: Path) -> None:
     assert found["page"] > 390
 
 
-@pytest.mark.usefixtures("browser")
-def test_it_prints(undisturbed: Path, tmp_path: Path) -> None:
-    paper = tmp_path / "report.pdf"
-    page = undisturbed / "out" / "report" / "report.html"
+def printed(page: Path, folder: Path) -> int:
+    """How many pages it fills on paper."""
+    paper = folder / "report.pdf"
     subprocess.run(
         ["chromium", "--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--no-first-run",
-         f"--user-data-dir={tmp_path / 'profile'}", f"--print-to-pdf={paper}", page.as_uri()],
+         f"--user-data-dir={folder / 'profile'}", f"--print-to-pdf={paper}", page.as_uri()],
         capture_output=True, timeout=180, check=True,
     )  # fmt: skip
     assert paper.read_bytes()[:5] == b"%PDF-"
-    assert len(re.findall(rb"/Type\s*/Page\b", paper.read_bytes())) > 5
+    return len(re.findall(rb"/Type\s*/Page\b", paper.read_bytes()))
+
+
+@pytest.mark.usefixtures("browser")
+def test_it_prints(undisturbed: Path, tmp_path: Path) -> None:
+    assert printed(undisturbed / "out" / "report" / "report.html", tmp_path) > 5
+
+
+@pytest.mark.usefixtures("browser")
+def test_what_is_folded_is_open_in_print(tmp_path: Path) -> None:
+    lines = tuple(f"line {number}" for number in range(300))
+    table = Table(caption="c", header=("a", "b"), rows=tuple((line, "1") for line in lines), summary="300 rows")
+    pages = {}
+    for name, block in (("list", Listing(items=lines, summary="300 lines", folded=True)), ("table", table)):
+        text = to_html("t", [block])
+        for kind, page in ((name, text), (f"{name} shut", text.replace("details::details-content", "none"))):
+            (tmp_path / "page.html").write_text(page)
+            pages[kind] = printed(tmp_path / "page.html", tmp_path)
+    assert pages["list shut"] == pages["table shut"] == 1
+    assert pages["list"] > 3 and pages["table"] > 3

@@ -12,17 +12,14 @@ from fastmoco.evaluate.intervals import Estimate
 from fastmoco.study.config import read_study
 from fastmoco.study.report import record, tables
 from fastmoco.study.report.alike import heat_maps, output_distances, reuse
-from fastmoco.study.report.blocks import Block, Listing, Picture, Table, Text
+from fastmoco.study.report.blocks import Listing, Picture, Text
 from fastmoco.study.report.gather import Findings
 from fastmoco.study.report.markdown import to_markdown
 from fastmoco.study.report.page import to_html
 from fastmoco.study.report.statistics import Statistics
 from fastmoco.study.report.verdict import _gain, _joint, judge, verdict
 from fastmoco.study.work.numbers import pack
-from studies import draw_study
-
-IMAGES, CLASSES = 40, 2
-TRUTH = np.arange(IMAGES) % CLASSES
+from studies import IMAGES, Cells, outputs, table, texts
 
 
 def interval(low: float, high: float) -> Estimate:
@@ -60,64 +57,6 @@ def test_the_verdict_goes_by_the_interval(low: float, high: float, at_least: str
 )  # fmt: skip
 def test_the_claim_is_of_every_variant(states: list[Any], said: str) -> None:
     assert _joint(states) == f"The claim as a whole, of every variant: {said}"
-
-
-def outputs(seed: int, strength: float) -> dict[str, Any]:
-    """Packed probabilities that tell the classes apart the better the greater `strength` is."""
-    rng = np.random.default_rng(seed)
-    up = 1 / (1 + np.exp(-(strength * (2 * TRUTH - 1) + rng.normal(size=IMAGES))))
-    return pack(np.stack([1 - up, up], axis=1), "binary")
-
-
-class Cells:
-    """Finished cells of a study of `seeds` with all that a report reads of them."""
-
-    def __init__(self, folder: Path, *, seeds: int, draws: int = 2, modes: str = '["full"]', **described: Any) -> None:
-        file = draw_study(folder)
-        text = file.read_text().replace("seeds = [0]", f"seeds = {list(range(seeds))}")
-        text = text.replace("draws = 1\nmodes", f"draws = {draws}\nmodes")
-        text = text.replace('modes = ["full"]', f"modes = {modes}")
-        file.write_text(text)
-        self.study = read_study(file)
-        self.seeds, self.draws = seeds, draws
-        self.records: dict[str, Any] = {}
-        told = {"kind": "binary", "class_names": ["no", "yes"], "test": TRUTH.tolist()}
-        self.add(
-            "drawn.data", "data", {},
-            {"targets": {"kind": told}, "test_groups": list(range(IMAGES)), "patients": None, "leaks": []} | described,
-        )  # fmt: skip
-
-    def add(self, name: str, kind: str, settings: dict[str, Any], result: dict[str, Any]) -> None:
-        self.records[name] = {"kind": kind, "settings": {"data": {"name": "drawn"}} | settings, "result": result}
-
-    def finetune(self, init: str, seed: int, draw: int, budget: float, strength: float) -> str:
-        """A finished fine-tuning."""
-        name = f"drawn.finetune.{init}.full.s{seed}.b{budget:g}.d{draw}"
-        settings = {"init": init, "mode": "full", "seed": seed, "draw": draw, "budget": budget, "target": "kind"}
-        used = {"images": 14, "used": 0.55} if budget < 1 else {"images": 26, "used": 1.0}
-        own = {"budget": budget, "seed": seed, "draw": draw, "note": "", **used}
-        number = 1000 * seed + 10 * draw + int(10 * budget)
-        self.add(name, "finetune", settings, {"probabilities": outputs(number, strength), "budget": own})
-        return name
-
-    def all(self, **strengths: float) -> None:
-        """Every fine-tuning at 0.4 and at 1, by start."""
-        for init, strength in strengths.items():
-            for seed in range(self.seeds):
-                for draw in range(self.draws):
-                    self.finetune(init, seed, draw, 0.4, strength)
-                self.finetune(init, seed, 0, 1.0, strength)
-
-    def statistics(self) -> Statistics:
-        return Statistics(Findings(self.study, self.study.data[0], self.records), 100)
-
-
-def texts(blocks: list[Block]) -> list[str]:
-    return [block.text for block in blocks if isinstance(block, Text) and block.strong]
-
-
-def table(blocks: list[Block], caption: str) -> Table:
-    return next(block for block in blocks if isinstance(block, Table) and caption in block.caption)
 
 
 def test_a_claim_is_judged_when_all_seeds_and_draws_are_there(tmp_path: Path) -> None:

@@ -42,12 +42,14 @@ class Code:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Table:
     """A table with a caption; every row has as many cells as `header`, the first of which names it. `notes` stand
-    under it, each with the mark by which cells refer to it."""
+    under it, each with the mark by which cells refer to it. `summary`: what it is folded behind until it is opened,
+    where that is possible; not folded if empty."""
 
     caption: str
     header: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
     notes: tuple[str, ...] = ()
+    summary: str = ""
 
     def __post_init__(self) -> None:
         for row in self.rows:

@@ -11,7 +11,7 @@ from fastmoco.evaluate.intervals import INTERVAL_OF_RUNS
 from fastmoco.evaluate.pictures import png
 from fastmoco.study.cell import Cell
 from fastmoco.study.config import Study
-from fastmoco.study.report import alike, figures, record, tables
+from fastmoco.study.report import alike, delong, figures, record, tables
 from fastmoco.study.report.blocks import Block, Heading, Picture, Text
 from fastmoco.study.report.gather import Findings, read_records
 from fastmoco.study.report.markdown import to_markdown
@@ -66,6 +66,7 @@ def make_report(study: Study, store: Store, cells: Mapping[str, Cell], command: 
         blocks += tables.score_tables(own)
         blocks += tables.difference_tables(own)
         blocks += tables.second_table(own)
+        blocks += delong.run_by_run(own.found)
         blocks += figures.label_curves(own)
         blocks += figures.stage_curves(own)
         blocks += [tables.neighbour_table(own), *tables.measure_table(own.found)]

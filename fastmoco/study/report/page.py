@@ -31,7 +31,8 @@ details { margin: 1rem 0; } summary { cursor: pointer; } li { font-size: .9rem; 
 @media (max-width: 40rem) { body { font-size: 15px; padding: 0 .6rem 3rem; } }
 @media print { body { max-width: none; font-size: 10pt; } nav { display: none; } .scroll, pre { overflow: visible; }
   pre { white-space: pre-wrap; } th, td { white-space: normal; padding: .1rem .3rem; } table { font-size: 8pt; }
-  figure, tr { break-inside: avoid; } h2, h3 { break-after: avoid; } }
+  figure, tr { break-inside: avoid; } h2, h3 { break-after: avoid; }
+  details::details-content { content-visibility: visible; } }
 """
 
 
@@ -81,8 +82,12 @@ def _listing(block: Listing) -> str:
         return ""
     items = "".join(f"<li>{escape(item)}</li>" for item in block.items)
     if block.folded:
-        return f"<details><summary>{escape(block.summary)}</summary><ul>{items}</ul></details>"
+        return _folded(block.summary, f"<ul>{items}</ul>")
     return (f"<p>{escape(block.summary)}:</p>" if block.summary else "") + f"<ul>{items}</ul>"
+
+
+def _folded(summary: str, inside: str) -> str:
+    return f"<details><summary>{escape(summary)}</summary>{inside}</details>"
 
 
 def _table(block: Table) -> str:
@@ -91,11 +96,12 @@ def _table(block: Table) -> str:
     notes = "".join(f"<li>{escape(note)}</li>" for note in block.notes)
     notes = f'<ul class="notes">{notes}</ul>' if notes else ""
     # Wide tables scroll in a box of their own, which the keyboard reaches too.
-    return (
+    table = (
         f'<div class="scroll" tabindex="0" role="group" aria-label="{escape(block.caption)}"><table>'
         f"<caption>{escape(block.caption)}</caption>"
         f"<thead><tr>{head}</tr></thead>\n<tbody>{rows}</tbody></table></div>" + notes
     )
+    return _folded(block.summary, table) if block.summary else table
 
 
 def _anchors(blocks: Sequence[Block]) -> dict[int, str]:

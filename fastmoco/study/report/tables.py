@@ -121,6 +121,11 @@ def difference_tables(own: Statistics) -> list[Block]:
     return blocks
 
 
+def trained_pairs(found: Findings) -> list[tuple[str, str]]:
+    """Variants and MoCo, and each method and scratch where the study has it: what full fine-tuning compares."""
+    return [(a, b) for a, b in _pairs(found, FULL) if b not in BASELINES]
+
+
 def _pairs(found: Findings, measure: str) -> list[tuple[str, str]]:
     """Variants and MoCo; and each method and what needs no pretraining, where the study has it."""
     methods, starts = found.study.pretrained, measured(found)[measure]
@@ -170,8 +175,7 @@ def second_table(own: Statistics) -> list[Block]:
     rows = [(label_of(init), *(scores.second(own, init, name) for name, _ in score)) for init in found.inits]
     apart = [
         (f"{label_of(a)} minus {label_of(b)}", *(differences.second_difference(own, a, b, name) for name, _ in score))
-        for a, b in _pairs(found, FULL)
-        if b not in BASELINES
+        for a, b in trained_pairs(found)
     ]
     blocks: list[Block] = [
         Heading(level=3, text="The second target"),

@@ -54,10 +54,13 @@ def points(estimate: Estimate | None) -> str:
     """A difference in points, hundredths of a score: +3.1 [+0.2, +6.0]."""
     if estimate is None or estimate.value is None:
         return NOT_KNOWN
-    value = f"{100 * estimate.value:+.1f}"
-    if estimate.low is None or estimate.high is None:
-        return value
-    return f"{value} [{100 * estimate.low:+.1f}, {100 * estimate.high:+.1f}]"
+    return in_points(estimate.value, estimate.low, estimate.high)
+
+
+def in_points(value: float, low: float | None, high: float | None) -> str:
+    """A difference of scores and the ends of its interval, where there is one, as `points` shows them."""
+    bounds = "" if low is None or high is None else f" [{100 * low:+.1f}, {100 * high:+.1f}]"
+    return f"{100 * value:+.1f}{bounds}"
 
 
 def seeds(estimate: Estimate | None) -> str:
