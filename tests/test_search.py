@@ -1,0 +1,111 @@
+"""The search for settings: what it looks at, what it keeps, what it says."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from bench.search import SearchArgs, main, table
+from bench.search_scores import FOLDS, folds
+from fastmoco.errors import UserError
+from fastmoco.study.config import read_study
+from fastmoco.study.store import Store
+from fastmoco.study.work.context import Context, prepare
+from studies import draw_study
+
+TRIALS = """
+study = "study.toml"
+out = "found"
+
+[[trial]]
+name = "base"
+data = "drawn"
+methods = ["random", "moco"]
+
+[[trial]]
+name = "other rate"
+data = ["drawn"]
+methods = ["moco"]
+tuned = ["linear"]
+[trial.finetune.linear]
+lr = 0.01
+"""
+
+
+def written(folder: Path) -> Path:
+    draw_study(folder, count=60)
+    config = folder / "search.toml"
+    config.write_text(TRIALS)
+    return config
+
+
+def test_folds_are_of_whole_patients_and_never_of_the_test(tmp_path: Path) -> None:
+    study = read_study(draw_study(tmp_path, count=60))
+    data, store = study.data[0], Store(study.out)
+    store.make()
+    prepared = prepare(study, data)
+    prepared.write(store, data)
+    context = Context(study, data, store, "cpu", prepared.print)
+    parts = list(folds(context))
+    held = np.concatenate([held for _, held in parts])
+    splits = context.splits
+    assert len(parts) == FOLDS and sorted(held) == sorted([*splits.train, *splits.validation])
+    for train, out in parts:
+        assert not set(context.groups[train]) & set(context.groups[out])
+        assert not {*train, *out} & set(splits.test)
+
+
+@pytest.mark.system
+def test_trials_are_scored_once_and_by_no_test_label(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config, out = written(tmp_path), tmp_path / "scores" / "search.json"
+    out.parent.mkdir()
+    args = SearchArgs(config=config, out=out, draws=2)
+    assert main(args) == 0
+    first = out.read_text()
+    rows = {(row["trial"], row["method"]): row["scores"] for row in json.loads(first)}
+    assert set(rows) == {("base", "random"), ("base", "moco"), ("other rate", "moco")}
+    assert set(rows["base", "moco"]["0.4"]) == {"stage1", "stage2", "stage3", "stage4"}
+    # The encoder is the base's: only what is trained on it is new, and no pretraining was done for it.
+    assert {budget: set(scores) for budget, scores in rows["other rate", "moco"].items()} == {
+        "0.4": {"linear"},
+        "1": set(),
+    }
+    assert (tmp_path / "found" / "drawn.other rate" / "cells" / "drawn.pretrain.moco.s0.json").is_file()
+    assert len(list((tmp_path / "found").glob("*/logs/*"))) == 1
+    assert all(
+        len(v) == FOLDS and all(0 <= s <= 1 for s in v) for of in rows.values() for b in of.values() for v in b.values()
+    )
+    capsys.readouterr()
+    assert main(args) == 0 and capsys.readouterr().out == "" and out.read_text() == first
+
+    with (tmp_path / "labels.csv").open(newline="") as stream:
+        lines = list(csv.DictReader(stream))
+    for line in lines:
+        if line["split"] == "test":
+            line["kind"] = str(1 - int(line["kind"]))
+    with (tmp_path / "labels.csv").open("w", newline="") as stream:
+        writer = csv.DictWriter(stream, list(lines[0]))
+        writer.writeheader()
+        writer.writerows(lines)
+    again = tmp_path / "scores" / "again.json"
+    assert main(SearchArgs(config=config, out=again, draws=2, only=("drawn.base",))) == 0
+    assert {(r["trial"], r["method"]): r["scores"] for r in json.loads(again.read_text())} == {
+        key: value for key, value in rows.items() if key[0] == "base"
+    }
+
+
+def test_a_table_says_what_is_above_the_base_and_on_how_many_folds() -> None:
+    def row(trial: str, scores: list[float]) -> dict:
+        return {"data": "d", "trial": trial, "method": "moco", "scores": {"0.01": {"stage4": scores}}}
+
+    lines = table([row("base", [0.5, 0.6, 0.7, 0.8, 0.9]), row("other", [0.6, 0.7, 0.8, 0.7, 0.9])])
+    assert lines[-2:] == ["| base | moco | 0.700 |", "| other | moco | 0.740 (+4.0, 3/5) |"]
+
+
+def test_a_name_that_fits_no_trial_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"there are drawn\.base, drawn\.other rate"):
+        main(SearchArgs(config=written(tmp_path), out=tmp_path / "s.json", only=("idc.base",)))
