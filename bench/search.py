@@ -2,29 +2,32 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import shutil
 import sys
 import tomllib
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from fnmatch import fnmatchcase
 from itertools import product
 from pathlib import Path
 from statistics import mean
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import tyro
 
-from bench.search_scores import FOLDS, Scores, probe, tune
+from bench.search_scores import FOLDS, Scores, known_features, labelled, probe, tune
 from fastmoco.atomic import write_text
 from fastmoco.errors import UserError
 from fastmoco.models.encoder import Encoder
 from fastmoco.models.weights import load_encoder
-from fastmoco.study.cells import RANDOM, finetune_settings, make_cells, pretrain_id
+from fastmoco.study.cell import digest
+from fastmoco.study.cells import finetune_settings, make_cells, pretrain_id
 from fastmoco.study.command import StudyArgs, compute
 from fastmoco.study.config import Mode, Study, read_study
+from fastmoco.study.overrides import check_finetune, check_pretrain, recipe_name
 from fastmoco.study.store import Store
 from fastmoco.study.typed import read_table
 from fastmoco.study.work.context import Context, prepare
@@ -33,23 +36,43 @@ from fastmoco.train.recipes import METHODS
 
 BASE = "base"
 SHOWN = {f"stage{s}": f"probe {s}" for s in range(1, 5)} | {"linear": "linear", "full": "tuned"}
+Start = Literal["random", "moco", "mse", "barlow"]
 Row = dict[str, Any]
+# Raised where the scores of the same settings become others.
+REVISION = 1
 
 
 @dataclass(frozen=True, kw_only=True)
 class Trial:
-    """Table [[trial]]: settings that differ from those of the study; `data` may name several sets, one trial each."""
+    """Table [[trial]]: settings that differ from those of the study."""
 
     name: str
-    """What it is called; "base" is what the others of its data are compared with."""
-    data: str
-    methods: tuple[str, ...] = METHODS
-    """Those of a study, and random: no pretraining."""
+    """What it is called."""
+    data: tuple[str, ...]
+    """Sets of images, each a trial of its own."""
+    than: str = BASE
+    """The trial that it is compared with, of the same method where that has it, else of MoCo."""
+    methods: tuple[Start, ...] = METHODS
+    """random: no pretraining."""
     seed: int = 0
     tuned: tuple[Mode, ...] = ()
-    """What is fine-tuned besides the probes; those are left out where the encoder is the base's."""
+    """What is fine-tuned, at budgets below 1, besides the probes."""
     pretrain: dict[str, Any] = field(default_factory=dict)
     finetune: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def probed(self) -> bool:
+        """Whether the encoder is one that no other trial has probed."""
+        return bool(self.pretrain or self.seed or self.name == BASE)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Search:
+    """The file's head: the study that trials differ from, the folder of their runs, and what the table is to say."""
+
+    study: str
+    out: str
+    note: str = ""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -57,27 +80,110 @@ class SearchArgs:
     """Pretrain with other settings than a study's, and score what comes of it without its test images.
 
     Scores are AUCs on training patients who are held out in turn, a fifth each: of linear probes on each stage, and of
-    fine-tuning. No test image is looked at."""
+    fine-tuning. What is scored is not computed again while its settings are the same. No test image enters a score."""
 
     config: tyro.conf.Positional[Path] = Path("bench/search.toml")
-    """TOML file with the study that the trials differ from, a folder, and the tables [[trial]]."""
+    """TOML file with the keys study, out and note, and the tables [[trial]]."""
     only: tuple[str, ...] = ()
     """Trials whose DATA.NAME match one of these patterns (* and ?); all if not given."""
-    again: bool = False
-    """Score also what is scored."""
     draws: int = 5
     """Draws of the labels for probes at budgets below 1; fine-tuning has one."""
     out: Path = Path("docs/results/search.json")
     """Results so far, to which those of this run are added; a table goes beside it, as Markdown."""
 
 
-def changed(study: Study, trial: Trial, out: Path) -> Study:
-    """`study` with the settings of `trial`, of its data alone."""
-    data = study.named(trial.data)
-    data = replace(data, pretrain=_over(data.pretrain, trial.pretrain), finetune=_over(data.finetune, trial.finetune))
-    methods = tuple(method for method in METHODS if method in trial.methods)
-    grid = replace(study.grid, out=out / f"{trial.data}.{trial.name}", methods=methods, seeds=(trial.seed,), jobs=1)
-    return replace(study, grid=grid, data=(data,))
+def read_trials(file: Path) -> tuple[Search, Study, list[Trial]]:
+    """What the `file` holds, the study that it names, and its trials, one for each set of images.
+
+    Raises UserError, naming file and table, for what cannot be read or is not known.
+    """
+    try:
+        head = tomllib.loads(file.read_text(encoding="utf-8"))
+    except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{file}: cannot be read: {error}") from error
+    entries = head.pop("trial", [])
+    search = read_table(Search, head, str(file))
+    study, trials = read_study(file.parent / search.study), []
+    for entry in entries:
+        where = f"{file} [[trial]] {entry.get('name', '')}"
+        data = entry.get("data", [])
+        trial = read_table(Trial, entry | {"data": [data] if isinstance(data, str) else data}, where)
+        check_finetune(trial.finetune, f"{where}: finetune")
+        for name in trial.data:
+            if name not in [own.name for own in study.data]:
+                raise UserError(f"{where}: data: the study has no {name!r}")
+            for method in set(trial.methods) & set(METHODS):
+                own = study.named(name)
+                recipe = recipe_name(own.recipe, method, small=own.small)
+                check_pretrain(recipe, method, trial.pretrain, f"{where}: pretrain")
+            trials.append(replace(trial, data=(name,)))
+    return search, study, trials
+
+
+class Candidate:
+    """A trial of one set of images: its study, its cells and its encoders."""
+
+    def __init__(self, study: Study, trial: Trial, folder: Path, config: Path) -> None:
+        data = study.named(trial.data[0])
+        pretrain, finetune = _over(data.pretrain, trial.pretrain), _over(data.finetune, trial.finetune)
+        self.data = replace(data, pretrain=pretrain, finetune=finetune)
+        methods = tuple(method for method in METHODS if method in trial.methods)
+        grid = replace(
+            study.grid, out=folder / f"{data.name}.{trial.name}", methods=methods, seeds=(trial.seed,), jobs=1
+        )
+        self.study, self.trial, self.config = replace(study, grid=grid, data=(self.data,)), trial, config
+        self.store = Store(grid.out)
+        self.store.make()
+        self.prepared = prepare(self.study, self.data)
+        self.prepared.write(self.store, self.data)
+        self.context = Context(self.study, self.data, self.store, "cpu", self.prepared.print)
+        cells = make_cells(self.study, {data.name: self.prepared.print})
+        self.cells = {method: cells[pretrain_id(data, method, trial.seed)] for method in methods}
+
+    def settings(self, method: str, draws: int) -> str:
+        """A hash of all that the scores of `method` depend on."""
+        start = self.cells[method].hash if method in self.cells else self.study.grid.arch
+        tuned = {mode: asdict(finetune_settings(self.study, self.data, mode, method)) for mode in self.trial.tuned}
+        identity = {name: self.prepared.print[name] for name in ("images", "splits", "label", "patients")}
+        budgets = list(self.study.grid.budgets)
+        said = [start, self.trial.seed, tuned, identity, self.data.size, self.trial.probed, budgets, draws, REVISION]
+        return digest(json.loads(json.dumps(said)))
+
+    def encoder(self, method: str, folders: Iterable[Path]) -> Encoder | None:
+        """Of random weights, or pretrained: in one of the other `folders` with the same settings, else now. None where
+        that failed."""
+        if method not in self.cells:
+            return Encoder(self.study.grid.arch, seed=self.trial.seed)
+        cell = self.cells[method]
+        for other in map(Store, folders):
+            if other.out != self.store.out and not is_whole(self.store, cell) and is_whole(other, cell):
+                shutil.copytree(run_folder(other, cell), run_folder(self.store, cell), dirs_exist_ok=True)
+                shutil.copyfile(other.path(cell.id), self.store.path(cell.id))
+        if not is_whole(self.store, cell):
+            compute(self.study, StudyArgs(config=self.config, only=(cell.id,), report="none"))
+        return load_encoder(encoder_file(self.store, cell)) if is_whole(self.store, cell) else None
+
+    def scored(self, method: str, encoder: Encoder, draws: int) -> dict[str, Scores]:
+        """By budget, the scores on each fold."""
+        found: dict[str, Scores] = {f"{budget:g}": {} for budget in self.study.grid.budgets}
+        if self.trial.probed:
+            sets = {name: values for name, values in known_features(self.context, encoder).items() if name in SHOWN}
+            for budget in self.study.grid.budgets:
+                found[f"{budget:g}"] |= probe(self.context, sets, budget, draws)
+        for mode, budget in product(self.trial.tuned, self.study.grid.budgets):
+            if budget < 1:
+                settings = finetune_settings(self.study, self.data, mode, method)
+                found[f"{budget:g}"][mode] = tune(self.context, encoder, settings, budget, 1, seed=self.trial.seed)
+        return found
+
+    def row(self, method: str, encoder: Encoder, draws: int) -> Row:
+        """What is kept of the trial."""
+        trial = self.trial
+        said = {k: v for k, v in trial.pretrain.items() if not isinstance(v, dict) or k == method}
+        row = {"data": self.data.name, "trial": trial.name, "than": trial.than, "method": method, "seed": trial.seed}
+        row |= {"pretrain": said, "finetune": trial.finetune, "settings": self.settings(method, draws)}
+        row["labels"] = {f"{budget:g}": labelled(self.context, budget) for budget in self.study.grid.budgets}
+        return row | {"scores": self.scored(method, encoder, draws)}
 
 
 def _over(table: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
@@ -88,48 +194,6 @@ def _over(table: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
     return merged
 
 
-def pretrained(study: Study, trial: Trial, config: Path, folders: Iterable[Path]) -> dict[str, Encoder]:
-    """The encoders of a trial by method: from other `folders` where the same was pretrained there, else made now."""
-    store = Store(study.out)
-    store.make()
-    data = study.data[0]
-    cells = make_cells(study, {data.name: prepare(study, data).print})
-    wanted = {method: cells[pretrain_id(data, method, trial.seed)] for method in study.grid.methods}
-    for cell, folder in product(wanted.values(), folders):
-        other = Store(folder)
-        if folder != study.out and not is_whole(store, cell) and is_whole(other, cell):
-            shutil.copytree(run_folder(other, cell), run_folder(store, cell), dirs_exist_ok=True)
-            shutil.copyfile(other.path(cell.id), store.path(cell.id))
-    if not all(is_whole(store, cell) for cell in wanted.values()):
-        names = tuple(cell.id for cell in wanted.values())
-        compute(study, StudyArgs(config=config, only=names, report="none"))
-    encoders: dict[str, Encoder] = {}
-    encoders |= {m: load_encoder(encoder_file(store, cell)) for m, cell in wanted.items() if is_whole(store, cell)}
-    if RANDOM in trial.methods:
-        encoders[RANDOM] = Encoder(study.grid.arch, seed=trial.seed)
-    return encoders
-
-
-def scored(study: Study, trial: Trial, method: str, encoder: Encoder, draws: int) -> dict[str, Scores]:
-    """By budget, the scores on each fold."""
-    data, store = study.data[0], Store(study.out)
-    prepared = prepare(study, data)
-    prepared.write(store, data)
-    context = Context(study, data, store, "cpu", prepared.print)
-    budgets = study.grid.budgets
-    found: dict[str, Scores] = {f"{budget:g}": {} for budget in budgets}
-    if trial.pretrain or trial.name == BASE:
-        sets = context.images.features(encoder, device="cpu")
-        sets = {name: values for name, values in sets.items() if name in SHOWN}
-        for budget in budgets:
-            found[f"{budget:g}"] |= probe(context, sets, budget, draws)
-    for mode, budget in product(trial.tuned, budgets):
-        if budget < 1:
-            settings = finetune_settings(study, data, mode, method)
-            found[f"{budget:g}"][mode] = tune(context, encoder, settings, budget, 1, seed=trial.seed)
-    return found
-
-
 def table(rows: Sequence[Row]) -> list[str]:
     """Markdown, a table for each set of images."""
     lines = []
@@ -137,73 +201,93 @@ def table(rows: Sequence[Row]) -> list[str]:
         own = [row for row in rows if row["data"] == data]
         every = {(b, name) for row in own for b, scores in row["scores"].items() for name in scores}
         shown = [(b, n) for b in sorted({b for b, _ in every}, key=float) for n in SHOWN if (b, n) in every]
-        head = [f"{SHOWN[name]}, {float(budget):.0%}" for budget, name in shown]
-        lines += [
-            "",
-            f"## {data}",
-            "",
-            f"| trial | method | {' | '.join(head)} |",
-            "|---" * (2 + len(head)) + "|",
-        ]
+        labels = own[0]["labels"]
+        head = ["trial", "method", "compared with", *(f"{SHOWN[name]}, {labels[budget]}" for budget, name in shown)]
+        lines += ["", f"## {data}", "", f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
         for row in own:
-            base = next((r for r in own if r["trial"] == BASE and r["method"] == row["method"]), None)
-            cells = (_score(row, base, budget, name) for budget, name in shown)
-            lines.append(f"| {row['trial']} | {row['method']} | {' | '.join(cells)} |")
+            than = _compared(row, own)
+            said = "-" if than is None else f"{than['trial']}, {than['method']}"
+            cells = [row["trial"], row["method"], said, *(_score(row, than, budget, name) for budget, name in shown)]
+            lines.append(f"| {' | '.join(cells)} |")
     return lines
 
 
-def _score(row: Row, base: Row | None, budget: str, name: str) -> str:
-    """The mean AUC; how many points that is above the base's, and on how many folds it is above."""
+def _compared(row: Row, rows: Sequence[Row]) -> Row | None:
+    """The row of the trial that `row` is compared with: of its own method, else of MoCo, of one seed."""
+    for method in (row["method"], "moco"):
+        for other in rows:
+            if (other["trial"], other["method"], other["seed"]) == (row["than"], method, row["seed"]):
+                return None if other is row else other
+    return None
+
+
+def _score(row: Row, than: Row | None, budget: str, name: str) -> str:
+    """The mean AUC; how many points that is above the other's, and on how many folds it is above."""
     own = row["scores"].get(budget, {}).get(name)
-    other = None if base is None else base["scores"].get(budget, {}).get(name)
+    other = None if than is None else than["scores"].get(budget, {}).get(name)
     if own is None:
         return "-"
-    if other is None or row is base:
+    if other is None:
         return f"{mean(own):.3f}"
     better = sum(a > b for a, b in zip(own, other, strict=True))
     return f"{mean(own):.3f} ({100 * (mean(own) - mean(other)):+.1f}, {better}/{FOLDS})"
 
 
+class Results:
+    """The file of all rows, and the table beside it; several processes may add to it."""
+
+    def __init__(self, out: Path, trials: Sequence[Trial], lock: Path, head: str) -> None:
+        self.out, self.lock, self.head = out, lock, head
+        self.order = {(trial.data[0], trial.name): place for place, trial in enumerate(trials)}
+
+    def has(self, data: str, trial: str, method: str, settings: str) -> bool:
+        """Whether there is a row with these settings."""
+        row = self._rows().get((data, trial, method))
+        return row is not None and row["settings"] == settings
+
+    def add(self, row: Row) -> None:
+        """Keep `row`, in the order of the trials; rows of trials that are no more are left out."""
+        with self.lock.open("w") as stream:
+            fcntl.flock(stream, fcntl.LOCK_EX)
+            rows = self._rows() | {(row["data"], row["trial"], row["method"]): row}
+            kept = [r for r in rows.values() if (r["data"], r["trial"]) in self.order]
+            kept.sort(key=lambda r: self.order[r["data"], r["trial"]])
+            write_text(self.out, json.dumps(kept, indent=1) + "\n")
+            write_text(self.out.with_suffix(".md"), "\n".join([self.head, *table(kept)]) + "\n")
+
+    def _rows(self) -> dict[tuple[str, str, str], Row]:
+        rows = json.loads(self.out.read_text()) if self.out.is_file() else []
+        return {(row["data"], row["trial"], row["method"]): row for row in rows}
+
+
 def main(args: SearchArgs) -> int:
-    """Compute what is left of the trials, and write their scores; the exit status."""
-    text = tomllib.loads(args.config.read_text(encoding="utf-8"))
-    study = read_study(args.config.parent / text["study"])
-    folder = args.config.parent / text["out"]
-    trials = [
-        read_table(Trial, entry | {"data": data}, f"{args.config} [[trial]]")
-        for entry in text["trial"]
-        for data in ([entry["data"]] if isinstance(entry["data"], str) else entry["data"])
+    """Compute what is left of the trials, and write their scores; 1 where one could not be pretrained, else 0."""
+    search, study, trials = read_trials(args.config)
+    folder = args.config.parent / search.out
+    folder.mkdir(parents=True, exist_ok=True)
+    names = [f"{trial.data[0]}.{trial.name}" for trial in trials]
+    chosen = [
+        t
+        for t, name in zip(trials, names, strict=True)
+        if not args.only or any(fnmatchcase(name, p) for p in args.only)
     ]
-    chosen = [t for t in trials if not args.only or any(fnmatchcase(f"{t.data}.{t.name}", p) for p in args.only)]
     if not chosen:
-        raise UserError(f"--only: there are {', '.join(f'{t.data}.{t.name}' for t in trials)}")
-    order = {(t.data, t.name): place for place, t in enumerate(trials)}
+        raise UserError(f"--only: there are {', '.join(names)}")
+    head = f"# What matters on small sets\n\n`python -m bench.search {args.config}`\n\n{search.note}"
+    results, status = Results(args.out, trials, folder / "lock", head), 0
     for trial in chosen:
-        own = changed(study, trial, folder)
-        missing = [m for m in trial.methods if args.again or (trial.data, trial.name, m) not in _stored(args.out)]
-        if not missing:
-            continue
-        encoders = pretrained(own, trial, args.config, [study.out, *sorted(folder.glob("*"))])
-        for method in missing:
-            if method not in encoders:
-                print(f"{trial.data}.{trial.name} {method}: not pretrained", file=sys.stderr)
+        candidate = Candidate(study, trial, folder, args.config)
+        for method in trial.methods:
+            if results.has(trial.data[0], trial.name, method, candidate.settings(method, args.draws)):
                 continue
-            said = {k: v for k, v in trial.pretrain.items() if not isinstance(v, dict) or k == method}
-            row = {"data": trial.data, "trial": trial.name, "method": method, "seed": trial.seed, "pretrain": said}
-            row |= {"finetune": trial.finetune, "scores": scored(own, trial, method, encoders[method], args.draws)}
-            # Several may search at once.
-            rows = _stored(args.out) | {(trial.data, trial.name, method): row}
-            listed = sorted(rows.values(), key=lambda r: order.get((r["data"], r["trial"]), len(order)))
-            write_text(args.out, json.dumps(listed, indent=1) + "\n")
-            head = f"# What matters on small sets\n\n`python -m bench.search {args.config}`\n\n{text.get('note', '')}"
-            write_text(args.out.with_suffix(".md"), "\n".join([head, *table(listed)]) + "\n")
-            print(f"{trial.data}.{trial.name} {method}: done", flush=True)
-    return 0
-
-
-def _stored(out: Path) -> dict[tuple[str, str, str], Row]:
-    rows = json.loads(out.read_text()) if out.is_file() else []
-    return {(row["data"], row["trial"], row["method"]): row for row in rows}
+            encoder = candidate.encoder(method, [study.out, *sorted(folder.glob("*.*"))])
+            if encoder is None:
+                print(f"{trial.data[0]}.{trial.name} {method}: not pretrained", file=sys.stderr)
+                status = 1
+                continue
+            results.add(candidate.row(method, encoder, args.draws))
+            print(f"{trial.data[0]}.{trial.name} {method}: done", flush=True)
+    return status
 
 
 if __name__ == "__main__":

@@ -28,16 +28,34 @@ def folds(context: Context) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         yield known[train], known[held]
 
 
+def labelled(context: Context, budget: float) -> str:
+    """How many labels a budget is, in words: of the folds' training images, in which one draw may differ by one."""
+    values = context.target.values
+    counts = [(len(draw_budget(values, train, budget, seed=0).indices), len(train)) for train, _ in folds(context)]
+    used, every = (round(mean(column)) for column in zip(*counts, strict=True))
+    return f"{used} labels ({used / every:.1%})" if budget < 1 else f"all {used}"
+
+
+def known_features(context: Context, encoder: Encoder) -> dict[str, np.ndarray]:
+    """Features (n, d) float32 by name of every image but the test's, whose rows are NaN."""
+    known = np.concatenate([context.splits.train, context.splits.validation])
+    sets = {}
+    for name, values in context.images.select(known).features(encoder, device="cpu").items():
+        sets[name] = np.full((len(context.target.values), values.shape[1]), np.nan, dtype=values.dtype)
+        sets[name][known] = values
+    return sets
+
+
 def probe(context: Context, sets: Mapping[str, np.ndarray], budget: float, draws: int) -> Scores:
     """Logistic regression on each of `sets` (n, d). Its constant C is the one that is best over all folds and draws."""
     values, names = context.target.values, context.target.class_names
     found: dict[str, dict[float, list[list[float]]]] = {name: {c: [] for c in C_GRID} for name in sets}
     for train, held in folds(context):
-        labelled = [draw_budget(values, train, budget, seed=draw).indices for draw in range(draws if budget < 1 else 1)]
+        drawn = [draw_budget(values, train, budget, seed=draw).indices for draw in range(draws if budget < 1 else 1)]
         for name, features in sets.items():
             for c in C_GRID:
                 scores = []
-                for images in labelled:
+                for images in drawn:
                     said, _ = probe_probabilities(
                         features[images], values[images], features[held], c=c, classes=len(names)
                     )

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from bench.search import SearchArgs, main, table
+from bench.search import Candidate, Results, SearchArgs, main, read_trials, table
 from bench.search_scores import FOLDS, folds
 from fastmoco.errors import UserError
 from fastmoco.study.config import read_study
@@ -99,11 +99,76 @@ def test_trials_are_scored_once_and_by_no_test_label(tmp_path: Path, capsys: pyt
 
 
 def test_a_table_says_what_is_above_the_base_and_on_how_many_folds() -> None:
-    def row(trial: str, scores: list[float]) -> dict:
-        return {"data": "d", "trial": trial, "method": "moco", "scores": {"0.01": {"stage4": scores}}}
+    def row(trial: str, scores: list[float], method: str = "moco", seed: int = 0) -> dict:
+        own = {
+            "data": "d",
+            "trial": trial,
+            "method": method,
+            "than": "base",
+            "seed": seed,
+            "labels": {"0.01": "17 labels"},
+        }
+        return own | {"scores": {"0.01": {"stage4": scores}}}
 
-    lines = table([row("base", [0.5, 0.6, 0.7, 0.8, 0.9]), row("other", [0.6, 0.7, 0.8, 0.7, 0.9])])
-    assert lines[-2:] == ["| base | moco | 0.700 |", "| other | moco | 0.740 (+4.0, 3/5) |"]
+    other = [0.6, 0.7, 0.8, 0.7, 0.9]
+    lines = table(
+        [
+            row("base", [0.5, 0.6, 0.7, 0.8, 0.9]),
+            row("other", other),
+            row("other", other, "mse"),
+            row("other", other, seed=1),
+        ]
+    )
+    assert lines[3:] == [
+        "| trial | method | compared with | probe 4, 17 labels |",
+        "|---|---|---|---|",
+        "| base | moco | - | 0.700 |",
+        "| other | moco | base, moco | 0.740 (+4.0, 3/5) |",
+        # Where the other trial has not the method, with MoCo; never with another seed.
+        "| other | mse | base, moco | 0.740 (+4.0, 3/5) |",
+        "| other | moco | - | 0.740 |",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "said"),
+    [
+        ('data = ["drawn"]', 'data = ["tissue"]', r"\[\[trial\]\] other rate: data: the study has no 'tissue'"),
+        ("lr = 0.01", "rate = 0.01", r"\[\[trial\]\] other rate: finetune.*no key 'rate'"),
+        ('methods = ["moco"]', 'methods = ["mocco"]', "methods: must be one of random, moco"),
+        (
+            'methods = ["moco"]',
+            'methods = ["moco"]\npretrain = {epoch = 3}',
+            "other rate: pretrain.*did you mean epochs",
+        ),
+        ('out = "found"', "", "out is missing"),
+    ],
+)
+def test_mistakes_are_told_with_their_place(tmp_path: Path, old: str, new: str, said: str) -> None:
+    config = written(tmp_path)
+    config.write_text(TRIALS.replace(old, new, 2))
+    with pytest.raises(UserError, match=said):
+        read_trials(config)
+    with pytest.raises(UserError, match=r"nowhere\.toml: cannot be read"):
+        read_trials(tmp_path / "nowhere.toml")
+
+
+def test_changed_settings_are_scored_again_and_what_is_no_trial_is_dropped(tmp_path: Path) -> None:
+    config = written(tmp_path)
+    _, study, trials = read_trials(config)
+    first = Candidate(study, trials[1], tmp_path / "found", config).settings("moco", 2)
+    config.write_text(TRIALS.replace("lr = 0.01", "lr = 0.02"))
+    _, study, changed = read_trials(config)
+    other = Candidate(study, changed[1], tmp_path / "found", config)
+    assert len({first, other.settings("moco", 2), other.settings("moco", 3)}) == 3
+    results = Results(tmp_path / "s.json", trials[1:], tmp_path / "lock", "# head")
+    row = {"data": "drawn", "trial": "other rate", "than": "base", "method": "moco", "seed": 0, "settings": first,
+           "labels": {"1": "all"}, "scores": {"1": {"stage1": [0.5] * FOLDS}}}  # fmt: skip
+    results.add(row | {"trial": "gone"})
+    results.add(row)
+    assert results.has("drawn", "other rate", "moco", first)
+    assert not results.has("drawn", "other rate", "moco", other.settings("moco", 2))
+    assert [r["trial"] for r in json.loads((tmp_path / "s.json").read_text())] == ["other rate"]
 
 
 def test_a_name_that_fits_no_trial_is_refused(tmp_path: Path) -> None:
