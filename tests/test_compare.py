@@ -150,6 +150,17 @@ def test_each_sees_what_its_run_saw_or_the_other_or_what_is_said(
         compare_command(_args(folder, out, **args))
 
 
+def test_pictures_of_an_earlier_comparison_do_not_stay(folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "own" / "cka.json"
+    out.parent.mkdir()
+    for name in ("other-rbf.png", "cka-mine.png"):
+        (out.parent / name).touch()
+    for kernels in (("linear", "rbf", "paper"), ("linear",)):
+        assert compare_command(_args(folder, out, stages=("stage4",), kernel=kernels)) == 0
+        names = {path.name for path in out.parent.iterdir()}
+        assert names == {"cka.json", "other-rbf.png", "cka-mine.png", *(f"cka-{kernel}.png" for kernel in kernels)}
+
+
 def test_a_run_is_what_it_exports(folder: Path, tmp_path: Path) -> None:
     run = pretrain(small_config(folder / "images", tmp_path / "run", steps=2, checkpoint_every=2))
     same = _args(folder, None, run=run, other=run / "encoder.safetensors", stages=("stage4", "stage1"), draws=3)
@@ -228,6 +239,7 @@ def test_without_matplotlib_the_file_is_written_and_it_is_said(
         monkeypatch.delitem(sys.modules, f"fastmoco.evaluate.{name}", raising=False)
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     out = tmp_path / "cka.json"
+    (tmp_path / "cka-linear.png").write_text("of an earlier comparison")
     assert compare_command(_args(folder, out, stages=("stage4",))) == 0
     assert "pip install matplotlib" in capsys.readouterr().out
     assert list(tmp_path.glob("cka*")) == [out] and json.loads(out.read_text())["cka"]["linear"]
@@ -238,14 +250,18 @@ def test_without_matplotlib_the_file_is_written_and_it_is_said(
     [
         ({"other": "before"}, "are the same file; name one"),
         ({"other": "gone"}, "no such run folder or file"),
-        ({"stages": ("final",)}, "has no head"),
+        ({"stages": ("final",)}, r"before/encoder\.safetensors has no head, nor has the run folder .*leave final"),
+        ({"stages": ("final",), "run": "weights.pth", "size": 24}, r"weights\.pth has no head; give the folder of its"),
         ({"stages": ()}, "--stages: name"),
         ({"kernel": ()}, "--kernel: name"),
         ({"kernel": ("rbf",), "sigma": 0.0}, "--sigma must be above 0"),
         ({"kernel": ("rbf",), "sigma": float("nan")}, "--sigma must be above 0"),
         ({"sigma": 2.0}, "--kernel rbf, which is not asked for"),
         ({"other": "after", "draws": 1}, "--draws must be at least 2"),
-        ({"resize": 0.5}, "--resize must be at least 1"),
+        ({"resize": 0.5}, "--resize must be at least 1, not 0.5"),
+        ({"resize": float("nan")}, "--resize must be finite and at least 1, not nan"),
+        ({"resize": float("inf")}, "--resize must be finite and at least 1, not inf"),
+        ({"size": 0}, "--size must be at least 1, not 0"),
         ({"split": "tset"}, "no image is in it; the splits are test, train"),
         ({"out": "x.txt"}, r"ends in \.json"),
         ({"out": "."}, "is a folder: name a file"),
@@ -260,7 +276,7 @@ def test_mistakes(folder: Path, changes: dict[str, Any], said: str, monkeypatch:
         raise AssertionError("features were extracted")
 
     monkeypatch.setattr(module, "extract", extract)
-    paths = {name: folder / value for name, value in changes.items() if name in ("other", "out")}
+    paths = {name: folder / value for name, value in changes.items() if name in ("run", "other", "out")}
     with pytest.raises(UserError, match=said):
         compare_command(_args(folder, **{"out": folder / "x.json", **changes, **paths}))
 

@@ -151,13 +151,41 @@ def test_linear_mode_leaves_the_encoder_bit_for_bit(encoder: Encoder, images: Im
     assert not _equal(found.classifier, fresh.classifier)
 
 
-def test_features_are_brought_to_one_size_before_a_linear_layer(encoder: Encoder, images: Images) -> None:
+def _enlarged(encoder: Encoder) -> Encoder:
+    """With features 100 times as large."""
     other = copy.deepcopy(encoder)
-    last = other.backbone.layer4[-1]
-    with torch.no_grad():
-        last.bn2.weight.mul_(100)
-        last.bn2.bias.mul_(100)
-    model = Classifier(other, 2, frozen=True, precision="fp32", seed=0)
+    first, last = other.backbone.layer4
+    # Of two blocks, of which the second passes on what the first makes: the last BatchNorm of each branch.
+    for norm in (first.downsample[1], first.bn2, last.bn2):
+        with torch.no_grad():
+            norm.weight.mul_(100)
+            norm.bias.mul_(100)
+    assert not last.bn2.weight.any(), "zero_init_residual"
+    return other
+
+
+def test_a_linear_layer_does_not_see_how_large_features_are(encoder: Encoder, images: Images, target: Target) -> None:
+    config = replace(QUICK, mode="linear", lr=0.01)
+    found, other = (_run(start, images, target, config) for start in (encoder, _enlarged(encoder)))
+    np.testing.assert_allclose(other.probabilities, found.probabilities, atol=1e-4)
+    np.testing.assert_allclose(100 * other.classifier.weight.detach(), found.classifier.weight.detach(), atol=1e-3)
+
+
+def test_test_images_leave_a_linear_layer_as_it_is(encoder: Encoder, images: Images, target: Target) -> None:
+    pixels = images.pixels.clone()
+    pixels[TEST] = 255 - pixels[TEST]
+    config = replace(QUICK, mode="linear", lr=0.1)
+    found, other = (_run(encoder, shown, target, config) for shown in (images, Images(pixels=pixels)))
+    assert _equal(found.classifier, other.classifier)
+    assert np.abs(found.probabilities - other.probabilities).max() > 1e-3
+
+
+def test_features_are_brought_to_one_size_before_a_linear_layer(encoder: Encoder, images: Images) -> None:
+    plain, model = (
+        Classifier(start, 2, frozen=True, precision="fp32", seed=0) for start in (encoder, _enlarged(encoder))
+    )
+    small, large = (one.features(images.select(TRAIN)) for one in (plain, model))
+    torch.testing.assert_close(large, 100 * small, rtol=1e-4, atol=1e-3)
     model.standardise(images.select(TRAIN))
     features = (model.features(images.select(TRAIN)) - model.shift) * model.scale
     assert features.mean(0).abs().max() < 1e-4 and float(features.square().mean()) == pytest.approx(1, rel=1e-4)

@@ -76,6 +76,11 @@ def changed(folder: Path, before: str, after: str) -> Path:
         ("least_steps = 3", "least_stepps = 3", r"\[finetune\]: there is no key 'least_stepps'; did you mean"),
         ("least_steps = 3", "least_steps = 0", r"\[finetune\]: --least-steps must be at least 1"),
         ("least_steps = 3", 'mode = "full"', r"\[finetune\]: mode is not set here"),
+        ("[report]", "[finetune.full]\nlrr = 3\n[report]", r"\]: full: there is no key 'lrr'; did you mean lr\?"),
+        ("[report]", "[finetune.full]\nlr = -1\n[report]", r"\[finetune\]: full: --lr must be 0 or more"),
+        ("[report]", "[finetune.linear]\narch = 'x'\n[report]", r"\[finetune\]: linear: arch is not set here"),
+        ("[report]", "[finetune.ful]\nlr = 3\n[report]", r"\[finetune\]: there is no key 'ful'; did you mean full\?"),
+        ("[report]", "[data.finetune.full]\nlrr = 3\n[report]", r"drawn: finetune: full: there is no key 'lrr'"),
         ("[report]", "[leaks]\nallow = ['other']\n[report]", "there are no data called 'other'; there are drawn"),
         ("[report]", "[reports]", "there is no key 'reports'; did you mean report"),
         ("seeds = [0]", "seeds = [0", "is not TOML"),
@@ -141,8 +146,14 @@ def test_fine_tuning_may_differ_by_what_is_trained(tmp_path: Path) -> None:
     assert {c for c in before if before[c].hash != after[c].hash} == {c for c in before if "finetune" in c}
     with pytest.raises(UserError, match=r"\[finetune\]: linear must be a table, not 3"):
         read_study(changed(tmp_path, "least_steps = 3", "least_steps = 3\nlinear = 3"))
-    with pytest.raises(UserError, match=r"\[finetune\]: .*decay"):
-        read_study(changed(tmp_path, "[report]", "[finetune.full]\ndecay = 3\n\n[report]"))
+    # What the study says itself is no key to be tried.
+    for before, after, last in (
+        ("least_steps = 3", "zzz = 3", "precision, full, linear, scratch"),
+        ("[report]", "[finetune.full]\nmodes = 3\n[report]", "precision"),
+    ):
+        with pytest.raises(UserError, match=rf"there is no key '\w+'; the keys are views, lr, .*{last}$") as error:
+            read_study(changed(tmp_path, before, after))
+        assert not {"mode", "arch"} & set(str(error.value).partition("the keys are ")[2].split(", "))
 
 
 def test_every_cell_comes_after_what_it_needs(tmp_path: Path) -> None:

@@ -59,7 +59,7 @@ def test_it_is_folded_on_the_page_and_open_in_print(tmp_path: Path) -> None:
     cells.all(moco=1.0, mse=1.0)
     page = to_html("t", of(cells))
     inside = page[page.index("<details>") : page.index("</details>")]
-    assert "tests, with their 95 % intervals</summary>" in inside and 'class="scroll"' in inside
+    assert "0 tests, with their 95 % intervals</summary>" in inside and 'class="scroll"' in inside
     # Equal scores leave no test: the note is folded with the table.
     assert "no test: both sets of scores order the images alike" in inside
     assert "details::details-content { content-visibility: visible; }" in page[page.index("@media print") :]

@@ -77,7 +77,8 @@ class Here(Pool):
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A study that is computed whole."""
-    file = draw_study(tmp_path_factory.mktemp("study"))
+    more = "[finetune.scratch]\nmost_steps = 2"
+    file = draw_study(tmp_path_factory.mktemp("study"), more=more)
     assert study_command(StudyArgs(config=file), pool=Here) == 0
     return file.parent
 
@@ -201,7 +202,9 @@ def test_a_network_from_scratch_begins_as_the_random_one_of_its_seed_and_is_kept
     data, store = study.data[0], Store(folder / "out")
     stored = store.read("drawn.finetune.scratch.full.s0.b1.d0")
     described = store.read("drawn.data")
-    assert stored is not None and described is not None and set(stored["result"]["reuse"]) == {"linear", "rbf"}
+    assert stored is not None and described is not None
+    reuse = stored["result"]["reuse"]
+    assert set(reuse) == {"linear", "rbf"} and reuse["linear"] != reuse["rbf"]
     cell = make_cells(study, {"drawn": described["result"]["print"]})[stored["id"]]
     context = Context(study, data, store, "cpu", cell.settings["data"])
     scratch, random = (load_start(context, init, 0, {}).state_dict() for init in ("scratch", "random"))
@@ -253,6 +256,12 @@ def test_it_says_by_which_settings_encoders_were_trained_and_which_are_not_the_r
     assert "queue\\_size 16 (recipe: 1024)" in text and "drawn: crop\\_scale 0.4 1, flip\\_p 0.5" in text
     rows = {line.split(" | ")[0]: line.split(" | ")[1:] for line in text.splitlines() if line.startswith("| drawn, ")}
     assert rows["| drawn, MoCo"][1:3] == ["2", "8"]
+    least_and_most = {name: rows[f"| drawn, {name}"][5:7] for name in ("all weights", "from scratch")}
+    assert least_and_most == {"all weights": ["3", "10000"], "from scratch": ["3", "2"]}
+    # And they were trained so.
+    for init, steps in (("moco", 3), ("scratch", 2)):
+        cell = Store(folder / "out").read(f"drawn.finetune.{init}.full.s0.b1.d0")
+        assert cell is not None and cell["result"]["curve"][-1]["step"] == steps
     sums = {path.stem: json.loads(path.read_text())["result"] for path in (folder / "out" / "cells").glob("*pretrain*")}
     for cell, result in sums.items():
         assert f"{cell}: {result['sha256']}" in text

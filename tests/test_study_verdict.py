@@ -13,9 +13,11 @@ from fastmoco.study.config import read_study
 from fastmoco.study.report import record, tables
 from fastmoco.study.report.alike import heat_maps, output_distances, reuse
 from fastmoco.study.report.blocks import Listing, Picture, Text
-from fastmoco.study.report.gather import Findings
+from fastmoco.study.report.entries import OF_BASELINES
+from fastmoco.study.report.gather import BASELINES, Findings
 from fastmoco.study.report.markdown import to_markdown
 from fastmoco.study.report.page import to_html
+from fastmoco.study.report.settings import settings
 from fastmoco.study.report.statistics import Statistics
 from fastmoco.study.report.verdict import _gain, _joint, judge, verdict
 from fastmoco.study.work.numbers import pack
@@ -68,8 +70,6 @@ def test_a_claim_is_judged_when_all_seeds_and_draws_are_there(tmp_path: Path) ->
     assert texts(found)[2] == "The claim as a whole, of every variant: met."
     # What was used where more labels than asked were.
     assert any("at the smallest budget, 40 % (drawn: 14 images, 55 %)" in b.text for b in found if isinstance(b, Text))
-    # Beside what needs no pretraining, on which images that was fitted.
-    assert any("fitted on training and validation images together" in b.text for b in found if isinstance(b, Text))
     # One run fewer, and it is open again.
     del cells.records["drawn.finetune.mse.full.s1.b0.4.d1"]
     found = verdict([cells.statistics()])
@@ -138,6 +138,49 @@ def test_no_row_is_of_what_the_study_has_not(tmp_path: Path) -> None:
     assert [row[0] for row in rows][:2] == ["MoCo", "MoCo + MSE"]
     names = [row[0] for row in table(tables.difference_tables(own), "Full fine-tuning: differences").rows]
     assert "MoCo minus from scratch" not in names and "MoCo minus colour statistics" in names
+
+
+def test_where_baselines_are_shown_with_all_labels_it_is_said_on_which_images_they_are_fitted(tmp_path: Path) -> None:
+    cells = Cells(tmp_path, seeds=1)
+    for kind, names in (("probes", ("stage4",)), ("baselines", BASELINES)):
+        rows = [
+            {"features": name, "budget": budget, "seed": 0, "draw": draw, "validation_auc": 0.5,
+             "probabilities": outputs(draw, 1.0)}
+            for name in names for budget, draw in ((0.4, 0), (0.4, 1), (1.0, 0))
+        ]  # fmt: skip
+        cells.add(f"drawn.{kind}", kind, {"init": "moco", "seed": 0}, {"probes": rows})
+    own = cells.statistics()
+    said = (f"¹ {OF_BASELINES}",)
+    scores = table(tables.score_tables(own), "Linear probe of stage 4: test AUC")
+    marked = {row[0]: [cell.endswith("] ¹") for cell in row[1:3]] for row in scores.rows}
+    assert scores.notes == said and marked["colour statistics"] == marked["gray pixels"] == [False, True]
+    assert marked["MoCo"] == [False, False]
+    apart = table(tables.difference_tables(own), "Linear probe of stage 4: differences")
+    ends = {row[0]: [cell.endswith("] ¹") for cell in row[1:3]] for row in apart.rows}
+    assert apart.notes == said and ends["MoCo minus gray pixels"] == [False, True]
+    answer = table(verdict([own]), "Each against what needs no pretraining, points of AUC")
+    ends = {row[0]: [cell.endswith("] ¹") for cell in row[1:]] for row in answer.rows}
+    assert answer.notes == said and ends["drawn, MoCo, 100 %"][-2:] == [True, True]
+    assert not any(ends["drawn, MoCo, 40 %"])
+
+
+def test_how_training_images_are_augmented_is_said_for_each_that_has_it_otherwise(tmp_path: Path) -> None:
+    cells = Cells(tmp_path, seeds=1)
+    wide, narrow = {"size": 32, "crop_scale": [0.4, 1.0], "flip_p": 0.5}, {"size": 32, "crop_scale": None}
+
+    def said(*trained: tuple[str, str, dict[str, Any]]) -> tuple[str, ...]:
+        for init, mode, views in trained:
+            own = {"init": init, "mode": mode, "seed": 0, "draw": 0, "budget": 1.0, "target": "kind"}
+            result = {"probabilities": outputs(0, 1.0)}
+            cells.add(f"drawn.{init}.{mode}", "finetune", own | {"config": {"views": views}}, result)
+        blocks = settings([Findings(cells.study, cells.study.data[0], cells.records)])
+        return next(b.items for b in blocks if isinstance(b, Listing) and "augmented" in b.summary)
+
+    crops = "crop_scale 0.4 1, flip_p 0.5"
+    assert said(("moco", "full", wide), ("moco", "linear", wide), ("scratch", "full", wide)) == (f"drawn: {crops}",)
+    assert said(("scratch", "full", narrow)) == (
+        f"drawn, all weights, a linear layer: {crops}", "drawn, from scratch: nothing",
+    )  # fmt: skip
 
 
 def test_outputs_are_compared_class_by_class(tmp_path: Path) -> None:

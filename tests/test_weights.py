@@ -12,7 +12,17 @@ from safetensors.torch import load_file, save_file
 import fastmoco
 from fastmoco.errors import UserError
 from fastmoco.models.encoder import Encoder
-from fastmoco.models.weights import infer_arch, initial_backbone, load_encoder, save_encoder
+from fastmoco.models.weights import (
+    CHECKPOINTS,
+    EXPORTED,
+    QUERY,
+    infer_arch,
+    initial_backbone,
+    load_encoder,
+    save_encoder,
+    weights_file,
+    write_weights,
+)
 
 
 def shaken(arch: str) -> Encoder:
@@ -42,6 +52,23 @@ def test_exported_weights_load_strictly_into_torchvision(arch: str, tmp_path: Pa
         assert expected.std() > 1e-3
         assert torch.allclose(ours(images).embedding, expected, rtol=1e-5, atol=1e-5)
         assert torch.allclose(encoder(images).stages[3].mean(dim=(2, 3)), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_run_that_kept_its_query_encoder_alone_is_read_with_its_head(tmp_path: Path) -> None:
+    encoder = shaken("resnet18")
+    save_encoder(tmp_path / EXPORTED, encoder, {})
+    assert not load_encoder(tmp_path).has_head
+    query = {f"module.query.{name}": value for name, value in encoder.state_dict().items()}
+    meta = {"step": 3, "config": {"model": {"arch": "resnet18", "head": "mlp", "dim": 16}, "views": {"size": 64}}}
+    write_weights(tmp_path / QUERY, query, meta)
+    found = load_encoder(tmp_path)
+    assert found.has_head and found.image_size == 64
+    mine, wanted = found.state_dict(), encoder.state_dict()
+    assert mine.keys() == wanted.keys() and all(torch.equal(mine[name], wanted[name]) for name in mine)
+    # Checkpoints say where a run stands.
+    newest = tmp_path / CHECKPOINTS / "step-000000004.safetensors"
+    write_weights(newest, query, meta)
+    assert weights_file(tmp_path) == newest
 
 
 @pytest.mark.parametrize("arch", ["resnet18", "resnet34", "resnet50", "resnet101", "resnet152"])

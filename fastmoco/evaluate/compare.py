@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 from rich import box
@@ -151,8 +151,22 @@ def print_comparison(found: Comparison, sides: Sequence[Side], console: Console)
 def draw_comparison(found: Comparison, sides: Sequence[Side], file: Path) -> list[Path]:
     """A heat map for each kernel as a PNG beside `file`, named after both; none without matplotlib.
 
-    Raises OSError where one cannot be written.
+    Those of an earlier comparison that are not drawn again are removed: they are not of what `file` holds. Raises
+    OSError where one cannot be written or removed.
     """
+    drawn = _draw(found, sides, file)
+    for path in (_picture(file, kernel) for kernel in get_args(Kernel)):
+        if path not in drawn:
+            path.unlink(missing_ok=True)
+    return drawn
+
+
+def _picture(file: Path, kernel: Kernel) -> Path:
+    return file.with_name(f"{file.stem}-{kernel}.png")
+
+
+def _draw(found: Comparison, sides: Sequence[Side], file: Path) -> list[Path]:
+    """The pictures that could be drawn."""
     try:
         from fastmoco.evaluate.heat_map import cka_heat_map
         from fastmoco.evaluate.pictures import png
@@ -165,7 +179,7 @@ def draw_comparison(found: Comparison, sides: Sequence[Side], file: Path) -> lis
     for kernel, one in found.cka.items():
         title = f"CKA of {found.images:,} images\n{found.words(kernel)}"
         figure = cka_heat_map(one, title=title, rows=names[0], columns=names[-1])
-        path = file.with_name(f"{file.stem}-{kernel}.png")
+        path = _picture(file, kernel)
         with replacing(path) as temporary:
             temporary.write_bytes(png(figure))
         written.append(path)

@@ -22,7 +22,7 @@ from fastmoco.evaluate.compare import Side, as_json, compare, draw_comparison, p
 from fastmoco.evaluate.embed import Stage
 from fastmoco.evaluate.features import extract
 from fastmoco.evaluate.images import MOST_BYTES
-from fastmoco.evaluate.options import LabelledImages
+from fastmoco.evaluate.options import LabelledImages, require_head
 from fastmoco.models.weights import load_encoder, run_folder, weights_file
 from fastmoco.precision import Precision
 
@@ -143,8 +143,8 @@ def _sides(args: CompareArgs) -> list[Side]:
     resizes = [encoder.resize for encoder in encoders if encoder.resize is not None]
     sides = []
     for name, run, file, encoder in zip(_names(runs), runs, files, encoders, strict=True):
-        if "final" in args.stages and not encoder.has_head:
-            raise UserError(f"--stages final: {run} has no head; give the run folder, or leave final out")
+        if "final" in args.stages:
+            require_head(encoder, run)
         size = args.size or encoder.image_size or (sizes[0] if sizes else args.input_size(encoder, run))
         resize = args.resize or encoder.resize or (resizes[0] if resizes else 1.0)
         sides.append(Side(name=name, run=run, file=file, encoder=encoder, size=size, resize=resize))

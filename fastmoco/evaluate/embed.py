@@ -16,7 +16,7 @@ from fastmoco.data.manifest import Manifest
 from fastmoco.device import find_device
 from fastmoco.errors import UserError
 from fastmoco.evaluate.features import extract
-from fastmoco.evaluate.options import LabelledImages
+from fastmoco.evaluate.options import LabelledImages, require_head
 from fastmoco.models.weights import load_encoder
 from fastmoco.precision import Precision
 
@@ -58,8 +58,8 @@ def embed_command(args: EmbedArgs) -> int:
     device = find_device(args.device)
     encoder = load_encoder(args.run)
     size = args.input_size(encoder, args.run)
-    if "final" in args.stages and not encoder.has_head:
-        raise UserError(f"--stages final: {args.run} has no head; give the run folder, or leave final out")
+    if "final" in args.stages:
+        require_head(encoder, args.run)
     manifest = args.manifest(all_labels=True)
     resize = encoder.resize or 1.0
     features = extract(

@@ -32,8 +32,8 @@ class FinetuneConfig:
     """How a classifier is trained. Raises UserError for a value out of range."""
 
     mode: Mode = "full"
-    """What is trained: all weights; the linear classifier alone, the encoder frozen in evaluation mode; or all weights
-    from random ones."""
+    """What is trained: all weights; the linear classifier alone, the encoder frozen in evaluation mode, on its features
+    less their mean over the labelled training images and over their spread; or all weights from random ones."""
     arch: str = "resnet18"
     """Torchvision ResNet of --mode scratch; the others have that of their weights."""
     views: tyro.conf.Suppress[ViewConfig | None] = None
@@ -118,6 +118,10 @@ def finetune(
     the same bit for bit for one number of threads. Raises UserError where `encoder` is wanted and not given, where
     there are fewer than 2 training images, and where no look had a score: the loss diverged, or the validation images
     are all of one class.
+
+    In mode "linear" the features are shifted by their mean over the images `train` and all divided by one spread, the
+    root mean square of their deviations from it, before the classifier sees them. The `classifier` that is returned
+    has both folded in: it is of the features as the encoder makes them.
     """
     if (encoder is None) != (config.mode == "scratch"):
         raise UserError(f"--mode {config.mode} {'needs' if encoder is None else 'takes no'} pretrained weights")

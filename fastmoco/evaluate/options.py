@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
 from fastmoco.data.manifest import Manifest, load_manifest
 from fastmoco.errors import UserError
 from fastmoco.models.encoder import Encoder
+from fastmoco.models.weights import weights_file
 
 _LEAST = {"size": 1, "batch_size": 1, "workers": 0, "seed": 0, "draws": 1, "resize": 1}
 
@@ -38,8 +40,9 @@ class LabelledImages:
     def __post_init__(self) -> None:
         for name, least in _LEAST.items():
             value = getattr(self, name, None)
-            if value is not None and value < least:
-                raise UserError(f"--{name.replace('_', '-')} must be at least {least}, not {value}")
+            if value is not None and not least <= value < math.inf:
+                finite = "" if math.isfinite(value) else "finite and "
+                raise UserError(f"--{name.replace('_', '-')} must be {finite}at least {least}, not {value}")
 
     def manifest(self, *, all_labels: bool = False) -> Manifest:
         """The images. `all_labels` and raises are those of `load_manifest`."""
@@ -72,3 +75,13 @@ class LabelledImages:
             source = "without a run" if run is None else f"{run} does not say what size of image it was trained on:"
             raise UserError(f"{source} give --size")
         return size
+
+
+def require_head(encoder: Encoder, run: Path) -> None:
+    """Raise UserError where `encoder`, read from `run`, lacks the head that --stages final is of."""
+    if encoder.has_head:
+        return
+    what = f"--stages final: {weights_file(run)} has no head"
+    if run.is_dir():
+        raise UserError(f"{what}, nor has the run folder another file that has one; leave final out")
+    raise UserError(f"{what}; give the folder of its run, or a checkpoint, or leave final out")

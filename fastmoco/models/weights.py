@@ -24,6 +24,8 @@ METADATA_KEY = "fastmoco"
 # The one under which the tensors' checksum stands: safetensors has none, and reads flipped bits as weights.
 CHECKSUM_KEY = "crc32"
 CHECKPOINTS = "checkpoints"
+# The query encoder with its head, where a run keeps that alone of its checkpoints.
+QUERY = "query.safetensors"
 EXPORTED = "encoder.safetensors"
 
 _ARCHS: dict[tuple[tuple[int, ...], bool], str] = {
@@ -172,7 +174,8 @@ def run_folder(path: Path) -> Path:
 
 
 def weights_file(path: Path) -> Path:
-    """The file that `load_encoder` reads: of a run folder its newest checkpoint, or the exported encoder.
+    """The file that `load_encoder` reads: of a run folder its newest checkpoint, or what is left of it, the query
+    encoder with its head, or the exported encoder.
 
     Raises UserError where there is none.
     """
@@ -183,9 +186,12 @@ def weights_file(path: Path) -> Path:
     checkpoints = sorted((path / CHECKPOINTS).glob("step-*.safetensors"))
     if checkpoints:
         return checkpoints[-1]
-    if (path / EXPORTED).is_file():
-        return path / EXPORTED
-    raise UserError(f"{path}: neither {CHECKPOINTS}/step-*.safetensors nor {EXPORTED} in it; is it a run folder?")
+    for name in (QUERY, EXPORTED):
+        if (path / name).is_file():
+            return path / name
+    raise UserError(
+        f"{path}: neither {CHECKPOINTS}/step-*.safetensors nor {QUERY} nor {EXPORTED} in it; is it a run folder?"
+    )
 
 
 def _read_torch(path: Path) -> dict[str, Tensor]:

@@ -54,9 +54,7 @@ def apply(config: Config, table: Mapping[str, Any], where: str) -> Config:
     for group in _GROUPS:
         fields |= {field.name: group for field in dataclasses.fields(getattr(config, group))}
     free = {name: group for name, group in fields.items() if name not in _TAKEN}
-    for name in table:
-        if name in _TAKEN:
-            raise UserError(f"{where}: {name} is not set here: the study sets it, from its other tables")
+    _refuse_taken(table, _TAKEN, where)
     require_known(table, free, where)
     if table.get("precision") == "auto":
         raise UserError(
@@ -75,10 +73,14 @@ def apply(config: Config, table: Mapping[str, Any], where: str) -> Config:
 
 def of_one(table: Mapping[str, Any], name: str, every: Collection[str], where: str) -> dict[str, Any]:
     """The keys of `table` that hold for `name`, of `every`: those in it, and over them those of its table [.NAME]."""
+    return {key: value for key, value in table.items() if key not in every} | _table_of(table, name, where)
+
+
+def _table_of(table: Mapping[str, Any], name: str, where: str) -> dict[str, Any]:
     own = table.get(name, {})
     if not isinstance(own, dict):
         raise UserError(f"{where}: {name} must be a table, not {own!r}")
-    return {key: value for key, value in table.items() if key not in every} | own
+    return own
 
 
 def check_pretrain(recipe: str, method: str, table: Mapping[str, Any], where: str) -> None:
@@ -88,17 +90,23 @@ def check_pretrain(recipe: str, method: str, table: Mapping[str, Any], where: st
 
 def check_finetune(table: Mapping[str, Any], where: str) -> None:
     """Raise UserError where `table` does not fit FinetuneConfig."""
-    for trained in TRAINED:
-        own = of_one(table, trained, TRAINED, where)
-        for name in own:
-            if name in _TAKEN_OF_FINETUNING:
-                raise UserError(f"{where}: {name} is not set here: the study sets it, from its other tables")
-        require_known(own, {field.name: field for field in dataclasses.fields(FinetuneConfig)}, where)
-        values = read_values(FinetuneConfig, own, where)
+    free: dict[str, Any] = {f.name: f for f in dataclasses.fields(FinetuneConfig) if f.name not in _TAKEN_OF_FINETUNING}
+    tables: dict[str, Any] = {trained: _table_of(table, trained, where) for trained in TRAINED}
+    inner = ((own, free, f"{where}: {trained}") for trained, own in tables.items())
+    for own, known, place in ((table, free | tables, where), *inner):
+        _refuse_taken(own, _TAKEN_OF_FINETUNING, place)
+        require_known(own, known, place)
+        values = read_values(FinetuneConfig, {name: own[name] for name in own if name in free}, place)
         try:
             FinetuneConfig(**values)
         except UserError as error:
-            raise UserError(f"{where}: {error}") from error
+            raise UserError(f"{place}: {error}") from error
+
+
+def _refuse_taken(table: Mapping[str, Any], taken: Collection[str], where: str) -> None:
+    for name in table:
+        if name in taken:
+            raise UserError(f"{where}: {name} is not set here: the study sets it, from its other tables")
 
 
 def finetune_config(tables: Sequence[Mapping[str, Any]], trained: str, **own: Any) -> FinetuneConfig:

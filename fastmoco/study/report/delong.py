@@ -50,15 +50,16 @@ def _none_for(target: str, kind: str) -> Text:
 
 
 def _tests(found: Findings) -> list[Block]:
-    rows, footnotes, known = [], Footnotes(), 0
+    rows, footnotes, compared, tests = [], Footnotes(), 0, 0
     for budget in dict.fromkeys((min(found.study.grid.budgets), 1.0)):
         for a, b in trained_pairs(found):
             for seed in found.study.grid.seeds:
                 tested = _compared(found, a, b, budget, seed)
-                known += tested is not None
+                compared += tested is not None
+                tests += tested is not None and tested.z is not None
                 name = f"{label_of(a)} minus {label_of(b)}"
                 rows.append((name, found.asked(budget), str(seed), *_in_words(tested, footnotes)))
-    if not known:
+    if not compared:
         return []
     caption = f"{found.data.name}. DeLong's test, run by run: full fine-tuning, first draw of the labels"
     table = Table(
@@ -66,7 +67,7 @@ def _tests(found: Findings) -> list[Block]:
         header=("difference", "labels", "seed", "points of AUC", "z", "p"),
         rows=tuple(rows),
         notes=footnotes.lines,
-        summary=f"{known} tests, with their 95 % intervals",
+        summary=f"{tests} tests, with their 95 % intervals",
     )
     return [Text(text=_MEANING), table]
 

@@ -6,15 +6,21 @@ from collections.abc import Sequence
 
 from fastmoco.evaluate.intervals import Estimate
 from fastmoco.evaluate.weighted import Score
-from fastmoco.study.report.gather import FULL
+from fastmoco.study.report.gather import BASELINES, FULL
 from fastmoco.study.report.statistics import Statistics
 from fastmoco.study.report.words import NOT_KNOWN, Footnotes, points, scored
 
 RUNS = "seeds x draws"
+# Published baselines have every label that is not a test image's.
+OF_BASELINES = (
+    "with all labels a baseline is fitted on training and validation images together, once its C is chosen on the "
+    "validation images; encoders' probes are fitted on the training images alone"
+)
 
 
 class Entries:
-    """Texts for one table. A number of fewer runs than the study asks for has a remark that says so."""
+    """Texts for one table. A number of fewer runs than the study asks for has a remark that says so; one of a baseline
+    with all labels has another, as it is fitted on more images than an encoder's probe."""
 
     def __init__(self) -> None:
         self.footnotes = Footnotes()
@@ -48,6 +54,8 @@ class Entries:
         self, text: str, estimate: Estimate | None, own: Statistics, measure: str, inits: Sequence[str], budget: float
     ) -> str:
         notes = [note for init in inits for note in own.found.notes(measure, init, budget)]
+        if budget == 1 and estimate is not None and any(init in BASELINES for init in inits):
+            notes.append(OF_BASELINES)
         planned = own.found.planned(measure, budget)
         return self._marked(text, estimate, own.whole(measure, inits, budget), planned, notes)
 

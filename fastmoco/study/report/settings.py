@@ -93,7 +93,8 @@ def _differences(recipe: str, config: Mapping[str, Any]) -> list[tuple[str, Any,
 
 
 def _finetuning(every: Sequence[Findings]) -> tuple[list[tuple[str, ...]], list[str]]:
-    """A row for each set and mode, and how the sets' training images are augmented."""
+    """A row for each set and for what is trained, and how its training images are augmented: a line for each set, or
+    where they differ for what is trained."""
     rows, views = [], []
     for found in every:
         seen: dict[str, Mapping[str, Any]] = {}
@@ -103,12 +104,18 @@ def _finetuning(every: Sequence[Findings]) -> tuple[list[tuple[str, ...]], list[
         for trained, config in seen.items():
             shown = (_shown(config.get(name)) for name, _ in _FINETUNING)
             rows.append((f"{found.data.name}, {_TRAINED[trained]}", *shown))
-        if seen:
-            own = next(iter(seen.values())).get("views") or {}
-            geometry = {name: own.get(name) for name in ("crop_scale", "rotation", "flip_p")}
-            listed = ", ".join(f"{name} {_shown(value)}" for name, value in geometry.items() if value)
-            views.append(f"{found.data.name}: {listed or 'nothing'}")
+        alike: dict[str, list[str]] = {}
+        for trained, config in seen.items():
+            alike.setdefault(_augmentation(config.get("views") or {}), []).append(_TRAINED[trained])
+        for said, names in alike.items():
+            views.append(f"{', '.join([found.data.name, *(names if len(alike) > 1 else [])])}: {said}")
     return rows, views
+
+
+def _augmentation(views: Mapping[str, Any]) -> str:
+    """What fine-tuning takes of `views`: where things lie and how large they are."""
+    geometry = {name: views.get(name) for name in ("crop_scale", "rotation", "flip_p")}
+    return ", ".join(f"{name} {_shown(value)}" for name, value in geometry.items() if value) or "nothing"
 
 
 def _shown(value: Any) -> str:

@@ -148,10 +148,5 @@ def _against_others(statistics: Sequence[Statistics], smallest: float) -> list[B
         return []
     ways = {FULL: "fine-tuned", _STAGE4: "probe of stage 4"}
     header = ("data, method, labels", *(f"{ways[measure]}: minus {label_of(other)}" for measure, other in others))
-    caption = "Each against what needs no pretraining, with as many labels, points of AUC"
-    table = Table(caption=caption, header=header, rows=tuple(rows), notes=entries.footnotes.lines)
-    said = (
-        "With all labels the baselines are fitted on training and validation images together, once their C is chosen "
-        "on the validation images; encoders' probes are fitted on the training images alone."
-    )
-    return [table, Text(text=said)]
+    caption = "Each against what needs no pretraining, points of AUC"
+    return [Table(caption=caption, header=header, rows=tuple(rows), notes=entries.footnotes.lines)]

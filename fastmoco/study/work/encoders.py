@@ -7,15 +7,14 @@ import shutil
 from pathlib import Path
 
 from fastmoco.models.encoder import Encoder
-from fastmoco.models.weights import CHECKPOINTS, load_encoder, read_weights, write_weights
+from fastmoco.models.weights import CHECKPOINTS, QUERY, load_encoder, read_weights, write_weights
 from fastmoco.study.cell import Cell
 from fastmoco.study.cells import RANDOM, pretrain_id
 from fastmoco.study.config import SCRATCH
 from fastmoco.study.store import Store
 from fastmoco.study.work.context import Context
 
-_FILE = "query.safetensors"
-_QUERY = "module.query."
+_OF_QUERY = "module.query."
 
 
 def run_folder(store: Store, cell: Cell) -> Path:
@@ -25,7 +24,7 @@ def run_folder(store: Store, cell: Cell) -> Path:
 
 def encoder_file(store: Store, cell: Cell) -> Path:
     """The encoder, head included, that `cell` pretrained."""
-    return run_folder(store, cell) / _FILE
+    return run_folder(store, cell) / QUERY
 
 
 def is_whole(store: Store, cell: Cell) -> bool:
@@ -40,10 +39,10 @@ def keep_query(run: Path) -> Path:
     """
     newest = max((run / CHECKPOINTS).glob("step-*.safetensors"))
     tensors, meta = read_weights(newest)
-    query = {name: value for name, value in tensors.items() if name.startswith(_QUERY)}
-    write_weights(run / _FILE, query, {"step": meta["step"], "config": meta["config"]})
+    query = {name: value for name, value in tensors.items() if name.startswith(_OF_QUERY)}
+    write_weights(run / QUERY, query, {"step": meta["step"], "config": meta["config"]})
     shutil.rmtree(run / CHECKPOINTS)
-    return run / _FILE
+    return run / QUERY
 
 
 def file_hash(path: Path) -> str:
