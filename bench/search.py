@@ -173,7 +173,7 @@ class Candidate:
         for mode, budget in product(self.trial.tuned, self.study.grid.budgets):
             if budget < 1:
                 settings = finetune_settings(self.study, self.data, mode, method)
-                found[f"{budget:g}"][mode] = tune(self.context, encoder, settings, budget, 1, seed=self.trial.seed)
+                found[f"{budget:g}"][mode] = tune(self.context, encoder, settings, budget, seed=self.trial.seed)
         return found
 
     def row(self, method: str, encoder: Encoder, draws: int) -> Row:
