@@ -20,6 +20,7 @@ import tyro
 
 from bench.search_scores import FOLDS, Scores, known_features, labelled, probe, tune
 from fastmoco.atomic import write_text
+from fastmoco.device import device_name, find_device
 from fastmoco.errors import UserError
 from fastmoco.models.encoder import Encoder
 from fastmoco.models.weights import load_encoder
@@ -90,6 +91,8 @@ class SearchArgs:
     """Draws of the labels for probes at budgets below 1; fine-tuning has one."""
     out: Path = Path("docs/results/search.json")
     """Results so far, to which those of this run are added; a table goes beside it, as Markdown."""
+    device: str = "cpu"
+    """cpu, cuda, cuda:1 ... or auto, which takes a GPU where there is one."""
 
 
 def read_trials(file: Path) -> tuple[Search, Study, list[Trial]]:
@@ -123,20 +126,25 @@ def read_trials(file: Path) -> tuple[Search, Study, list[Trial]]:
 class Candidate:
     """A trial of one set of images: its study, its cells and its encoders."""
 
-    def __init__(self, study: Study, trial: Trial, folder: Path, config: Path) -> None:
+    def __init__(self, study: Study, trial: Trial, folder: Path, config: Path, device: str = "cpu") -> None:
         data = study.named(trial.data[0])
         pretrain, finetune = _over(data.pretrain, trial.pretrain), _over(data.finetune, trial.finetune)
         self.data = replace(data, pretrain=pretrain, finetune=finetune)
         methods = tuple(method for method in METHODS if method in trial.methods)
         grid = replace(
-            study.grid, out=folder / f"{data.name}.{trial.name}", methods=methods, seeds=(trial.seed,), jobs=1
+            study.grid,
+            out=folder / f"{data.name}.{trial.name}",
+            methods=methods,
+            seeds=(trial.seed,),
+            jobs=1,
+            device=device,
         )
         self.study, self.trial, self.config = replace(study, grid=grid, data=(self.data,)), trial, config
         self.store = Store(grid.out)
         self.store.make()
         self.prepared = prepare(self.study, self.data)
         self.prepared.write(self.store, self.data)
-        self.context = Context(self.study, self.data, self.store, "cpu", self.prepared.print)
+        self.context = Context(self.study, self.data, self.store, device, self.prepared.print)
         cells = make_cells(self.study, {data.name: self.prepared.print})
         self.cells = {method: cells[pretrain_id(data, method, trial.seed)] for method in methods}
 
@@ -181,6 +189,7 @@ class Candidate:
         trial = self.trial
         said = {k: v for k, v in trial.pretrain.items() if not isinstance(v, dict) or k == method}
         row = {"data": self.data.name, "trial": trial.name, "than": trial.than, "method": method, "seed": trial.seed}
+        row["device"] = device_name(self.context.device)
         row |= {"pretrain": said, "finetune": trial.finetune, "settings": self.settings(method, draws)}
         row["labels"] = {f"{budget:g}": labelled(self.context, budget) for budget in self.study.grid.budgets}
         return row | {"scores": self.scored(method, encoder, draws)}
@@ -202,12 +211,24 @@ def table(rows: Sequence[Row]) -> list[str]:
         every = {(b, name) for row in own for b, scores in row["scores"].items() for name in scores}
         shown = [(b, n) for b in sorted({b for b, _ in every}, key=float) for n in SHOWN if (b, n) in every]
         labels = own[0]["labels"]
-        head = ["trial", "method", "compared with", *(f"{SHOWN[name]}, {labels[budget]}" for budget, name in shown)]
+        head = [
+            "trial",
+            "method",
+            "on",
+            "compared with",
+            *(f"{SHOWN[name]}, {labels[budget]}" for budget, name in shown),
+        ]
         lines += ["", f"## {data}", "", f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
         for row in own:
             than = _compared(row, own)
             said = "-" if than is None else f"{than['trial']}, {than['method']}"
-            cells = [row["trial"], row["method"], said, *(_score(row, than, budget, name) for budget, name in shown)]
+            cells = [
+                row["trial"],
+                row["method"],
+                row["device"],
+                said,
+                *(_score(row, than, budget, name) for budget, name in shown),
+            ]
             lines.append(f"| {' | '.join(cells)} |")
     return lines
 
@@ -274,9 +295,9 @@ def main(args: SearchArgs) -> int:
     if not chosen:
         raise UserError(f"--only: there are {', '.join(names)}")
     head = f"# What matters on small sets\n\n`python -m bench.search {args.config}`\n\n{search.note}"
-    results, status = Results(args.out, trials, folder / "lock", head), 0
+    results, status, device = Results(args.out, trials, folder / "lock", head), 0, str(find_device(args.device))
     for trial in chosen:
-        candidate = Candidate(study, trial, folder, args.config)
+        candidate = Candidate(study, trial, folder, args.config, device)
         for method in trial.methods:
             if results.has(trial.data[0], trial.name, method, candidate.settings(method, args.draws)):
                 continue

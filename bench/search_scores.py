@@ -40,7 +40,7 @@ def known_features(context: Context, encoder: Encoder) -> dict[str, np.ndarray]:
     """Features (n, d) float32 by name of every image but the test's, whose rows are NaN."""
     known = np.concatenate([context.splits.train, context.splits.validation])
     sets = {}
-    for name, values in context.images.select(known).features(encoder, device="cpu").items():
+    for name, values in context.images.select(known).features(encoder, device=context.device).items():
         sets[name] = np.full((len(context.target.values), values.shape[1]), np.nan, dtype=values.dtype)
         sets[name][known] = values
     return sets
@@ -71,7 +71,17 @@ def tune(context: Context, encoder: Encoder, config: FinetuneConfig, budget: flo
     for train, held in folds(context):
         images = draw_budget(context.target.values, train, budget, seed=0).indices
         # The test images are none of this search's: a held-out one stands in for them.
-        tuned = finetune(encoder, context.images, context.target, images, held, held[:1], config, seed=seed)
+        tuned = finetune(
+            encoder,
+            context.images,
+            context.target,
+            images,
+            held,
+            held[:1],
+            config,
+            seed=seed,
+            device=context.device,
+        )
         found.append(round(tuned.validation_score, 4))
     return found
 

@@ -106,6 +106,7 @@ def test_a_table_says_what_is_above_the_base_and_on_how_many_folds() -> None:
             "method": method,
             "than": "base",
             "seed": seed,
+            "device": "cpu",
             "labels": {"0.01": "17 labels"},
         }
         return own | {"scores": {"0.01": {"stage4": scores}}}
@@ -120,13 +121,13 @@ def test_a_table_says_what_is_above_the_base_and_on_how_many_folds() -> None:
         ]
     )
     assert lines[3:] == [
-        "| trial | method | compared with | probe 4, 17 labels |",
-        "|---|---|---|---|",
-        "| base | moco | - | 0.700 |",
-        "| other | moco | base, moco | 0.740 (+4.0, 3/5) |",
+        "| trial | method | on | compared with | probe 4, 17 labels |",
+        "|---|---|---|---|---|",
+        "| base | moco | cpu | - | 0.700 |",
+        "| other | moco | cpu | base, moco | 0.740 (+4.0, 3/5) |",
         # Where the other trial has not the method, with MoCo; never with another seed.
-        "| other | mse | base, moco | 0.740 (+4.0, 3/5) |",
-        "| other | moco | - | 0.740 |",
+        "| other | mse | cpu | base, moco | 0.740 (+4.0, 3/5) |",
+        "| other | moco | cpu | - | 0.740 |",
     ]
 
 
@@ -162,8 +163,8 @@ def test_changed_settings_are_scored_again_and_what_is_no_trial_is_dropped(tmp_p
     other = Candidate(study, changed[1], tmp_path / "found", config)
     assert len({first, other.settings("moco", 2), other.settings("moco", 3)}) == 3
     results = Results(tmp_path / "s.json", trials[1:], tmp_path / "lock", "# head")
-    row = {"data": "drawn", "trial": "other rate", "than": "base", "method": "moco", "seed": 0, "settings": first,
-           "labels": {"1": "all"}, "scores": {"1": {"stage1": [0.5] * FOLDS}}}  # fmt: skip
+    row = {"data": "drawn", "trial": "other rate", "than": "base", "method": "moco", "seed": 0, "device": "cpu",
+           "settings": first, "labels": {"1": "all"}, "scores": {"1": {"stage1": [0.5] * FOLDS}}}  # fmt: skip
     results.add(row | {"trial": "gone"})
     results.add(row)
     assert results.has("drawn", "other rate", "moco", first)

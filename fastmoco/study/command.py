@@ -14,7 +14,7 @@ from typing import Any, Literal
 import tyro
 from rich.console import Console
 
-from fastmoco.device import find_device
+from fastmoco.device import device_name, find_device
 from fastmoco.errors import UserError
 from fastmoco.study.cell import Cell, digest
 from fastmoco.study.cells import make_cells
@@ -181,7 +181,7 @@ def _run(
         sides = {int(cell.settings["data"]["size"]) for cell in todo.values()}
         trials = {side: pool.trial(side) for side in sides}
         estimate = Estimate(trials)
-        estimate.add_all(cells.values(), records, _device_name(device))
+        estimate.add_all(cells.values(), records, device_name(device))
         time = in_words(estimate.left(todo, study.grid.jobs))
         console.print(
             f"{len(todo)} of {len(cells)} cells are to be computed on {device} by {study.grid.jobs} at a time: "
@@ -236,12 +236,6 @@ def _stored_prints(study: Study, store: Store) -> dict[str, dict[str, Any]]:
             raise UserError(f"--report only: {where} is not there, so nothing is known of {data.name}; run the study")
         prints[data.name] = record["result"]["print"]
     return prints
-
-
-def _device_name(device: Any) -> str:
-    import torch
-
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
 
 
 class _ended_by_signals:

@@ -19,6 +19,7 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any, Literal
 
+from fastmoco.device import device_name
 from fastmoco.errors import UserError
 from fastmoco.study.cell import Cell, digest
 from fastmoco.study.config import Study
@@ -162,17 +163,12 @@ class _Worker:
             "result": result,
             "key": digest(result),
             "seconds": round(seconds, 3),
-            "device": self._device_name(),
+            "device": device_name(self.device),
             "machine": machine(),
             "versions": versions(),
             "command": job.command,
             "finished": datetime.now(UTC).isoformat(timespec="seconds"),
         }
-
-    def _device_name(self) -> str:
-        import torch
-
-        return torch.cuda.get_device_name(self.device) if self.device.startswith("cuda") else "cpu"
 
     def _failed(self, cell: Cell, reason: str, *, last: bool = False) -> Outcome:
         self.store.write_failure(cell, reason)
