@@ -44,7 +44,8 @@ def demo_config(args: DemoArgs) -> Config:
         config,
         data=replace(config.data, labels=data_folder(args) / "labels.csv", label=("label",), split="train"),
         run=replace(config.run, seed=args.seed, resume=True, log_every=20, checkpoint_every=200),
-        views=replace(config.views, size=64),
+        # These classes differ in shape and not in colour, so encoders do well to be blind to it: MoCo's jitter.
+        views=replace(config.views, size=64, jitter=(0.4, 0.4, 0.4, 0.1), gray_p=0.2),
         model=replace(config.model, arch="resnet18"),
         optim=replace(config.optim, epochs=args.epochs),
     )

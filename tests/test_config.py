@@ -12,7 +12,7 @@ import pytest
 
 from fastmoco.errors import UserError
 from fastmoco.train.config import LossConfig, OptimConfig, RunConfig
-from fastmoco.train.recipes import RECIPES, find
+from fastmoco.train.recipes import METHODS, RECIPES, find
 from fastmoco.train.schedules import learning_rate
 from fastmoco.train.stored import changed_fields, to_json
 
@@ -46,9 +46,25 @@ def test_the_papers_constants() -> None:
     assert find("histology-moco")(Path(), Path()).views.crop_scale == (0.4, 1.0)
     v2 = find("mocov2")(Path(), Path())
     assert (v2.loss.temperature, v2.model.head, v2.optim.schedule, v2.optim.batch_size) == (0.2, "mlp", "cosine", 256)
-    small = find("fundus-mse-small")(Path(), Path())
-    assert (small.loss.queue_size, small.loss.temperature, small.loss.ema) == (1024, 0.2, 0.99)
-    assert (small.optim.batch_size, small.optim.lr, small.optim.schedule) == (64, 0.06, "cosine")
+
+
+def test_what_the_search_found_for_small_sets() -> None:
+    """docs/results/search.md: colour of what is coloured, epochs, the form and weight of stage losses."""
+    for domain, epochs, coloured in (("histology", 40, True), ("fundus", 150, True), ("chest-xray", 100, False)):
+        for method in METHODS:
+            full, small = (find(f"{domain}-{method}{end}")(Path(), Path()) for end in ("", "-small"))
+            loss, optim = small.loss, small.optim
+            assert (loss.queue_size, loss.temperature, loss.ema, small.model.head) == (1024, 0.2, 0.99, "mlp")
+            assert (optim.batch_size, optim.lr, optim.schedule, optim.epochs) == (64, 0.06, "cosine", epochs)
+            weak = dataclasses.replace(full.views, jitter=(0.2, 0.2, 0.1, 0.02), gray_p=0.0)
+            assert small.views == (weak if coloured else full.views)
+            assert loss.grids == full.loss.grids
+            if method == "mse":
+                assert loss.stage_weight == 1.0
+            if method == "barlow":
+                assert (loss.stage_weight, loss.barlow_scale, loss.barlow_off_diagonal) == (5e-4, 1.0, 0.005)
+    plain, small = (find(f"mocov2{end}")(Path(), Path()) for end in ("", "-small"))
+    assert small.views == plain.views and small.optim.epochs == 60
 
 
 def test_an_unknown_recipe_names_its_neighbours() -> None:
