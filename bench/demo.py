@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import tyro
 
-from bench.study import score_side_by_side
+from fastmoco.atomic import write_text
+from fastmoco.data.manifest import load_manifest
 from fastmoco.data.synthetic import draw_tissue
 from fastmoco.demo import DATA_SEED, DemoArgs, data_folder, demo_config
+from fastmoco.evaluate.report import print_result, to_json, to_markdown
+from fastmoco.evaluate.run import evaluate
 from fastmoco.models.encoder import Encoder
 from fastmoco.models.weights import load_encoder
 from fastmoco.train.pretrain import pretrain
@@ -36,16 +40,19 @@ def main(args: DemoSeedsArgs) -> int:
         draw_tissue(data_folder(demo), images=demo.images, seed=DATA_SEED)
         encoders[f"random, seed {seed}"] = Encoder("resnet18", seed=seed)
         encoders[f"pretrained, seed {seed}"] = load_encoder(pretrain(demo_config(demo)))
-    score_side_by_side(
-        encoders,
-        data_folder(demo) / "images",
-        data_folder(demo) / "labels.csv",
-        "label",
-        title="The demo with three training seeds",
-        command="python -m bench.demo",
-        out=args.out,
-    )
+    score_side_by_side(encoders, data_folder(demo), args.out)
     return 0
+
+
+def score_side_by_side(encoders: Mapping[str, Encoder], patches: Path, out: Path) -> None:
+    """Score `encoders` beside the baselines, print the table, and write it to `out` (.md) and as .json."""
+    manifest = load_manifest(patches / "images", patches / "labels.csv", label=("label",))
+    result = evaluate(encoders, manifest, label="label", size=64, resize=1.0)
+    print_result(result)
+    table = to_markdown([result]).split("\n", 3)[3]
+    title = "# The demo with three training seeds\n\nWritten by `python -m bench.demo`; ResNet-18 at 64 px."
+    write_text(out, f"{title}\n\n{table}")
+    write_text(out.with_suffix(".json"), to_json([result]))
 
 
 if __name__ == "__main__":

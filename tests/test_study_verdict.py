@@ -164,6 +164,21 @@ def test_where_baselines_are_shown_with_all_labels_it_is_said_on_which_images_th
     assert not any(ends["drawn, MoCo, 40 %"])
 
 
+def test_baselines_of_more_draws_than_fine_tuning_has_lack_none(tmp_path: Path) -> None:
+    cells = Cells(tmp_path, seeds=1, draws=1)
+    cells.all(moco=1.0)
+    rows = [
+        {"features": name, "budget": budget, "seed": 0, "draw": draw, "validation_auc": 0.5,
+         "probabilities": outputs(draw, 1.0)}
+        for name in BASELINES for budget, draw in ((0.4, 0), (0.4, 1), (1.0, 0))
+    ]  # fmt: skip
+    cells.add("drawn.baselines", "baselines", {}, {"probes": rows})
+    scores = table(tables.score_tables(cells.statistics()), "Full fine-tuning: test AUC")
+    runs = {row[0]: row[-1] for row in scores.rows}
+    assert runs["MoCo"] == "1 x 1, 1 x 1" and runs["colour statistics"] == "1 x 2, 1 x 1"
+    assert scores.notes == (f"¹ {OF_BASELINES}",)
+
+
 def test_how_training_images_are_augmented_is_said_for_each_that_has_it_otherwise(tmp_path: Path) -> None:
     cells = Cells(tmp_path, seeds=1)
     wide, narrow = {"size": 32, "crop_scale": [0.4, 1.0], "flip_p": 0.5}, {"size": 32, "crop_scale": None}

@@ -68,7 +68,8 @@ class Entries:
         notes: Sequence[str] = (),
     ) -> str:
         said = [*(estimate.notes if estimate is not None else ()), *notes]
-        if estimate is not None and whole != planned:
+        # Of more draws than fine-tuning's are baselines, which lack none.
+        if estimate is not None and (whole[0] < planned[0] or whole[1] < planned[1]):
             said.append(f"provisional: {lacking(whole, planned)}")
         return self.footnotes.mark(text, said)
 
