@@ -100,10 +100,12 @@ def operations(pictures: Sequence[np.ndarray], size: int) -> list[Work]:
 
 
 def recipes(pictures: Sequence[np.ndarray], views: int) -> list[Work]:
-    """Some views of each recipe's kind, as drawn for training; recipes with the same views are one."""
+    """Some views of each recipe's kind, as drawn for training; recipes with the same views are one. Those of small sets
+    are left out: the same operations, weaker."""
     kinds: dict[ViewConfig, str] = {}
     for name, recipe in RECIPES.items():
-        kinds.setdefault(recipe(Path(), Path()).views, name.rsplit("-", 1)[0])
+        if not name.endswith("-small"):
+            kinds.setdefault(recipe(Path(), Path()).views, name.rsplit("-", 1)[0])
     works = []
     sizes = np.array([picture.shape[:2] for picture in pictures])
     for config, name in kinds.items():

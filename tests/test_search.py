@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from bench.search import Candidate, Results, SearchArgs, main, read_trials, table
+from bench.search import Candidate, SearchArgs, main, read_trials
+from bench.search_results import Results, table
 from bench.search_scores import FOLDS, folds
 from fastmoco.errors import UserError
 from fastmoco.study.config import read_study
@@ -162,7 +163,7 @@ def test_changed_settings_are_scored_again_and_what_is_no_trial_is_dropped(tmp_p
     _, study, changed = read_trials(config)
     other = Candidate(study, changed[1], tmp_path / "found", config)
     assert len({first, other.settings("moco", 2), other.settings("moco", 3)}) == 3
-    results = Results(tmp_path / "s.json", trials[1:], tmp_path / "lock", "# head")
+    results = Results(tmp_path / "s.json", [("drawn", "other rate")], tmp_path / "lock", "# head")
     row = {"data": "drawn", "trial": "other rate", "than": "base", "method": "moco", "seed": 0, "device": "cpu",
            "settings": first, "labels": {"1": "all"}, "scores": {"1": {"stage1": [0.5] * FOLDS}}}  # fmt: skip
     results.add(row | {"trial": "gone"})

@@ -23,7 +23,7 @@ PRINTS = {"drawn": {"images": "i", "splits": "s", "label": "l", "multilabel": "m
 OTHER = {
     "head": "linear", "dim": 64, "zero_init_residual": False, "init": "torchvision", "norm": "frozen", "norm_groups": 2,
     "temperature": 0.1, "queue_size": 32, "queue_dtype": "bf16", "ema": 0.5, "stages": [4], "stage_weight": 0.5,
-    "grids": [2, 2, 2, 2], "barlow_scale": 1.0, "barlow_off_diagonal": 0.5, "barlow_correlation": "global",
+    "grids": [2, 2, 2, 2], "barlow_scale": 0.5, "barlow_off_diagonal": 0.5, "barlow_correlation": "global",
     "projector_width": 24, "key_shuffle": "global", "optimizer": "lars", "lars_trust": 0.1, "lr": 0.5,
     "sgd_momentum": 0.1, "weight_decay": 0.1, "update": "torch", "schedule": "constant", "warmup_epochs": 1.0,
     "epochs": 3, "steps": 3, "batch_size": 4, "accumulate": 2, "drop_last": False, "precision": "bf16",
@@ -72,6 +72,8 @@ def changed(folder: Path, before: str, after: str) -> Path:
         ("steps = 2", "seed = 2", r"\[pretrain\]: seed is not set here"),
         ("steps = 2", 'loader = "dali"', r"\[pretrain\]: loader is not set here"),
         ('precision = "fp32"', 'precision = "auto"', r"\[pretrain\]: precision: auto is another on another device"),
+        ("projector_width = 16", "projector_widt = 16", r"\[pretrain\]: barlow: there is no key 'projector_widt'"),
+        ("projector_width = 16", "seed = 1", r"\[pretrain\]: barlow: seed is not set here"),
         ("projector_width = 16", "projector_width = 0.5", r"\[pretrain\]: projector_width: must be a whole number"),
         ("least_steps = 3", "least_stepps = 3", r"\[finetune\]: there is no key 'least_stepps'; did you mean"),
         ("least_steps = 3", "least_steps = 0", r"\[finetune\]: --least-steps must be at least 1"),

@@ -50,12 +50,7 @@ def apply(config: Config, table: Mapping[str, Any], where: str) -> Config:
 
     Raises UserError for a key that no recipe has or that the study sets itself, and for a value that does not fit.
     """
-    fields: dict[str, str] = {}
-    for group in _GROUPS:
-        fields |= {field.name: group for field in dataclasses.fields(getattr(config, group))}
-    free = {name: group for name, group in fields.items() if name not in _TAKEN}
-    _refuse_taken(table, _TAKEN, where)
-    require_known(table, free, where)
+    free = _groups_of(config, table, where)
     if table.get("precision") == "auto":
         raise UserError(
             f"{where}: precision: auto is another on another device, and a study is the same on all: name fp32 or bf16"
@@ -69,6 +64,17 @@ def apply(config: Config, table: Mapping[str, Any], where: str) -> Config:
         return dataclasses.replace(config, **parts)
     except UserError as error:
         raise UserError(f"{where}: {error}") from error
+
+
+def _groups_of(config: Config, table: Mapping[str, Any], where: str) -> dict[str, str]:
+    """The group of each field that may be set. Raises UserError for a key of `table` that is none of them."""
+    fields: dict[str, str] = {}
+    for group in _GROUPS:
+        fields |= {field.name: group for field in dataclasses.fields(getattr(config, group))}
+    free = {name: group for name, group in fields.items() if name not in _TAKEN}
+    _refuse_taken(table, _TAKEN, where)
+    require_known(table, free, where)
+    return free
 
 
 def of_one(table: Mapping[str, Any], name: str, every: Collection[str], where: str) -> dict[str, Any]:
@@ -85,7 +91,10 @@ def _table_of(table: Mapping[str, Any], name: str, where: str) -> dict[str, Any]
 
 def check_pretrain(recipe: str, method: str, table: Mapping[str, Any], where: str) -> None:
     """Raise UserError where `table` cannot override `recipe`."""
-    apply(find(recipe)(Path(), Path()), of_one(table, method, METHODS, where), where)
+    config = find(recipe)(Path(), Path())
+    # Before the two tables are one, so that a mistake is told with the table that it is in.
+    _groups_of(config, _table_of(table, method, where), f"{where}: {method}")
+    apply(config, of_one(table, method, METHODS, where), where)
 
 
 def check_finetune(table: Mapping[str, Any], where: str) -> None:
