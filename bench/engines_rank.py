@@ -61,13 +61,14 @@ class RankArgs(Setting):
 
 def configure(args: RankArgs, method: str) -> Config:
     """The run of `method`, in float32, over all processes where the method leaves a choice."""
-    config = find(f"fundus-{method}-small")(args.data, Path())
+    config = find(f"fundus-{method}")(args.data, Path())
+    # A multiple of the batch: else an order would change which keys are overwritten first.
+    loss = replace(config.loss, queue_size=16 * args.batch_size, temperature=0.2, ema=0.99)
     return replace(
         config,
         views=replace(config.views, size=args.size),
-        model=replace(config.model, arch=args.arch, norm=args.norm),
-        # A multiple of the batch: else an order would change which keys are overwritten first.
-        loss=replace(config.loss, queue_size=16 * args.batch_size, barlow_correlation="global", projector_width=256),
+        model=replace(config.model, arch=args.arch, head="mlp", norm=args.norm),
+        loss=replace(loss, barlow_correlation="global", projector_width=256),
         optim=replace(config.optim, batch_size=args.batch_size),
         run=replace(config.run, precision="fp32", engine=args.engine, zero=args.zero, log_every=args.steps),
     )

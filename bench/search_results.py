@@ -14,8 +14,8 @@ from fastmoco.atomic import write_text
 
 SHOWN = {f"stage{s}": f"probe {s}" for s in range(1, 5)} | {"linear": "linear", "full": "tuned"}
 Row = dict[str, Any]
-"""Of one trial and method: "data", "trial", "than", "method", "seed", "device", "pretrain", "finetune", "settings" (a hash
-of these), "labels" and "scores" by budget."""
+"""Of one trial and method: "data", "trial", "than", "method", "seed", "device", "pretrain", "finetune", "settings"
+(their hash), "labels" and "scores" by budget."""
 
 
 def table(rows: Sequence[Row]) -> list[str]:

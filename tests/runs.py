@@ -77,7 +77,10 @@ def small_config(data: Path, out: Path, *, method: str = "mse", **changes: Any) 
         "steps": 6, "epochs": 100, "log_every": 2, "checkpoint_every": 3, "knn_every": 0, "precision": "fp32",
         "loader": "torchvision", "workers": 0,
     }  # fmt: skip
-    config = find(f"histology-{method}-small")(data, out)
+    # Stage losses and views as in the paper: heavier losses part curves in float32 sooner.
+    config, paper = (find(f"histology-{method}{end}")(data, out) for end in ("-small", ""))
+    stage_loss = {name: getattr(paper.loss, name) for name in ("stage_weight", "barlow_scale", "barlow_off_diagonal")}
+    config = replace(config, views=paper.views, loss=replace(config.loss, **stage_loss))
     changes = defaults | changes
     groups = {}
     for group in ("data", "run", "views", "model", "loss", "optim"):

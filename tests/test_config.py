@@ -10,10 +10,11 @@ from pathlib import Path
 
 import pytest
 
+from fastmoco.data.order import Order
 from fastmoco.errors import UserError
 from fastmoco.train.config import LossConfig, OptimConfig, RunConfig
 from fastmoco.train.recipes import METHODS, RECIPES, find
-from fastmoco.train.schedules import learning_rate
+from fastmoco.train.schedules import learning_rate, plan
 from fastmoco.train.stored import changed_fields, to_json
 
 
@@ -157,6 +158,19 @@ def test_a_configuration_of_before_a_field_existed_counts_as_its_default() -> No
     ]
     del stored["data"]["data"], stored["run"]["seed"], stored["model"]
     assert changed_fields(stored, config) == []
+
+
+def test_a_queue_longer_than_the_set_is_warned_of(capsys: pytest.CaptureFixture[str]) -> None:
+    config = find("mocov2-small")(Path(), Path())
+    for samples, warned in ((1023, True), (1024, False)):
+        plan(config, Order(samples, 64, 0))
+        said = f"warning: the queue of 1,024 keys is longer than the {samples:,} images"
+        assert capsys.readouterr().out.startswith(said) == warned
+    # One of several processes says it; and in less than an epoch no image comes again.
+    plan(config, Order(1023, 64, 0, shard=1, shards=2))
+    short = dataclasses.replace(config.optim, steps=15, warmup_epochs=0.0)
+    plan(dataclasses.replace(config, optim=short), Order(1023, 64, 0))
+    assert capsys.readouterr().out == ""
 
 
 def test_schedules() -> None:

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+from rich.console import Console
+from rich.status import Status
 from sklearn.metrics import roc_auc_score
 
 from fastmoco import cli
 from fastmoco.errors import UserError
 from fastmoco.evaluate import finetune_command as module
 from fastmoco.evaluate.finetune import FinetuneConfig
-from fastmoco.evaluate.finetune_command import FinetuneArgs, finetune_command
+from fastmoco.evaluate.finetune_command import FinetuneArgs, _Progress, finetune_command
 from fastmoco.models.encoder import Encoder
 from fastmoco.models.weights import save_encoder
 from runs import draw_images
@@ -90,6 +94,17 @@ def test_draws_of_a_small_budget_are_printed_and_written(
         assert f"{draw['test']['auc']:.3f}" in shown and f"{draw['validation_auc']:.3f}" in shown
     auc = found["auc"]
     assert auc["mean"] == pytest.approx(np.mean(areas)) and auc["low"] <= auc["mean"] <= auc["high"]
+
+
+def test_progress_is_told_in_lines_where_there_is_no_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = iter([100.0, 104.0, 115.0, 116.0])
+    monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: next(now)))
+    pipe = Console(file=io.StringIO(), width=100)
+    told = _Progress(pipe, Status("", console=pipe), "draw 1 of 2", 40)
+    for step, auc in ((10, 0.5), (20, 0.625), (30, None)):
+        told.look({"step": step, "validation_auc": auc})
+    assert isinstance(pipe.file, io.StringIO)
+    assert pipe.file.getvalue() == "draw 1 of 2: step 20/40, validation AUC 0.625, ETA 0:00:15\n"
 
 
 def test_several_labels_from_scratch_without_a_run(folder: Path, tmp_path: Path) -> None:

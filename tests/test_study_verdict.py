@@ -88,6 +88,31 @@ def test_equal_methods_beat_nobody(tmp_path: Path) -> None:
     assert texts(found)[:2] == [f"MoCo + MSE: {said}", f"MoCo + Barlow: {said}"]
 
 
+def test_a_verdict_of_one_seed_says_so(tmp_path: Path) -> None:
+    cells = Cells(tmp_path, seeds=1)
+    cells.all(moco=0.0, mse=3.0, barlow=3.0)
+    assert texts(verdict([cells.statistics()]))[0].endswith("; of one seed, so that what another would give is not in "
+                                                            "the interval.")  # fmt: skip
+
+
+def test_what_pretraining_is_worth_is_told_as_a_mean_of_the_domains_too(tmp_path: Path) -> None:
+    cells = Cells(tmp_path, seeds=2)
+    cells.all(scratch=0.0, moco=1.0)
+    del cells.records["drawn.finetune.moco.full.s1.b1.d0"]
+    one = cells.statistics()
+    caption = "Each against what needs no pretraining, points of AUC"
+    alone, both = (table(verdict(sets), caption) for sets in ([one], [one, one]))
+    assert not any(row[0].startswith("mean") for row in alone.rows)
+    means = {row[0]: row[1] for row in both.rows if row[0].startswith("mean of the domains, MoCo, ")}
+    own = {row[0]: row[1] for row in alone.rows}
+    assert list(means) == ["mean of the domains, MoCo, 40 %", "mean of the domains, MoCo, 100 %"]
+    # Of a set and itself the mean is its own, and lacks what it lacks.
+    value = own["drawn, MoCo, 40 % (14 images, 55 %)"].partition(" ")[0]
+    assert means["mean of the domains, MoCo, 40 %"].startswith(f"{value} ") and float(value) > 0
+    assert means["mean of the domains, MoCo, 100 %"].endswith("] ¹")
+    assert both.notes[0] == "¹ provisional: 1 of 2 seeds, 1 of 1 draws"
+
+
 def test_a_study_without_full_fine_tuning_judges_nothing(tmp_path: Path) -> None:
     found = verdict([Cells(tmp_path, seeds=1, modes='["linear"]').statistics()])
     assert texts(found) == [

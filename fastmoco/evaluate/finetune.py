@@ -61,6 +61,14 @@ class FinetuneConfig:
     precision: Precision = "fp32"
     """Arithmetic of the encoder: float32, or bfloat16 autocast."""
 
+    def batches(self, images: int) -> int:
+        """Batches of an epoch of `images`."""
+        return math.ceil(images / self.batch_size)
+
+    def steps(self, images: int) -> int:
+        """Steps of training on `images`, where --patience does not end it sooner."""
+        return min(max(self.epochs * self.batches(images), self.least_steps), self.most_steps)
+
     def __post_init__(self) -> None:
         for name in ("batch_size", "epochs", "least_steps", "most_steps", "validate_every", "patience"):
             value = getattr(self, name)
@@ -217,8 +225,7 @@ def _train(
         lr = config.lr if config.encoder_lr is None else config.encoder_lr
         groups.append({"params": list(model.encoder.parameters()), "lr": lr})
     optimizer = torch.optim.Adam(groups, weight_decay=config.weight_decay, fused=True)
-    per_epoch = math.ceil(len(train) / config.batch_size)
-    last = min(max(config.epochs * per_epoch, config.least_steps), config.most_steps)
+    per_epoch, last = config.batches(len(train)), config.steps(len(train))
     best: _Best | None = None
     losses: list[Tensor] = []
     waited = 0

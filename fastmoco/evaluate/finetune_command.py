@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import time
 from dataclasses import asdict, dataclass, field, replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ import numpy as np
 import tyro
 from rich import box
 from rich.console import Console
+from rich.status import Status
 from rich.table import Table
 
 from fastmoco.atomic import write_text
@@ -34,6 +37,8 @@ _COLUMNS = {
     "auc": "AUC", "average_precision": "av. prec.", "accuracy": "acc.", "f1": "F1", "calibration_error": "cal. error",
 }  # fmt: skip
 _TABLE_WIDTH = 100
+# Seconds between lines on progress, where there is no terminal.
+_LINES_APART = 10.0
 
 
 @dataclass(kw_only=True, slots=True)
@@ -95,12 +100,9 @@ def finetune_command(args: FinetuneArgs) -> int:
     console = Console(width=max(Console().width, _TABLE_WIDTH))
     done = []
     for draw, budget in enumerate(budgets):
-        with console.status(f"draw {draw + 1} of {args.draws}") as status:
-
-            def show(row: dict[str, Any], said: str = f"draw {draw + 1} of {args.draws}") -> None:
-                auc = row["validation_auc"]
-                status.update(f"{said}: epoch {row['epoch']}, validation AUC {'-' if auc is None else f'{auc:.3f}'}")
-
+        said = f"draw {draw + 1} of {args.draws}"
+        with console.status(said) as status:
+            show = _Progress(console, status, said, config.steps(len(budget.indices)))
             done.append(
                 finetune(
                     None if mode == "scratch" else encoder,
@@ -112,7 +114,7 @@ def finetune_command(args: FinetuneArgs) -> int:
                     config,
                     seed=args.seed + draw,
                     device=device,
-                    on_look=show,
+                    on_look=show.look,
                 )
             )
     record = {"run": None if args.run is None else str(args.run), "size": size, "training": _plain(config)}
@@ -125,6 +127,26 @@ def finetune_command(args: FinetuneArgs) -> int:
         raise UserError(f"--out {out}: cannot be written: {error}") from error
     console.print(f"written: {out}", soft_wrap=True, markup=False)
     return 0
+
+
+class _Progress:
+    """Says after looks at the validation images how far the `steps` are: in the `status` line of a terminal, and to
+    what is none in lines some seconds apart."""
+
+    def __init__(self, console: Console, status: Status, said: str, steps: int) -> None:
+        self._console, self._status, self._said, self._steps = console, status, said, steps
+        self._began = self._told = time.monotonic()
+
+    def look(self, row: dict[str, Any]) -> None:
+        """Take a row of the curve."""
+        now, step, auc = time.monotonic(), row["step"], row["validation_auc"]
+        left = timedelta(seconds=round((now - self._began) / step * (self._steps - step)))
+        score = "-" if auc is None else f"{auc:.3f}"
+        text = f"{self._said}: step {step}/{self._steps}, validation AUC {score}, ETA {left}"
+        self._status.update(text)
+        if not self._console.is_terminal and now - self._told >= _LINES_APART:
+            self._told = now
+            self._console.print(text, highlight=False)
 
 
 def _views(args: FinetuneArgs, encoder: Encoder | None, size: int) -> ViewConfig:
@@ -200,12 +222,12 @@ def _record(
 def _print(record: dict[str, Any], console: Console) -> None:
     mode = record["training"]["mode"]
     table = Table(title=f"Test scores for {record['label']}, {mode}", title_justify="left", box=box.SIMPLE)
-    for name in ("draw", "labels", "best epoch", "val. AUC", *_COLUMNS.values()):
+    for name in ("draw", "labels", "best step", "val. AUC", *_COLUMNS.values()):
         table.add_column(name, justify="right", no_wrap=True)
     notes: list[str] = []
     for number, draw in enumerate(record["draws"], start=1):
         test = draw["test"]
-        cells = [str(number), f"{draw['images']:,}", str(draw["best_epoch"]), f"{draw['validation_auc']:.3f}"]
+        cells = [str(number), f"{draw['images']:,}", str(draw["best_step"]), f"{draw['validation_auc']:.3f}"]
         table.add_row(*cells, *("-" if test[name] is None else f"{test[name]:.3f}" for name in _COLUMNS))
         notes += test["notes"]
     console.print(table)

@@ -251,8 +251,7 @@ def finetune_settings(study: Study, data: Data, mode: str, start: str) -> Finetu
 
 def _work(config: FinetuneConfig, images: int, validation: int) -> float:
     """Images through the network and back while fine-tuning, looks at the validation images a third each."""
-    per_epoch = -(-images // config.batch_size)
-    steps = min(max(config.epochs * per_epoch, config.least_steps), config.most_steps)
+    per_epoch, steps = config.batches(images), config.steps(images)
     looks = steps / max(per_epoch, config.validate_every)
     back = 1.0 if config.mode != "linear" else 0.35
     return steps * images / per_epoch * back + looks * validation / 3

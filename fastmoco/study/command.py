@@ -200,7 +200,11 @@ def _run(
             most_seconds=None if args.max_minutes is None else 60 * args.max_minutes,
             console=console,
         )
-        return runner.run(pool)
+        try:
+            return runner.run(pool)
+        except KeyboardInterrupt:
+            console.print("the same command, started again, goes on where this one was", highlight=False)
+            raise
 
 
 def _finish(

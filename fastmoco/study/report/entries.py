@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from fastmoco.evaluate.intervals import Estimate
 from fastmoco.evaluate.weighted import Score
 from fastmoco.study.report.gather import BASELINES, FULL
-from fastmoco.study.report.statistics import Statistics
+from fastmoco.study.report.statistics import Statistics, mean_difference
 from fastmoco.study.report.words import NOT_KNOWN, Footnotes, points, scored
 
 RUNS = "seeds x draws"
@@ -34,6 +34,14 @@ class Entries:
         """`a` minus `b` in points of AUC."""
         estimate = own.difference(measure, a, b, budget)
         return self._entry(points(estimate), estimate, own, measure, (a, b), budget)
+
+    def mean_difference(self, each: Sequence[Statistics], measure: str, a: str, b: str, budget: float) -> str:
+        """`a` minus `b` in points of AUC, mean of all sets of images."""
+        estimate = mean_difference(each, measure, a, b, budget)
+        counts = [own.whole(measure, (a, b), budget) for own in each]
+        least = min(seeds for seeds, _ in counts), min(draws for _, draws in counts)
+        notes = [OF_BASELINES] if budget == 1 and b in BASELINES else []
+        return self._marked(points(estimate), estimate, least, each[0].found.planned(measure, budget), notes)
 
     def second(self, own: Statistics, init: str, score: Score = "auc") -> str:
         """The mean score of `init` for the second target."""

@@ -100,7 +100,9 @@ def _sentence(statistics: Sequence[Statistics], method: str, budget: float) -> s
         return f"{name}: not computed yet; cells are missing."
     if found == "provisional":
         return f"{name}: provisional, {missing}: {points(mean)} points over MoCo; not judged yet."
-    return f"{name}: the claim is {found}: {points(mean)} points over MoCo; {_gain(mean)}."
+    of_one = "; of one seed, so that what another would give is not in the interval"
+    alone = of_one if len(statistics[0].found.study.grid.seeds) == 1 else ""
+    return f"{name}: the claim is {found}: {points(mean)} points over MoCo; {_gain(mean)}{alone}."
 
 
 def _gain(mean: Estimate | None) -> str:
@@ -144,6 +146,10 @@ def _against_others(statistics: Sequence[Statistics], smallest: float) -> list[B
             for method in study.pretrained:
                 cells = (entries.difference(own, measure, method, other, budget) for measure, other in others)
                 rows.append((f"{own.found.data.name}, {label_of(method)}, {own.found.asked(budget)}", *cells))
+        if len(statistics) > 1:
+            for method in study.pretrained:
+                cells = (entries.mean_difference(statistics, m, method, other, budget) for m, other in others)
+                rows.append((f"mean of the domains, {label_of(method)}, {share(budget)}", *cells))
     if not rows:
         return []
     ways = {FULL: "fine-tuned", _STAGE4: "probe of stage 4"}
