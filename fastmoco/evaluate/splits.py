@@ -164,8 +164,8 @@ def _refuse_small(
             count = len(np.unique(groups if name == "test" else groups[side["train"]]))
             raise UserError(
                 f"--label {label}: none of the {count} {unit}s can be spared for the {name} split: training "
-                f"must keep some of each of the {len(names)} classes of that column; where that is the right one, give more "
-                "data, or a column with train, val and test"
+                f"must keep some of each of the {len(names)} classes of that column; where that is the right one, give "
+                "more data, or a column with train, val and test"
             )
     missing = np.setdiff1d(labels, labels[side["train"]])
     if len(missing):
