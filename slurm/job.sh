@@ -66,11 +66,16 @@ tried() { "$@" || { sleep 2 && "$@"; } || { sleep 4 && "$@"; }; }
 # train RECIPE OPTIONS: pretrain, or go on, to the end. A signal (the time is nearly up, or the node is wanted) is passed
 # on; the run saves and ends, and the job is put back into the queue, as it is after an accident. Returns srun's status.
 train() {
-    local asked=0 status srun job state
-    # Not by a function: a signal must reach srun itself, not a shell around it.
-    "${step[@]}" "${program[@]}" pretrain "$@" --resume &
+    local asked=0 signalled=0 status srun job state exits first=""
+    # What srun says of tasks that ended by themselves, which it prints as everything else.
+    exits=$(mktemp) || exits=/dev/null
+    # Not by a function: a signal must reach srun itself, not a shell around it. What passes its words on outlives it.
+    "${step[@]}" "${program[@]}" pretrain "$@" --resume 2> >(
+        trap '' USR1 TERM
+        exec sed -u -n "p; /^srun: error: .*: Exited with exit code [0-9]*\$/w $exits" >&2
+    ) &
     srun=$!
-    trap 'asked=1; kill -USR1 "$srun" || :' USR1 TERM
+    trap 'asked=1 signalled=1; kill -USR1 "$srun" || :' USR1 TERM
     # A trapped signal ends the waiting, not what is waited for.
     while :; do
         asked=0 status=0
@@ -78,6 +83,16 @@ train() {
         ((asked && status > 128)) || break
     done
     trap '' USR1 TERM
+    # Where one task fails, srun ends the others by SIGTERM, and has the higher of both as its status.
+    if ((status == 143 && !signalled)); then
+        for _ in {1..20}; do
+            first=$(sed -n '1s/.* //p' "$exits")
+            [[ -n $first ]] && break
+            sleep 0.1
+        done
+        status=${first:-$status}
+    fi
+    [[ $exits == /dev/null ]] || rm -f "$exits"
     ((status == 0)) && return 0
     # One task of an array has the array's number as its job's, which stands for all tasks.
     job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}

@@ -162,6 +162,24 @@ def test_the_script_requeues_after_an_accident(tmp_path: Path) -> None:
     assert f"pretrain mocov2 --data /images --out {tmp_path}/run --resume" in said
 
 
+def test_the_first_task_to_fail_says_why_and_not_those_that_srun_ended_then(tmp_path: Path) -> None:
+    said = """
+        echo 'error: no such folder' >&2
+        echo 'srun: error: n0: task 0: Exited with exit code 2' >&2
+        echo 'srun: error: n1: tasks 1-3: Terminated' >&2
+        exit 143"""
+    status, printed, told = Stage(tmp_path, said).end()
+    assert (status, told) == (2, ""), printed
+    assert "not requeued: its message names a mistake" in printed
+    # All that it says is passed on, in its order.
+    assert printed.index("no such folder") < printed.index("task 0: Exited") < printed.index("tasks 1-3: Terminated")
+
+
+def test_tasks_that_were_ended_without_one_that_failed_were_asked_to(tmp_path: Path) -> None:
+    status, printed, told = Stage(tmp_path, "echo 'srun: error: n1: task 1: Terminated' >&2; exit 143").end()
+    assert (status, told) == (143, "requeue 7\n"), printed
+
+
 def test_one_task_of_an_array_requeues_itself_alone(tmp_path: Path) -> None:
     # Its job's number may be that of the whole array.
     stage = Stage(tmp_path, "exit 137", SLURM_ARRAY_JOB_ID="7", SLURM_ARRAY_TASK_ID="1")
