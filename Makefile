@@ -38,7 +38,7 @@ lint: $(STAMP)
 # Minutes, on a machine that does nothing else; the tables land in $(BENCH).
 BENCH ?= build/bench
 bench: $(STAMP)
-	@failed=; for name in infonce crosscorr pooled_mse ema step views data e2e; do \
+	@failed=; for name in parity infonce crosscorr pooled_mse ema step views data e2e; do \
 		$(BIN)/python -m bench.$$name --out $(BENCH)/$$name.md || failed="$$failed $$name"; \
 	done; test -z "$$failed" || { echo "failed:$$failed" >&2; exit 1; }
 

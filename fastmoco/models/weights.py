@@ -18,6 +18,7 @@ from torch import Tensor
 from fastmoco.atomic import replacing
 from fastmoco.errors import UserError
 from fastmoco.models.encoder import Encoder
+from fastmoco.models.foreign import query_backbone, read_checkpoint, state_dict_of
 
 # The key of the safetensors header under which fastmoco keeps what it knows of the file, as JSON.
 METADATA_KEY = "fastmoco"
@@ -38,8 +39,9 @@ _ARCHS: dict[tuple[tuple[int, ...], bool], str] = {
 
 
 def load_encoder(path: str | Path) -> Encoder:
-    """The encoder in `path`, in evaluation mode: a run folder, a checkpoint, an exported encoder, or any
-    torchvision-layout ResNet state dict (.safetensors, or .pth read with weights_only).
+    """The encoder in `path`, in evaluation mode: a run folder, a checkpoint, an exported encoder, or a ResNet of
+    torchvision's or of a library that `foreign.query_backbone` knows (.safetensors, or .pth and .ckpt, of which no code
+    is run).
 
     From a run or a checkpoint the query encoder comes with its head; otherwise the head is the identity, and the
     embedding is the pooled stage-4 feature. `image_size` and `resize` are set where the file says them.
@@ -55,7 +57,7 @@ def load_encoder(path: str | Path) -> Encoder:
         encoder = Encoder(model["arch"], head=model["head"], dim=model["dim"])
         _load(encoder, state, file)
     else:
-        state = torchvision_layout(state, file)
+        state = query_backbone(state, file)
         encoder = Encoder(infer_arch(state, file))
         _load(encoder.backbone, state, file)
     encoder.config = config
@@ -105,7 +107,7 @@ def read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     if not path.is_file():
         raise UserError(f"{path}: no such file")
     if path.suffix != ".safetensors":
-        return _read_torch(path), {}
+        return state_dict_of(read_checkpoint(path), path), {}
     try:
         with safe_open(path, framework="pt") as file:
             header = file.metadata() or {}
@@ -158,14 +160,6 @@ def infer_arch(state: dict[str, Tensor], file: Path) -> str:
     return arch
 
 
-def torchvision_layout(state: dict[str, Tensor], file: Path) -> dict[str, Tensor]:
-    """`state` without its classifier `fc`; the remaining keys must be torchvision's."""
-    kept = {name: value for name, value in state.items() if not name.startswith("fc.")}
-    if "conv1.weight" not in kept:
-        raise UserError(f"{file}: no conv1.weight in it; the keys must be those of a torchvision ResNet")
-    return kept
-
-
 def run_folder(path: Path) -> Path:
     """The run that `path`, a run folder, a checkpoint or an exported encoder, belongs to."""
     if path.is_dir():
@@ -192,19 +186,6 @@ def weights_file(path: Path) -> Path:
     raise UserError(
         f"{path}: neither {CHECKPOINTS}/step-*.safetensors nor {QUERY} nor {EXPORTED} in it; is it a run folder?"
     )
-
-
-def _read_torch(path: Path) -> dict[str, Tensor]:
-    try:
-        loaded = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch.load's own errors have no common class short of Exception
-        raise UserError(
-            f"{path}: not a state dict that can be read without executing code; give a run folder, a .safetensors file "
-            "or a .pth file of plain tensors"
-        ) from error
-    if not isinstance(loaded, dict) or not all(isinstance(value, Tensor) for value in loaded.values()):
-        raise UserError(f"{path}: not a plain state dict of tensors")
-    return loaded
 
 
 def _strip(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:

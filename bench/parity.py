@@ -1,0 +1,195 @@
+"""Do our operations agree with the peers' own? One table: the largest difference in value and in gradient."""
+
+from __future__ import annotations
+
+import copy
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+import tyro
+from torch import Tensor, nn
+
+from bench import paper
+from bench.harness import Missing
+from bench.timing import save
+from fastmoco.adapters import lightly as under_lightly
+from fastmoco.adapters import solo as under_solo
+from fastmoco.ops.crosscorr import crosscorr
+from fastmoco.ops.ema import ema_update_
+from fastmoco.ops.infonce import infonce
+from fastmoco.ops.pooled_mse import pooled_mse
+
+COLUMNS = ["ours", "peer", "sizes", "value", "gradient", "limit", "holds"]
+# As a share of the largest number: sums of hundreds to thousands in float32, in another order.
+LIMIT = 1e-5
+
+Loss = Callable[..., Tensor]
+
+
+@dataclass(frozen=True)
+class Check:
+    """`ours` against `theirs`, which makes the peer's function or raises Missing; both take tensors of `shapes`, which
+    stand in unit length where `unit`, and give a loss."""
+
+    ours: str
+    peer: str
+    shapes: tuple[tuple[int, ...], ...]
+    own: Loss
+    theirs: Callable[[], Loss]
+    unit: bool = False
+
+
+@dataclass(kw_only=True)
+class ParityArgs:
+    """Compare the operations with lightly's, the paper's and torch's, on the same float32 inputs."""
+
+    out: Path = Path("docs/results/parity.md")
+    """Markdown file to write; a JSON file of the same name is put beside it."""
+
+
+def difference(found: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
+    """The largest, each tensor's as a share of the largest number expected in it."""
+    return max(float((a - b).abs().max()) / (float(b.abs().max()) or 1.0) for a, b in zip(found, expected, strict=True))
+
+
+def _from_lightly(make: Callable[[Any], Loss]) -> Callable[[], Loss]:
+    def build() -> Loss:
+        try:
+            import lightly.loss
+        except ModuleNotFoundError as error:
+            raise Missing("lightly is not installed") from error
+        return make(lightly.loss)
+
+    return build
+
+
+def _with_bank(module: Any) -> Loss:
+    """lightly's and ours alike: the negatives are the third input."""
+
+    def loss(a: Tensor, b: Tensor, bank: Tensor) -> Tensor:
+        criterion = module.NTXentLoss(0.2, tuple(bank.shape))
+        criterion.memory_bank.bank = bank.detach().clone()
+        value: Tensor = criterion(a, b)
+        return value
+
+    return loss
+
+
+def _logits(query: Tensor, key: Tensor, bank: Tensor) -> Tensor:
+    """solo-learn's and MoCo's form: all logits, cross entropy."""
+    return paper.info_nce(query, key, bank.detach(), 0.1)
+
+
+def _solo_barlow(z1: Tensor, z2: Tensor) -> Tensor:
+    c = paper.cross_correlation(z1, z2)
+    return 0.025 * paper.barlow(c, 1.0, 5e-3)
+
+
+CHECKS = (
+    Check(
+        "adapters.lightly.NTXentLoss, memory bank", "lightly", ((32, 128), (32, 128), (4096, 128)),
+        _with_bank(under_lightly), _from_lightly(_with_bank), unit=True,
+    ),
+    Check(
+        "adapters.lightly.NTXentLoss, within the batch", "lightly", ((64, 128), (64, 128)),
+        under_lightly.NTXentLoss(0.5), _from_lightly(lambda module: module.NTXentLoss(0.5)),
+    ),
+    Check(
+        "adapters.lightly.BarlowTwinsLoss", "lightly", ((64, 512), (64, 512)),
+        under_lightly.BarlowTwinsLoss(), _from_lightly(lambda module: module.BarlowTwinsLoss()),
+    ),
+    Check(
+        "adapters.solo.mocov2plus_loss_func", "its formula in torch", ((32, 128), (32, 128), (4096, 128)),
+        lambda q, k, bank: under_solo.mocov2plus_loss_func(q, k, bank.detach().T), lambda: _logits, unit=True,
+    ),
+    Check(
+        "adapters.solo.barlow_loss_func", "its formula in torch", ((64, 512), (64, 512)),
+        under_solo.barlow_loss_func, lambda: _solo_barlow,
+    ),
+    Check(
+        "ops.infonce", "the paper's code", ((32, 128), (32, 128), (65536, 128)),
+        lambda q, k, bank: infonce(q, k, bank.detach(), temperature=0.07),
+        lambda: lambda q, k, bank: paper.info_nce(q, k, bank.detach(), 0.07), unit=True,
+    ),
+    Check(
+        "ops.crosscorr", "the paper's code", ((32, 2048), (32, 2048)),
+        lambda a, b: crosscorr(a, b, scale=5e-5 / 32),
+        lambda: lambda a, b: 5e-5 * paper.barlow(paper.cross_correlation(a, b), 1 / 32, 1.0),
+    ),
+    Check(
+        "ops.pooled_mse", "the paper's code", ((8, 64, 37, 29), (8, 64, 37, 29)),
+        lambda a, b: pooled_mse(a, b, grid=16), lambda: lambda a, b: paper.stage_mse(a, b, 16),
+    ),
+)  # fmt: skip
+
+
+def tensors(check: Check) -> list[Tensor]:
+    """The inputs, each of which wants a gradient."""
+    generator = torch.Generator().manual_seed(0)
+    made = [torch.randn(*shape, generator=generator) for shape in check.shapes]
+    # Related, as two views of an image are.
+    made[1] = made[0] + made[1]
+    made = [F.normalize(tensor, dim=1) for tensor in made] if check.unit else made
+    return [tensor.requires_grad_() for tensor in made]
+
+
+def with_gradients(loss: Loss, inputs: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
+    """The loss, and its gradients to those of `inputs` that it has."""
+    value = loss(*inputs)
+    gradients = torch.autograd.grad(value, inputs, allow_unused=True)
+    return value.detach(), [g if g is not None else torch.zeros(()) for g in gradients]
+
+
+def row(check: Check) -> dict[str, Any]:
+    """A line of the table; without differences where the peer is not here."""
+    sizes = " and ".join(" x ".join(map(str, shape)) for shape in dict.fromkeys(check.shapes))
+    line = {"ours": check.ours, "peer": check.peer, "sizes": sizes, "limit": LIMIT, "device": "cpu"}
+    try:
+        theirs = check.theirs()
+    except Missing as missing:
+        return line | {"peer": f"{check.peer}: {missing}", "value": None, "gradient": None, "holds": None}
+    inputs = tensors(check)
+    (own, own_gradients), (other, other_gradients) = (with_gradients(loss, inputs) for loss in (check.own, theirs))
+    value, gradient = difference([own], [other]), difference(own_gradients, other_gradients)
+    return line | {"value": value, "gradient": gradient, "holds": max(value, gradient) <= LIMIT}
+
+
+def moving_average() -> dict[str, Any]:
+    """The line of the momentum update, which has no gradient."""
+    model = nn.Sequential(nn.Linear(257, 129), nn.LayerNorm(129))
+    average = copy.deepcopy(model)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter))
+    found, sources = ([p.detach() for p in module.parameters()] for module in (average, model))
+    expected = [0.996 * target + (1 - 0.996) * source for target, source in zip(found, sources, strict=True)]
+    ema_update_(found, sources, 0.996)
+    value = difference(found, expected)
+    line = {"ours": "ops.ema_update_", "peer": "a loop in torch", "sizes": "257 x 129", "limit": LIMIT, "device": "cpu"}
+    return line | {"value": value, "gradient": None, "holds": value <= LIMIT}
+
+
+def main(args: ParityArgs) -> int:
+    """Compare, print and write the table; 1 where a difference is above its limit."""
+    rows = [*map(row, CHECKS), moving_average()]
+    for line in rows:
+        said = line["peer"] if line["holds"] is None else f"{line['value']:.1e}"
+        print(f"{line['ours']}: {said}{'' if line['holds'] is not False else '  DIFFERS'}")
+    save(
+        rows,
+        args.out,
+        title="Our operations beside the peers' own: largest differences",
+        command="python -m bench.parity",
+        columns=COLUMNS,
+        note="float32; differences as shares of the largest number expected. A dash: no gradient, or no peer here.",
+    )
+    return int(any(line["holds"] is False for line in rows))
+
+
+if __name__ == "__main__":
+    sys.exit(main(tyro.cli(ParityArgs, prog="python -m bench.parity")))

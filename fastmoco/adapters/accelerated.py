@@ -1,0 +1,31 @@
+"""Any network in channels-last memory format and bfloat16: `from fastmoco.adapters.accelerated import Accelerated`."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from fastmoco.precision import default_precision
+
+
+class Accelerated(nn.Module):
+    """`module`, whose weights and pictures lie channels-last, and which multiplies bfloat16 under autocast: what
+    networks of convolutions are fastest in on processors and GPUs that have it. What it returns is float32.
+
+    precision: bf16, fp32, or auto, which takes bf16 where the device multiplies it. Weights and their gradients stay
+    float32. State dicts have the module's names behind "module.", as under DDP.
+    """
+
+    def __init__(self, module: nn.Module, precision: Literal["auto", "bf16", "fp32"] = "auto") -> None:
+        super().__init__()
+        self.module = module.to(memory_format=torch.channels_last)
+        self.precision = precision
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`module` of `x` (N, C, H, W), as float32."""
+        precision = default_precision(x.device.type) if self.precision == "auto" else self.precision
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=precision == "bf16"):
+            out: Tensor = self.module(x.contiguous(memory_format=torch.channels_last))
+        return out.float()

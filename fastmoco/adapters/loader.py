@@ -1,0 +1,105 @@
+"""This package's loading in lightly's batch layout: `from fastmoco.adapters.loader import PairLoader`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastmoco.adapters.between import world
+from fastmoco.data.dali import dali_installed
+from fastmoco.data.loader import LoaderKind, make_loader
+from fastmoco.data.manifest import load_manifest
+from fastmoco.data.order import Order
+from fastmoco.data.quarantine import Quarantine
+from fastmoco.data.views import ViewConfig
+from fastmoco.device import find_device
+from fastmoco.train.recipes import find
+
+PairBatch = tuple[list[Tensor], Tensor, list[str]]
+"""Two views (N, 3, size, size) in [0, 1], targets (N,) int64, 0 where there are none, and file names, as a DataLoader
+of lightly's gives them: `for (x0, x1), targets, filenames in loader`."""
+
+
+class PairLoader:
+    """Random pairs of views of the images of `data`, batch after batch; going over it is an epoch, another each time.
+
+    data, labels, label: images, and a CSV file with a label column, as `fastmoco pretrain` takes them.
+    recipe: whose views, such as mocov2 or histology-mse-small; `views` in its place says them one by one.
+    size: side of the views in pixels; as the recipe says if not given.
+    batch_size: images in a batch, over all processes of torch.distributed, which share an epoch out evenly.
+    loader: dali, pillow, torchvision, or auto, which takes DALI where it is installed. Views are made on the `device`.
+    dtype: of the views, which are made in float16.
+    max_bad: images that may turn out to be unreadable, each of which another stands in for.
+
+    An epoch's images and draws depend on `seed` and the epoch's number alone. `set_epoch` sets that of the next, where
+    training is resumed. Raises UserError as `load_manifest` does, and where a batch cannot be shared out or filled.
+    """
+
+    def __init__(
+        self,
+        data: str | Path,
+        *,
+        labels: str | Path | None = None,
+        label: str | None = None,
+        recipe: str = "mocov2",
+        views: ViewConfig | None = None,
+        size: int | None = None,
+        batch_size: int = 256,
+        seed: int = 0,
+        workers: int = 2,
+        loader: LoaderKind = "auto",
+        device: str | torch.device = "cpu",
+        dtype: torch.dtype = torch.float32,
+        drop_last: bool = True,
+        max_bad: int = 100,
+        progress: bool = False,
+    ) -> None:
+        chosen = find(recipe)(Path(data), Path()).views if views is None else views
+        self.views = chosen if size is None else replace(chosen, size=size)
+        self._manifest = load_manifest(
+            Path(data),
+            None if labels is None else Path(labels),
+            label=() if label is None else (label,),
+            decoder="dali" if loader == "dali" or (loader == "auto" and dali_installed()) else "pillow",
+            progress=progress,
+        )
+        rank, shards = world()
+        self._order = Order(len(self._manifest), batch_size, seed, drop_last=drop_last, shard=rank, shards=shards)
+        self._workers, self._loader, self._device, self._dtype = workers, loader, find_device(str(device)), dtype
+        self._quarantine = Quarantine(max_bad)
+        self._epoch = 0
+        none = np.zeros(len(self._manifest), dtype=np.int64)
+        self._targets = torch.from_numpy(next(iter(self._manifest.labels.values()), none))
+
+    def __len__(self) -> int:
+        """Batches in an epoch."""
+        return self._order.batches_per_epoch
+
+    def set_epoch(self, epoch: int) -> None:
+        """Have the next epoch be number `epoch`, from 0."""
+        self._epoch = epoch
+
+    def __iter__(self) -> Iterator[PairBatch]:
+        start = self._epoch * len(self)
+        self._epoch += 1
+        batches = make_loader(
+            self._loader,
+            self._manifest,
+            self.views,
+            self._order,
+            start=start,
+            stop=start + len(self),
+            workers=self._workers,
+            device=self._device,
+            quarantine=self._quarantine,
+        )
+        with batches:
+            for batch in batches:
+                targets = self._targets[torch.from_numpy(batch.indices)].to(self._device)
+                names = [self._manifest.files[index] for index in batch.indices.tolist()]
+                yield [batch.q.to(self._dtype), batch.k.to(self._dtype)], targets, names

@@ -1,0 +1,121 @@
+"""Checkpoints of other libraries: the query encoder in them, in torchvision's key layout, read without their code."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastmoco.errors import UserError
+
+# Where a checkpoint keeps the weights: Lightning and MoCo, Barlow Twins, others.
+_CONTAINERS = ("state_dict", "model", "model_state_dict")
+# What wrappers put before every key.
+_WRAPPERS = ("module.", "_orig_mod.", "model.")
+# What stands before the backbone's keys, first the query's: MoCo and the paper's code, MoCo v3, lightly, solo-learn and
+# Barlow Twins, older solo-learn.
+_BACKBONES = ("encoder_q.", "base_encoder.", "backbone.", "encoder.", "")
+# What else such checkpoints hold: key encoders, heads, queues, stage projectors, online classifiers, loss state.
+_OTHERS = (
+    r"encoder_k\.|momentum_|backbone_momentum\.|backbone_ema\.|queue|projection_head|projector|prediction_head|predictor|"
+    r"p[1-4]\.|bn\.|fc\.|head\.|classifier|online_|criterion|loss|knn|teacher|student_head|momentum_projector"
+)
+_OWN = r"(conv1|bn1|layer[1-4])\."
+# lightly's examples make the backbone a Sequential of a torchvision ResNet's children.
+_SEQUENTIAL = {"0": "conv1", "1": "bn1", "4": "layer1", "5": "layer2", "6": "layer3", "7": "layer4"}
+
+
+class _Inert:
+    """What stands for an object of a class that is not loaded: it can be made and filled, and does nothing."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+    def __setstate__(self, state: Any) -> None:
+        pass
+
+
+def read_checkpoint(path: Path) -> Any:
+    """What `path`, a file of torch.save, holds, by torch's restricted reader (`weights_only`): tensors, containers and
+    numbers as they are, and objects of any other class, of which no code is run or imported, as empty ones.
+
+    Raises UserError where it cannot be read so.
+    """
+    try:
+        try:
+            return torch.load(path, map_location="cpu", weights_only=True)
+        except Exception:
+            names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+            stand_ins = [(type("Inert", (_Inert,), {}), name) for name in names]
+            with torch.serialization.safe_globals(stand_ins):  # type: ignore[arg-type]
+                return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch.load's own errors have no common class short of Exception
+        raise UserError(
+            f"{path}: not a checkpoint that can be read without executing code; give a run folder, a .safetensors file "
+            "or a .pth file of tensors"
+        ) from error
+
+
+def state_dict_of(loaded: Any, path: Path) -> dict[str, Tensor]:
+    """The tensors by name of what `read_checkpoint` gave. Raises UserError where it holds no state dict of tensors."""
+    if isinstance(loaded, Mapping):
+        for name in _CONTAINERS:
+            if isinstance(loaded.get(name), Mapping):
+                loaded = loaded[name]
+                break
+    if not isinstance(loaded, Mapping) or not loaded:
+        raise UserError(f"{path}: not a state dict of tensors, nor a checkpoint with one in {', '.join(_CONTAINERS)}")
+    others = [str(name) for name, value in loaded.items() if not isinstance(value, Tensor)]
+    if others:
+        raise UserError(
+            f"{path}: not a state dict of tensors that can be read without executing code: {_few(others)} are none"
+        )
+    return {str(name): value for name, value in loaded.items()}
+
+
+def query_backbone(state: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
+    """The query encoder's backbone among `state`, with torchvision's names and without its last layer `fc`.
+
+    Those of fastmoco's exports, torchvision, timm, facebookresearch/moco (v1 to v3), the intermediate-layer paper,
+    lightly, solo-learn and barlowtwins are known. Raises UserError where there is none, and for keys that are neither
+    the backbone's nor known to belong to something else, which it lists.
+    """
+    for wrapper in _WRAPPERS:
+        if all(name.startswith(wrapper) for name in state):
+            state = {name.removeprefix(wrapper): value for name, value in state.items()}
+    for prefix in _BACKBONES:
+        own = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
+        if "conv1.weight" in own or "0.weight" in own:
+            break
+    else:
+        raise UserError(
+            f"{path}: no conv1.weight in it, alone or after {', '.join(filter(None, _BACKBONES))}: the keys must be "
+            f"those of a ResNet of torchvision, or of a library that has one; it has {_few(list(state))}"
+        )
+    sequential = "conv1.weight" not in own
+    found, unknown = {}, []
+    for name, value in state.items():
+        key = name.removeprefix(prefix)
+        inside = name.startswith(prefix)
+        if sequential and inside:
+            key = _of_sequential(key)
+        if inside and re.match(_OWN, key):
+            found[key] = value
+        elif not re.match(_OTHERS, key if inside else name):
+            unknown.append(name)
+    if unknown:
+        raise UserError(f"{path}: keys that are neither a ResNet's nor known of any library: {_few(unknown)}")
+    return found
+
+
+def _of_sequential(name: str) -> str:
+    first, dot, rest = name.partition(".")
+    return _SEQUENTIAL.get(first, first) + dot + rest
+
+
+def _few(names: list[str]) -> str:
+    return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")

@@ -1,0 +1,78 @@
+"""PairLoader: lightly's layout, other views each epoch, the same again, and shares for processes."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from fastmoco.adapters.loader import PairLoader
+from fastmoco.data.views import ViewConfig
+from fastmoco.distributed.world import World
+from runs import draw_images
+from worlds import in_world
+
+VIEWS = ViewConfig(size=24, crop_scale=(0.5, 1.0), flip_p=0.5)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("pairs")
+    draw_images(root, 18)
+    return root
+
+
+def epochs(loader: PairLoader, count: int) -> list[list[tuple[Tensor, Tensor, list[str]]]]:
+    return [[(torch.stack(views), targets, names) for views, targets, names in loader] for _ in range(count)]
+
+
+def test_batches_are_in_lightlys_layout(folder: Path) -> None:
+    loader = PairLoader(folder, views=VIEWS, batch_size=5, loader="pillow")
+    assert len(loader) == 3
+    for (x0, x1), targets, names in loader:
+        assert x0.shape == x1.shape == (5, 3, 24, 24) and x0.dtype == torch.float32
+        assert x0.is_contiguous(memory_format=torch.channels_last) and 0 <= x0.min() <= x0.max() <= 1
+        assert not torch.equal(x0, x1) and targets.dtype == torch.int64 and targets.shape == (5,)
+        assert len(set(names)) == 5 and all((folder / name).is_file() for name in names)
+
+
+def test_epochs_differ_and_come_again(folder: Path) -> None:
+    first, second = epochs(loader := PairLoader(folder, views=VIEWS, batch_size=6, loader="pillow"), 2)
+    assert {name for *_, names in first for name in names} == {name for *_, names in second for name in names}
+    assert [names for *_, names in first] != [names for *_, names in second]
+    loader.set_epoch(1)
+    for one, other in zip(epochs(loader, 1)[0], second, strict=True):
+        assert torch.equal(one[0], other[0]) and one[2] == other[2]
+
+
+def test_targets_are_the_labels_of_the_files(folder: Path, tmp_path: Path) -> None:
+    files = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*.png"))[:7]
+    kinds = [index % 3 for index in range(7)]
+    with (tmp_path / "l.csv").open("w", newline="") as stream:
+        csv.writer(stream).writerows([("file", "kind"), *zip(files, kinds, strict=True)])
+    loader = PairLoader(
+        folder, labels=tmp_path / "l.csv", label="kind", recipe="histology-moco-small", size=16, batch_size=2,
+        drop_last=False, loader="pillow", dtype=torch.float16,
+    )  # fmt: skip
+    seen: dict[str, int] = {}
+    for (x0, _), targets, names in loader:
+        assert x0.shape == (2, 3, 16, 16) and x0.dtype == torch.float16
+        seen |= dict(zip(names, targets.tolist(), strict=True))
+    assert seen == dict(zip(files, kinds, strict=True))
+
+
+def _share(world: World, folder: Path) -> list[tuple[Tensor, Tensor, list[str]]]:
+    return epochs(PairLoader(folder, views=VIEWS, batch_size=6, loader="pillow"), 1)[0]
+
+
+def test_processes_share_an_epoch_out(folder: Path) -> None:
+    (alone,) = epochs(PairLoader(folder, views=VIEWS, batch_size=6, loader="pillow"), 1)
+    shares = in_world(2, _share, folder)
+    for step, (views, _, names) in enumerate(alone):
+        parts = [share[step] for share in shares]
+        assert names == [name for *_, part in parts for name in part]
+        np.testing.assert_array_equal(views.numpy(), torch.cat([part for part, *_ in parts], dim=1).numpy())

@@ -1,0 +1,154 @@
+"""StageLosses on networks of several kinds, beside the losses computed by hand."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from fastmoco.adapters.stages import StageLosses
+from fastmoco.errors import UserError
+from fastmoco.losses import StageBarlow
+from fastmoco.ops import definitions
+
+models = pytest.importorskip("torchvision.models", reason="torchvision is not installed")
+
+
+class Blocks(nn.Module):
+    """A network of one kind of output: maps, tokens or maps with the channels last."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind = kind
+        self.stem, self.first, self.second = nn.Linear(3, 8), nn.Linear(8, 8), nn.Linear(8, 12)
+        self.norm = nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.permute(0, 2, 3, 1)
+        if self.kind == "tokens":
+            x = x.flatten(1, 2)
+        return self.norm(self.second(self.first(self.stem(x)).relu()))
+
+
+def pictures(seed: int, size: int = 32) -> Tensor:
+    return torch.rand(4, 3, size, size, generator=torch.Generator().manual_seed(seed))
+
+
+def outputs(model: nn.Module, stage: str, x: Tensor) -> Tensor:
+    """What comes out of a part, by a hook of one's own."""
+    kept: list[Tensor] = []
+    handle = model.get_submodule(stage).register_forward_hook(lambda part, inputs, output: kept.append(output))
+    model(x)
+    handle.remove()
+    return kept[0]
+
+
+NETWORKS = {
+    "resnet": (lambda: models.resnet18(), ("layer1", "layer3")),
+    "convnext": (lambda: models.convnext_tiny(), ("features.1", "features.5")),
+    "efficientnet": (lambda: models.efficientnet_b0(), ("features.2", "features.4")),
+    "vit": (
+        lambda: models.VisionTransformer(
+            image_size=32, patch_size=8, num_layers=3, num_heads=2, hidden_dim=16, mlp_dim=32
+        ),
+        ("encoder.layers.encoder_layer_0", "encoder.layers.encoder_layer_2"),
+    ),
+}
+
+
+@pytest.mark.parametrize("network", NETWORKS)
+def test_the_squared_error_of_a_momentum_encoder(network: str) -> None:
+    torch.manual_seed(0)
+    make, stages = NETWORKS[network]
+    model = make().train()
+    # Drawn anew in each call, the parts that are left out would differ between mine and theirs.
+    for part in model.modules():
+        if hasattr(part, "p"):
+            part.p = 0.0
+    key_model = copy.deepcopy(model)
+    losses = StageLosses(model, key_model, stages=stages, weight=0.5)
+    assert not list(losses.parameters())
+    model(pictures(0))
+    with torch.no_grad():
+        key_model(pictures(1))
+    found = losses()
+    expected = []
+    for stage in stages:
+        a, b = outputs(model, stage, pictures(0)), outputs(key_model, stage, pictures(1))
+        places = (2, 3) if a.ndim == 4 else (1,)
+        expected.append(0.5 * (a.mean(places) - b.mean(places)).square().mean())
+    torch.testing.assert_close(found, torch.stack(expected).sum(), rtol=1e-4, atol=1e-7)
+    assert [*losses.losses] == list(stages)
+    for name, value in zip(stages, expected, strict=True):
+        torch.testing.assert_close(losses.losses[name], value.detach(), rtol=1e-4, atol=1e-7)
+    found.backward()
+    weights = dict(model.named_parameters())
+    trained = [name for name, weight in weights.items() if weight.grad is not None and weight.grad.abs().sum() > 0]
+    assert trained and not any(weight.grad is not None for weight in key_model.parameters())
+
+
+@pytest.mark.parametrize("kind", ["tokens", "last"])
+def test_barlow_of_two_calls_of_one_network(kind: str) -> None:
+    torch.manual_seed(0)
+    model = Blocks(kind)
+    losses = StageLosses(
+        model, stages=["first", "second"], kind="barlow", projector_width=24, size=8, channels_last=kind == "last"
+    )
+    assert model.training and len(list(losses.parameters())) == 2 * 7
+    model(pictures(0, 8))
+    model(pictures(1, 8))
+    found = losses()
+    expected = torch.zeros(())
+    for place, stage in enumerate(("first", "second"), start=1):
+        means = [outputs(model, stage, pictures(seed, 8)).flatten(1, -2).mean(1) for seed in (0, 1)]
+        assert isinstance(losses.loss, StageBarlow)
+        z1, z2 = losses.loss.projectors[f"stage{place}"](*means)
+        expected = expected + 5e-4 * definitions.crosscorr(z1, z2, off_diagonal=0.005)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
+    found.backward()
+    assert all(parameter.grad is not None for parameter in losses.parameters())
+
+
+def test_only_training_of_the_network_itself_is_listened_to() -> None:
+    model = Blocks("tokens")
+    losses = StageLosses(model, stages=["first"])
+    copied = copy.deepcopy(model)
+    copied(pictures(0))
+    model.eval()(pictures(0))
+    with pytest.raises(UserError, match="0 of 2 views went through first"):
+        losses()
+    model.train()(pictures(0))
+    with pytest.raises(UserError, match="1 of 2 views went through first"):
+        losses()
+    model(pictures(1))
+    assert losses() > 0
+    # What was seen is used up.
+    with pytest.raises(UserError, match="0 of 2 views"):
+        losses()
+    assert not any("model" in name for name in losses.state_dict())
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"stages": ["frist"]}, "no part 'frist'; it has first"),
+        ({"stages": []}, "at least one"),
+        ({"stages": ["first", "first"]}, "different names"),
+        ({"kind": "cosine"}, "mse or barlow, not 'cosine'"),
+    ],
+)
+def test_mistakes(options: dict[str, Any], said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        StageLosses(Blocks("tokens"), **({"stages": ["first"]} | options))
+
+
+def test_an_output_that_is_no_map_is_named() -> None:
+    model = nn.Sequential(nn.Flatten(), nn.Linear(12, 4))
+    losses = StageLosses(model, stages=["1"])
+    for seed in (0, 1):
+        model(pictures(seed, 2))
+    with pytest.raises(UserError, match=r"1 gives \(4, 4\): maps"):
+        losses()

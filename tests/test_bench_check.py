@@ -1,0 +1,85 @@
+"""The guard against slow-downs: noise is none, a slow-down is one, and so is a row that has gone."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from bench.check import CheckArgs, is_ours, main, noise, read_rows
+from bench.timing import quantiles
+from fastmoco.errors import UserError
+
+RESULTS = Path(__file__).resolve().parents[1] / "docs" / "results"
+
+
+def row(seconds: np.ndarray, baseline: float = 1.0, **more: Any) -> dict[str, Any]:
+    times = quantiles(seconds.tolist())
+    return {"op": "ema", "implementation": "fastmoco native", "N": 4, "ratio": 1e3 * baseline / times["p50_ms"],
+            "rounds": len(seconds), **times} | more  # fmt: skip
+
+
+def checked(folder: Path, old: list[dict[str, Any]], new: list[dict[str, Any]]) -> int:
+    (folder / "old.json").write_text(json.dumps(old))
+    (folder / "new.json").write_text(json.dumps(new))
+    return main(CheckArgs(old=folder / "old.json", new=folder / "new.json"))
+
+
+def test_the_noise_is_that_of_medians() -> None:
+    """Of many runs of a benchmark, drawn, ratios deviate by what each run says of itself."""
+    rng = np.random.default_rng(0)
+    runs = [(rng.normal(1.0, 0.1, 25), rng.normal(3.0, 0.3, 25)) for _ in range(400)]
+    rows = [row(own, float(np.median(other))) for own, other in runs]
+    said = np.mean([noise(one) for one in rows])
+    seen = np.std(np.log([one["ratio"] for one in rows]))
+    assert 0.8 * seen < said < 1.25 * seen
+
+
+def test_as_fast_as_before_is_seldom_slower(tmp_path: Path) -> None:
+    rng = np.random.default_rng(1)
+    results = [
+        checked(tmp_path, [row(rng.normal(1.0, 0.1, 9))], [row(rng.normal(1.0, 0.1, 9))]) for _ in range(200)
+    ]
+    assert sum(results) <= 6
+
+
+def test_a_slow_down_beyond_noise_fails(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rng = np.random.default_rng(2)
+    old, slow, noisy = (rng.normal(mean, dev, 25) for mean, dev in ((1.0, 0.02), (1.3, 0.02), (1.3, 0.6)))
+    assert checked(tmp_path, [row(old)], [row(slow)]) == 1
+    assert "slower: ema, fastmoco native, 4: 0.7" in capsys.readouterr().out
+    assert checked(tmp_path, [row(old)], [row(noisy)]) == 0
+    # The same hardware twice as busy: its baseline is slower too.
+    assert checked(tmp_path, [row(old)], [row(2 * old, baseline=2.0)]) == 0
+    assert checked(tmp_path, [row(slow)], [row(old)]) == 0
+    assert "faster: ema" in capsys.readouterr().out
+    # Peers may be as slow as they like.
+    peer: dict[str, Any] = {"implementation": "paper, a loop"}
+    assert checked(tmp_path, [row(old), row(old, **peer)], [row(old), row(slow, **peer)]) == 0
+
+
+def test_a_row_that_has_gone_fails(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    seconds = np.ones(9)
+    assert checked(tmp_path, [row(seconds), row(seconds, N=8)], [row(seconds)]) == 1
+    assert "gone: ema, fastmoco native, 8" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["infonce", "crosscorr", "pooled_mse", "ema", "step", "views", "data", "e2e"])
+def test_committed_results_are_as_fast_as_themselves(name: str) -> None:
+    path = RESULTS / f"{name}.json"
+    assert main(CheckArgs(old=path, new=path)) == 0
+    ours = [one for one in json.loads(path.read_text()) if is_ours(one) and one.get("ratio") is not None]
+    # No two rows are one.
+    assert len(read_rows(path)) == len(ours)
+
+
+def test_what_is_no_result_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "x.json").write_text("{")
+    with pytest.raises(UserError, match="not the JSON file of a benchmark"):
+        read_rows(tmp_path / "x.json")
+    (tmp_path / "x.json").write_text("[]")
+    with pytest.raises(UserError, match="no row of ours"):
+        read_rows(tmp_path / "x.json")
