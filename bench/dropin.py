@@ -170,8 +170,8 @@ def main(args: DropInArgs) -> int:
         title=f"lightly's MoCo loop, {args.arch}, {args.size} px, batches of {args.batch_size}",
         command="python -m bench.dropin --data IMAGES",
         columns=COLUMNS,
-        note=f"By turns of {args.steps} steps; the median, the slowest and the fastest of {args.turns}. What loads goes "
-        "on for a few batches while others have their turn. loading: share of the time spent waiting for images.",
+        note=f"By turns of {args.steps} steps; the median, the slowest and the fastest of {args.turns}. What loads "
+        "goes on for a few batches while others have their turn. loading: share of the time spent waiting for images.",
     )
     return 0
 

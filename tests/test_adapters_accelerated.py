@@ -39,3 +39,23 @@ def test_pictures_are_channels_last_and_products_of_that_type(precision: Any, dt
     out.sum().backward()
     assert fast.module.conv.weight.grad is not None and fast.module.conv.weight.grad.dtype == torch.float32
     assert [*fast.state_dict()] == ["module.conv.weight", "module.conv.bias"]
+
+
+def test_a_resnet_becomes_the_packages_with_the_same_weights() -> None:
+    models = pytest.importorskip("torchvision.models", reason="torchvision is not installed")
+    torch.manual_seed(0)
+    plain = models.resnet18(num_classes=4)
+    fast = Accelerated(copy.deepcopy(plain), "fp32")
+    x = torch.rand(4, 3, 64, 64)
+    out, expected = fast(x), plain(x)
+    torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-4)
+    out.square().sum().backward()
+    expected.square().sum().backward()
+    own, other = dict(fast.module.named_parameters()), dict(plain.named_parameters())
+    assert [*own] == [*other]
+    for name, parameter in other.items():
+        assert parameter.grad is not None
+        size = parameter.grad.abs().max().item()
+        torch.testing.assert_close(own[name].grad, parameter.grad, rtol=1e-3, atol=1e-3 * size)
+    mean, other_mean = fast.module.get_buffer("bn1.running_mean"), plain.get_buffer("bn1.running_mean")
+    torch.testing.assert_close(mean, other_mean, rtol=1e-4, atol=1e-5)

@@ -11,7 +11,7 @@ from bench.dropin import VARIANTS, DropInArgs, main
 from runs import draw_images
 
 
-def test_the_loops_train_alike(tmp_path: Path) -> None:
+def test_the_loops_train_by_turns(tmp_path: Path) -> None:
     pytest.importorskip("lightly", reason="lightly is not installed")
     draw_images(tmp_path / "images", 12)
     args = DropInArgs(
@@ -24,6 +24,3 @@ def test_the_loops_train_alike(tmp_path: Path) -> None:
     for row in rows:
         assert row["slow_pairs_per_s"] <= row["pairs_per_s"] <= row["fast_pairs_per_s"] and 0 <= row["loading"] <= 1
         assert len(row["losses"]) == 4 and all(0 < loss < 20 for loss in row["losses"])
-    # Other views of the same images, and of the first batch only the bank's random keys as negatives.
-    first = [row["losses"][0] for row in rows]
-    assert max(first) - min(first) < 1.0

@@ -7,12 +7,15 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from fastmoco.models.convolution import use_products
+from fastmoco.models.norm import use_fused_norms
 from fastmoco.precision import default_precision
 
 
 class Accelerated(nn.Module):
     """`module`, whose weights and pictures lie channels-last, and which multiplies bfloat16 under autocast: what
-    networks of convolutions are fastest in on processors and GPUs that have it. What it returns is float32.
+    networks of convolutions are fastest in on processors and GPUs that have it. Its convolutions and, of torchvision's
+    ResNets, its residual blocks become this package's, in place, with the same parameters. What it returns is float32.
 
     precision: bf16, fp32, or auto, which takes bf16 where the device multiplies it. Weights and their gradients stay
     float32. State dicts have the module's names behind "module.", as under DDP.
@@ -20,6 +23,8 @@ class Accelerated(nn.Module):
 
     def __init__(self, module: nn.Module, precision: Literal["auto", "bf16", "fp32"] = "auto") -> None:
         super().__init__()
+        use_products(module)
+        use_fused_norms(module)
         self.module = module.to(memory_format=torch.channels_last)
         self.precision = precision
 
