@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, normalize
 
 from fastmoco.adapters import solo
+from fastmoco.adapters.between import gather
 from fastmoco.adapters.moco import MoCo
 from fastmoco.distributed.world import World
 from fastmoco.errors import UserError
@@ -80,11 +81,21 @@ def test_of_processes_with_the_same_images_the_gradient_is_that_of_one() -> None
 
 def _gathered(world: World) -> tuple[Tensor, Tensor]:
     x = (torch.arange(6.0).view(2, 3) + 10 * world.rank).requires_grad_()
+    beside = torch.zeros(2, 6, requires_grad=True)
     everyone = solo.gather(x, dim=1)
-    # Losses that differ: what each wants of this one's columns is added up.
-    ((world.rank + 1) * everyone.square()).sum().backward()
+    # Losses that differ: what each wants of this one's columns is added up, and of what is not gathered is not.
+    both = everyone + beside
+    ((world.rank + 1) * both.square()).sum().backward()
     assert x.grad is not None
+    torch.testing.assert_close(beside.grad, 2 * (world.rank + 1) * everyone.detach())
     return everyone.detach(), x.grad
+
+
+def _shared(world: World) -> bool:
+    """Whether a gradient that two are given reaches the other as it was."""
+    x, beside = torch.ones(2, 3, requires_grad=True), torch.zeros(4, 3, requires_grad=True)
+    ((world.rank + 1) * (gather(x) + beside)).sum().backward()
+    return torch.equal(beside.grad, torch.full((4, 3), world.rank + 1.0)) if beside.grad is not None else False
 
 
 def test_what_is_gathered_has_the_gradients_of_all() -> None:
@@ -92,6 +103,10 @@ def test_what_is_gathered_has_the_gradients_of_all() -> None:
     for rank, (everyone, gradient) in enumerate(in_world(2, _gathered)):
         assert torch.equal(everyone, torch.cat(parts, dim=1))
         assert torch.equal(gradient, 2 * (1 + 2) * parts[rank])
+
+
+def test_gathering_leaves_gradients_of_others_alone() -> None:
+    assert all(in_world(2, _shared))
 
 
 def test_solos_moving_average() -> None:

@@ -8,12 +8,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from fastmoco.distributed import collectives
+from fastmoco.distributed.world import World
 
-def world() -> tuple[int, int]:
-    """This process's rank and the number of processes: 0 and 1 where torch.distributed is not in use."""
+
+def world() -> World:
+    """The processes of torch.distributed's default group; a world of one where that is not in use."""
     if dist.is_available() and dist.is_initialized():
-        return dist.get_rank(), dist.get_world_size()
-    return 0, 1
+        return World(rank=dist.get_rank(), size=dist.get_world_size())
+    return World()
 
 
 class _Gather(torch.autograd.Function):
@@ -24,8 +27,9 @@ class _Gather(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        # Each process's loss has the rows of all: what they want of this one's rows is the sum.
-        gradient = gradient.contiguous()
+        # Each process's loss has the rows of all: what they want of this one's rows is the sum. Copied, as others may
+        # be given the same gradient.
+        gradient = gradient.clone(memory_format=torch.contiguous_format)
         dist.all_reduce(gradient)
         first = dist.get_rank() * ctx.rows
         return gradient[first : first + ctx.rows]
@@ -34,31 +38,25 @@ class _Gather(torch.autograd.Function):
 def gather(rows: Tensor) -> Tensor:
     """The rows (N, ...) of all W processes in the order of their ranks, (W N, ...), with the gradient of losses that
     differ between processes: the sum of all of theirs."""
-    if world()[1] == 1:
+    if world().alone:
         return rows
     out: Tensor = _Gather.apply(rows)
     return out
 
 
-@torch.no_grad()
 def gather_rows(rows: Tensor) -> Tensor:
     """The rows (N, ...) of all W processes in the order of their ranks, (W N, ...), without gradient."""
-    size = world()[1]
-    if size == 1:
-        return rows
-    parts = [torch.empty_like(rows, memory_format=torch.contiguous_format) for _ in range(size)]
-    dist.all_gather(parts, rows.detach().contiguous())
-    return torch.cat(parts)
+    return collectives.gather(world(), rows, kind="rows")
 
 
 @torch.no_grad()
 def take_rows(rows: Tensor, index: Tensor) -> Tensor:
     """Of the rows (N, ...) of all W processes those numbered `index` (W N,) int64, a permutation that is the same on
     all, this process's part of it: (N, ...). Each row is sent once, to the one process that wants it."""
-    rank, size = world()
-    if size == 1:
+    here = world()
+    if here.alone:
         return rows[index]
-    count = len(rows)
+    rank, size, count = here.rank, here.size, len(rows)
     wanted = index.view(size, count)
     mine = wanted.div(count, rounding_mode="floor") == rank
     # For each process in turn, my rows that it wants, in its order.
@@ -77,8 +75,9 @@ def take_rows(rows: Tensor, index: Tensor) -> Tensor:
 def shuffle_rows(rows: Tensor) -> tuple[Tensor, Tensor]:
     """As many rows (N, ...) of all processes, at random, as there are `rows` here; and the index with which `take_rows`
     restores them."""
-    order = torch.randperm(len(rows) * world()[1], device=rows.device)
-    if world()[1] > 1:
+    here = world()
+    order = torch.randperm(len(rows) * here.size, device=rows.device)
+    if not here.alone:
         dist.broadcast(order, src=0)
     return take_rows(rows, order), torch.argsort(order)
 
@@ -87,13 +86,13 @@ class _MeanOfAll(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, exact: bool) -> Tensor:
         ctx.exact = exact
-        x = x / world()[1]
+        x = x / dist.get_world_size()
         dist.all_reduce(x)
         return x
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        gradient = gradient / world()[1]
+        gradient = gradient / dist.get_world_size()
         if ctx.exact:
             dist.all_reduce(gradient)
         return gradient, None
@@ -105,7 +104,7 @@ def mean_of_all(x: Tensor, *, exact: bool = True) -> Tensor:
     Its gradient is the mean of theirs; with `exact` false that of a plain all_reduce, which autograd does not see: one
     over the number of processes of it.
     """
-    if world()[1] == 1:
+    if world().alone:
         return x
     mean: Tensor = _MeanOfAll.apply(x, exact)
     return mean

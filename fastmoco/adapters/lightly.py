@@ -16,9 +16,8 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from fastmoco.adapters.between import gather, gather_rows, shuffle_rows, take_rows, world
-from fastmoco.adapters.parts import crosscorr_over_processes
+from fastmoco.adapters.parts import crosscorr_over_processes, move_average
 from fastmoco.ops.crosscorr import crosscorr
-from fastmoco.ops.ema import ema_update_
 from fastmoco.ops.infonce import infonce
 from fastmoco.ops.queue_push import queue_push_
 
@@ -157,7 +156,7 @@ class NTXentLoss(nn.Module):
         return loss
 
     def _within_batch(self, out0: Tensor, out1: Tensor) -> Tensor:
-        rank, count = world()[0] if self.gather_distributed else 0, len(out0)
+        rank, count = world().rank if self.gather_distributed else 0, len(out0)
         all0, all1 = (gather(out0), gather(out1)) if self.gather_distributed else (out0, out1)
         own = torch.arange(count, device=out0.device) + rank * count
         # Neither an image's own row is a negative nor its other view's, which is the positive.
@@ -216,13 +215,12 @@ class MoCoProjectionHead(nn.Module):
         return projection
 
 
-@torch.no_grad()
 def update_momentum(model: nn.Module, model_ema: nn.Module, m: float) -> None:
     """Every parameter of `model_ema` <- m * itself + (1 - m) * that of `model`; buffers stay as they are.
 
     Raises UserError (a ValueError) where the two have not the same shapes, or `m` is not from 0 to 1.
     """
-    ema_update_([p.detach() for p in model_ema.parameters()], [p.detach() for p in model.parameters()], m)
+    move_average(model_ema, model, m)
 
 
 @torch.no_grad()

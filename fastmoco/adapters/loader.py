@@ -68,8 +68,10 @@ class PairLoader:
             decoder="dali" if loader == "dali" or (loader == "auto" and dali_installed()) else "pillow",
             progress=progress,
         )
-        rank, shards = world()
-        self._order = Order(len(self._manifest), batch_size, seed, drop_last=drop_last, shard=rank, shards=shards)
+        here = world()
+        self._order = Order(
+            len(self._manifest), batch_size, seed, drop_last=drop_last, shard=here.rank, shards=here.size
+        )
         self._workers, self._loader, self._device, self._dtype = workers, loader, find_device(str(device)), dtype
         self._quarantine = Quarantine(max_bad)
         self._epoch = 0

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from fastmoco.adapters.between import gather_rows, shuffle_rows, take_rows
-from fastmoco.ops.ema import ema_update_
+from fastmoco.adapters.parts import move_average, start_average
 from fastmoco.ops.infonce import infonce
 from fastmoco.ops.queue_push import queue_push_
 
@@ -52,10 +52,7 @@ class MoCo(nn.Module):
                 last = encoder.fc
                 assert isinstance(last, nn.Linear)
                 encoder.fc = nn.Sequential(nn.Linear(last.in_features, last.in_features), nn.ReLU(), last)
-        with torch.no_grad():
-            for own, other in zip(self.encoder_k.parameters(), self.encoder_q.parameters(), strict=True):
-                own.copy_(other)
-                own.requires_grad_(False)
+        start_average(self.encoder_k, self.encoder_q)
         # (dim, K), but a key's numbers lie side by side.
         self.register_buffer("queue", normalize(torch.randn(dim, K), dim=0).T.contiguous().T)
         self.register_buffer("queue_ptr", torch.zeros(1, dtype=torch.long))
@@ -77,7 +74,6 @@ class MoCo(nn.Module):
     @torch.no_grad()
     def _keys(self, images: Tensor) -> Tensor:
         """Keys (N, dim) of `images`, which went through the key encoder with other processes'."""
-        targets, sources = ([p.detach() for p in net.parameters()] for net in (self.encoder_k, self.encoder_q))
-        ema_update_(targets, sources, self.m)
+        move_average(self.encoder_k, self.encoder_q, self.m)
         shuffled, restore = shuffle_rows(images)
         return take_rows(normalize(self.encoder_k(shuffled), dim=1), restore)

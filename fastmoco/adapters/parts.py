@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 from torch.nn.functional import batch_norm
 
 from fastmoco.adapters.between import mean_of_all, world
 from fastmoco.ops.crosscorr import crosscorr
+from fastmoco.ops.ema import ema_update_
 
 
 def crosscorr_over_processes(z1: Tensor, z2: Tensor, *, off_diagonal: float, exact: bool = True) -> Tensor:
@@ -14,7 +16,7 @@ def crosscorr_over_processes(z1: Tensor, z2: Tensor, *, off_diagonal: float, exa
 
     exact: whether the gradient is C's; else that of a plain all_reduce, one over the number of processes of it.
     """
-    if world()[1] == 1:
+    if world().alone:
         return crosscorr(z1, z2, off_diagonal=off_diagonal)
     # Standardised by parts, which the fused operation does not do.
     a, b = (batch_norm(z.float(), None, None, training=True) for z in (z1, z2))
@@ -22,3 +24,20 @@ def crosscorr_over_processes(z1: Tensor, z2: Tensor, *, off_diagonal: float, exa
     diagonal = c.diagonal()
     loss: Tensor = (diagonal - 1).square().sum() + off_diagonal * (c.square().sum() - diagonal.square().sum())
     return loss
+
+
+@torch.no_grad()
+def start_average(average: nn.Module, model: nn.Module) -> None:
+    """Have `average` begin with the parameters of `model`, and be trained by no gradients."""
+    for own, other in zip(average.parameters(), model.parameters(), strict=True):
+        own.copy_(other)
+        own.requires_grad_(False)
+
+
+def move_average(average: nn.Module, model: nn.Module, momentum: float) -> None:
+    """Every parameter of `average` <- momentum * itself + (1 - momentum) * that of `model`; buffers stay as they are.
+
+    Raises UserError (a ValueError) where the two have not the same shapes, or `momentum` is not from 0 to 1.
+    """
+    targets, sources = ([p.detach() for p in net.parameters()] for net in (average, model))
+    ema_update_(targets, sources, momentum)

@@ -8,13 +8,11 @@ from __future__ import annotations
 
 import math
 
-import torch
 from torch import Tensor, nn
 
 from fastmoco.adapters import between
-from fastmoco.adapters.parts import crosscorr_over_processes
+from fastmoco.adapters.parts import crosscorr_over_processes, move_average, start_average
 from fastmoco.errors import UserError
-from fastmoco.ops.ema import ema_update_
 from fastmoco.ops.infonce import infonce
 
 __all__ = ["MomentumUpdater", "barlow_loss_func", "gather", "initialize_momentum_params", "mocov2plus_loss_func"]
@@ -41,12 +39,9 @@ def gather(X: Tensor, dim: int = 0) -> Tensor:
     return between.gather(X.transpose(0, dim)).transpose(0, dim)
 
 
-@torch.no_grad()
 def initialize_momentum_params(online_net: nn.Module, momentum_net: nn.Module) -> None:
     """Copy the parameters of `online_net` to `momentum_net`, which is not trained by gradients."""
-    for own, other in zip(momentum_net.parameters(), online_net.parameters(), strict=True):
-        own.copy_(other)
-        own.requires_grad_(False)
+    start_average(momentum_net, online_net)
 
 
 class MomentumUpdater:
@@ -62,8 +57,7 @@ class MomentumUpdater:
 
     def update(self, online_net: nn.Module, momentum_net: nn.Module) -> None:
         """Every parameter of `momentum_net` <- cur_tau * itself + (1 - cur_tau) * that of `online_net`."""
-        targets, sources = ([p.detach() for p in net.parameters()] for net in (momentum_net, online_net))
-        ema_update_(targets, sources, self.cur_tau)
+        move_average(momentum_net, online_net, self.cur_tau)
 
     def update_tau(self, cur_step: int, max_steps: int) -> None:
         """Set the momentum for step `cur_step` of `max_steps`."""

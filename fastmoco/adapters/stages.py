@@ -72,7 +72,6 @@ class StageLosses(nn.Module):
                 off_diagonal=off_diagonal,
                 projector_width=projector_width,
             )
-        self._siamese = key_model is None
         self._seen = [_listen(model, self.stages, 2 if key_model is None else 1)]
         self._seen += [] if key_model is None else [_listen(key_model, self.stages, 1)]
 

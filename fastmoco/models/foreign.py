@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -22,7 +23,7 @@ _BACKBONES = ("encoder_q.", "base_encoder.", "backbone.", "encoder.", "")
 # What else such checkpoints hold: key encoders, heads, queues, stage projectors, online classifiers, loss state.
 _OTHERS = (
     r"encoder_k\.|momentum_|backbone_momentum\.|backbone_ema\.|queue|projection_head|projector|prediction_head|predictor|"
-    r"p[1-4]\.|bn\.|fc\.|head\.|classifier|online_|criterion|loss|knn|teacher|student_head|momentum_projector"
+    r"p[1-4]\.|bn\.|fc\.|head\.|classifier|online_|criterion|loss|knn"
 )
 _OWN = r"(conv1|bn1|layer[1-4])\."
 # lightly's examples make the backbone a Sequential of a torchvision ResNet's children.
@@ -48,7 +49,7 @@ def read_checkpoint(path: Path) -> Any:
     try:
         try:
             return torch.load(path, map_location="cpu", weights_only=True)
-        except Exception:
+        except pickle.UnpicklingError:
             names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
             stand_ins = [(type("Inert", (_Inert,), {}), name) for name in names]
             with torch.serialization.safe_globals(stand_ins):  # type: ignore[arg-type]
