@@ -39,9 +39,9 @@ class DropInArgs:
     """Side of the views, in pixels."""
     batch_size: int = 32
     """Images in a batch."""
-    steps: int = 8
+    steps: int = 6
     """Steps in a turn."""
-    turns: int = 5
+    turns: int = 4
     """Turns of each."""
     workers: int = 2
     """Processes or threads that load."""

@@ -94,8 +94,11 @@ def _gathered(world: World) -> tuple[Tensor, Tensor]:
 def _shared(world: World) -> bool:
     """Whether a gradient that two are given reaches the other as it was."""
     x, beside = torch.ones(2, 3, requires_grad=True), torch.zeros(4, 3, requires_grad=True)
-    ((world.rank + 1) * (gather(x) + beside)).sum().backward()
-    return torch.equal(beside.grad, torch.full((4, 3), world.rank + 1.0)) if beside.grad is not None else False
+    # Made before the gathering, so that its gradient is passed on after.
+    other = beside * 1.0
+    weights = torch.full((4, 3), world.rank + 1.0)
+    ((gather(x) + other) * weights).sum().backward()
+    return beside.grad is not None and torch.equal(beside.grad, weights)
 
 
 def test_what_is_gathered_has_the_gradients_of_all() -> None:
