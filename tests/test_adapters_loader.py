@@ -65,14 +65,41 @@ def test_targets_are_the_labels_of_the_files(folder: Path, tmp_path: Path) -> No
     assert seen == dict(zip(files, kinds, strict=True))
 
 
-def _share(world: World, folder: Path) -> list[tuple[Tensor, Tensor, list[str]]]:
-    return epochs(PairLoader(folder, views=VIEWS, batch_size=6, loader="pillow"), 1)[0]
+def _share(world: World, folder: Path, made: PairLoader) -> list[tuple[Tensor, Tensor, list[str]]]:
+    found = epochs(PairLoader(folder, views=VIEWS, batch_size=6, loader="pillow"), 1)[0]
+    # Lightning's processes meet later than a loader that is given to `fit` was made.
+    assert [names for *_, names in epochs(made, 1)[0]] == [names for *_, names in found]
+    return found
 
 
 def test_processes_share_an_epoch_out(folder: Path) -> None:
-    (alone,) = epochs(PairLoader(folder, views=VIEWS, batch_size=6, loader="pillow"), 1)
-    shares = in_world(2, _share, folder)
+    loader = PairLoader(folder, views=VIEWS, batch_size=6, loader="pillow")
+    (alone,) = epochs(loader, 1)
+    loader.set_epoch(0)
+    shares = in_world(2, _share, folder, loader)
     for step, (views, _, names) in enumerate(alone):
         parts = [share[step] for share in shares]
         assert names == [name for *_, part in parts for name in part]
         np.testing.assert_array_equal(views.numpy(), torch.cat([part for part, *_ in parts], dim=1).numpy())
+
+
+def test_an_epoch_goes_on_where_it_was_left(folder: Path) -> None:
+    whole, other = (PairLoader(folder, views=VIEWS, batch_size=6, loader="pillow") for _ in range(2))
+    first, second = epochs(whole, 2)
+    assert whole.state_dict() == {"epoch": 2, "batch": 0}
+    other.set_epoch(1)
+    for number, (_, _, names) in enumerate(other, start=1):
+        assert names == second[number - 1][2]
+        if number == 2:
+            break
+    state = other.state_dict()
+    assert state == {"epoch": 1, "batch": 2}
+    whole.load_state_dict(state)
+    # As Lightning does, of the epoch that goes on.
+    whole.set_epoch(1)
+    ((views, _, names),) = epochs(whole, 1)[0]
+    assert names == second[2][2] and torch.equal(views, second[2][0])
+    # Another epoch begins at its beginning.
+    whole.load_state_dict(state)
+    whole.set_epoch(0)
+    assert [names for *_, names in epochs(whole, 1)[0]] == [names for *_, names in first]

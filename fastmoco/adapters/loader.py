@@ -37,7 +37,8 @@ class PairLoader:
     max_bad: images that may turn out to be unreadable, each of which another stands in for.
 
     An epoch's images and draws depend on `seed` and the epoch's number alone. `set_epoch` sets that of the next, where
-    training is resumed. Raises UserError as `load_manifest` does, and where a batch cannot be shared out or filled.
+    training is resumed; `state_dict` and `load_state_dict` keep the place in it too. Lightning calls them by itself.
+    Raises UserError as `load_manifest` does, and where a batch cannot be shared out or filled.
     """
 
     def __init__(
@@ -74,7 +75,8 @@ class PairLoader:
         )
         self._workers, self._loader, self._device, self._dtype = workers, loader, find_device(str(device)), dtype
         self._quarantine = Quarantine(max_bad)
-        self._epoch = 0
+        # Epoch and batch: of what was given out last, and where the next pass begins.
+        self._done = self._next = (0, 0)
         none = np.zeros(len(self._manifest), dtype=np.int64)
         self._targets = torch.from_numpy(next(iter(self._manifest.labels.values()), none))
 
@@ -82,26 +84,44 @@ class PairLoader:
         """Batches in an epoch."""
         return self._order.batches_per_epoch
 
+    @property
+    def sampler(self) -> PairLoader:
+        """Itself: Lightning tells a loader's sampler the number of each epoch."""
+        return self
+
     def set_epoch(self, epoch: int) -> None:
-        """Have the next epoch be number `epoch`, from 0."""
-        self._epoch = epoch
+        """Have the next epoch be number `epoch`, from 0; one in which `load_state_dict` left off goes on there."""
+        if epoch != self._next[0]:
+            self._done = self._next = (epoch, 0)
+
+    def state_dict(self) -> dict[str, int]:
+        """The number of the epoch, and how many of its batches have been given out."""
+        epoch, batch = self._done
+        return {"epoch": epoch + batch // len(self), "batch": batch % len(self)}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Have the next pass be the rest of the epoch in which `state_dict` gave `state`."""
+        self._done = self._next = (state["epoch"], state["batch"])
 
     def __iter__(self) -> Iterator[PairBatch]:
-        start = self._epoch * len(self)
-        self._epoch += 1
+        epoch, first = self._next
+        self._next = (epoch + 1, 0)
+        # The processes may have met since this was made.
+        here = world()
         batches = make_loader(
             self._loader,
             self._manifest,
             self.views,
-            self._order,
-            start=start,
-            stop=start + len(self),
+            replace(self._order, shard=here.rank, shards=here.size),
+            start=epoch * len(self) + first,
+            stop=(epoch + 1) * len(self),
             workers=self._workers,
             device=self._device,
             quarantine=self._quarantine,
         )
         with batches:
-            for batch in batches:
+            for done, batch in enumerate(batches, start=first + 1):
+                self._done = (epoch, done)
                 targets = self._targets[torch.from_numpy(batch.indices)].to(self._device)
                 names = [self._manifest.files[index] for index in batch.indices.tolist()]
                 yield [batch.q.to(self._dtype), batch.k.to(self._dtype)], targets, names

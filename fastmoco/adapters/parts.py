@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import difflib
+
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import batch_norm
 
 from fastmoco.adapters.between import mean_of_all, world
+from fastmoco.errors import UserError
 from fastmoco.ops.crosscorr import crosscorr
 from fastmoco.ops.ema import ema_update_
 
@@ -41,3 +44,15 @@ def move_average(average: nn.Module, model: nn.Module, momentum: float) -> None:
     """
     targets, sources = ([p.detach() for p in net.parameters()] for net in (average, model))
     ema_update_(targets, sources, momentum)
+
+
+def find_part(who: str, model: nn.Module, name: str) -> nn.Module:
+    """The part of `model` that `named_modules` calls `name`.
+
+    Raises UserError, which begins with `who` asks and lists names like it, where there is none.
+    """
+    parts = dict(model.named_modules(remove_duplicate=False))
+    if name not in parts or not name:
+        near = difflib.get_close_matches(name, parts, n=3, cutoff=0.4) or [part for part in parts if part][:5]
+        raise UserError(f"{who}: the model has no part {name!r}; it has {', '.join(near)}, ...")
+    return parts[name]

@@ -5,7 +5,6 @@ They take the outputs of named parts of the network as it runs, by forward hooks
 
 from __future__ import annotations
 
-import difflib
 from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
@@ -13,6 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from fastmoco.adapters.parts import find_part
 from fastmoco.errors import UserError
 from fastmoco.losses import StageBarlow, StageMSE
 
@@ -136,13 +136,11 @@ class _Seen(dict[str, deque[Any]]):
 
 def _listen(model: nn.Module, stages: Sequence[str], count: int, *, always: bool = False) -> _Seen:
     """What comes out of `stages` from now on, the last `count`, in training mode, or `always`."""
-    parts, seen = dict(model.named_modules()), _Seen()
+    seen = _Seen()
     for stage in stages:
-        if stage not in parts or not stage:
-            near = difflib.get_close_matches(stage, parts, n=3, cutoff=0.4) or [name for name in parts if name][:5]
-            raise UserError(f"StageLosses: the model has no part {stage!r}; it has {', '.join(near)}, ...")
+        part = find_part("StageLosses", model, stage)
         seen[stage] = deque(maxlen=count)
-        seen.handles.append(parts[stage].register_forward_hook(_keep(parts[stage], seen[stage], always)))
+        seen.handles.append(part.register_forward_hook(_keep(part, seen[stage], always)))
     return seen
 
 
