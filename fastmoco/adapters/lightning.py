@@ -53,10 +53,10 @@ class MomentumCallback(Callback):
         the networks' after each step.
 
     The averages move after each step of the optimiser, not after each batch of accumulated gradients. Keys are then
-    computed with the same weights as where `update_momentum` begins a training step, as in lightly's examples: there the
-    first call changes nothing. After the last step there is one move more. No gradients train the averages. Which step
-    they have followed is in the checkpoint; their weights are there as parts of the module. Under DDP each process
-    moves its own.
+    computed with the same weights as where `update_momentum` begins a training step, as in lightly's examples (there
+    the first call changes nothing); after the last step there is one move more. No gradients train the averages. Which
+    step they followed last is in the checkpoint, where they are as parts of the module. Under DDP each process moves
+    its own.
 
     Raises UserError for momenta that are not from 0 to 1, in this order, and, as fitting begins, for names that the
     module has not, networks of other shapes, shared parameters, and a rise over a run without end.
