@@ -1,8 +1,9 @@
-"""The loop in docs/adapters.md runs as it stands there."""
+"""The loops in docs/adapters.md run as they stand there."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,20 +12,46 @@ from fastmoco.models.weights import load_encoder
 from runs import draw_images
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "adapters.md"
+SMALL = {
+    "size=64, batch_size=32": "size=32, batch_size=4, workers=0, loader='pillow'",
+    "pl.Trainer(": "pl.Trainer(accelerator='cpu', enable_progress_bar=False, ",
+}
+
+
+def run(having: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """What the names of the page's block with `having` in it stand for, run on 12 images."""
+    monkeypatch.chdir(folder)
+    draw_images(folder / "IMAGES", 12)
+    (code,) = (block for block in PAGE.read_text().split("```python\n") if having in block)
+    code = code.split("```")[0]
+    for large, small in SMALL.items():
+        code = code.replace(large, small)
+    torch.manual_seed(0)
+    found: dict[str, Any] = {}
+    exec(compile(code, PAGE.name, "exec"), found)
+    return found
+
+
+def check_encoder(backbone: torch.nn.Module) -> None:
+    """backbone.pth is `backbone`."""
+    x = torch.rand(2, 3, 32, 32)
+    torch.testing.assert_close(load_encoder("backbone.pth")(x).embedding, backbone.eval()(x))
 
 
 def test_the_loop_trains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    draw_images(tmp_path / "IMAGES", 12)
-    (loop,) = (block for block in PAGE.read_text().split("```python\n") if "for epoch in range(2)" in block)
-    code = loop.split("```")[0].replace("size=64, batch_size=32", "size=32, batch_size=4, workers=0, loader='pillow'")
-    torch.manual_seed(0)
-    found: dict[str, object] = {}
-    exec(compile(code, PAGE.name, "exec"), found)
-    loss = found["loss"]
-    assert isinstance(loss, torch.Tensor) and loss.isfinite()
-    encoder = load_encoder("backbone.pth")
-    backbone = found["backbone"]
-    assert isinstance(backbone, torch.nn.Module)
-    x = torch.rand(2, 3, 32, 32)
-    torch.testing.assert_close(encoder(x).embedding, backbone.eval()(x))
+    found = run("for epoch in range(2)", tmp_path, monkeypatch)
+    assert found["loss"].isfinite()
+    check_encoder(found["backbone"])
+
+
+def test_the_lightning_module_trains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("pytorch_lightning", reason="PyTorch Lightning is not installed")
+    found = run("class MoCo(pl.LightningModule)", tmp_path, monkeypatch)
+    model, trainer = found["model"], found["trainer"]
+    assert trainer.global_step == 6 and trainer.train_dataloader.state_dict() == {"epoch": 2, "batch": 0}
+    assert [*model.stage_losses.losses] == ["layer1", "layer2", "layer3", "layer4"]
+    assert all(loss.isfinite() for loss in model.stage_losses.losses.values())
+    for own, average in ((model.backbone, model.backbone_momentum), (model.head, model.head_momentum)):
+        for weight, followed in zip(own.parameters(), average.parameters(), strict=True):
+            assert not followed.requires_grad and not torch.equal(weight, followed)
+    check_encoder(model.backbone)
