@@ -104,6 +104,7 @@ def views(args: StepArgs, channels_last: bool) -> Batch:
 def build_paper(trainer: Trainer) -> Paper:
     """The paper's step with the weights, queue and constants of `trainer`, before its first step."""
     config, module = trainer.config, trainer.module
+    assert trainer.queue is not None
     names = {name: name.replace("head.", "fc.").removeprefix("backbone.") for name in module.query.state_dict()}
     projectors = module.stage_loss.projectors.children() if isinstance(module.stage_loss, StageBarlow) else ()
     stage_loss: StageLoss = "none" if config.loss.method == "moco" else config.loss.method

@@ -6,12 +6,16 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import tyro
 
 import fastmoco
 from fastmoco.commands import Command, run
 from fastmoco.errors import UserError
+
+if TYPE_CHECKING:
+    from fastmoco.train.config import LossConfig
 
 INTERRUPTED = 130
 
@@ -57,20 +61,31 @@ def list_recipes(args: list[str]) -> int:
     if args:
         raise UserError(f"fastmoco recipes takes no arguments, not {' '.join(args)}")
     table = Table(box=None, pad_edge=False)
-    headings = "recipe,px,batch,epochs,lr,schedule,queue,temperature,EMA,head,stage loss"
+    headings = "recipe,objective,px,batch,epochs,lr,schedule,queue,temperature,EMA,head,stage loss"
+    words = ("recipe", "objective", "stage loss")
     for heading in headings.split(","):
-        table.add_column(heading, no_wrap=True, justify="left" if heading in ("recipe", "stage loss") else "right")
+        table.add_column(heading, no_wrap=True, justify="left" if heading in words else "right")
     for name, recipe in RECIPES.items():
         config = recipe(Path(), Path())
         loss, optim = config.loss, config.optim
-        kind = {"moco": "none", "mse": f"{loss.stage_weight:g} x MSE", "barlow": f"{loss.stage_weight:g} x Barlow"}
+        kind = {"none": "none", "mse": f"{loss.stage_weight:g} x MSE", "barlow": f"{loss.stage_weight:g} x Barlow"}
         table.add_row(
-            name, str(config.views.size), str(optim.batch_size), str(optim.epochs), f"{optim.lr:g}", optim.schedule,
-            str(loss.queue_size), f"{loss.temperature:g}", f"{loss.ema:g}", config.model.head, kind[loss.method],
+            name, loss.objective, str(config.views.size), str(optim.batch_size), str(optim.epochs), f"{optim.lr:g}",
+            optim.schedule, *_of_momentum(loss), config.model.head, kind[loss.stage_loss],
         )  # fmt: skip
     # Wide enough for every column also where the output is a file or a pipe.
-    Console(width=120).print(table)
+    Console(width=140).print(table)
     return 0
+
+
+def _of_momentum(loss: LossConfig) -> tuple[str, str, str]:
+    """Queue, temperature and momentum, a dash where the objective has none."""
+    contrasts, queued = loss.objective != "barlow-twins", loss.keys_per_pair > 0
+    return (
+        str(loss.queue_size) if queued else "-",
+        f"{loss.temperature:g}" if contrasts else "-",
+        f"{loss.ema:g}" if queued else "-",
+    )
 
 
 def evaluate(args: list[str]) -> int:

@@ -6,14 +6,17 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import adaptive_avg_pool2d
+from torch.nn.functional import adaptive_avg_pool2d, normalize
 
-from fastmoco.distributed.collectives import gather_for_shared_loss
+from fastmoco.distributed.collectives import gather, gather_for_shared_loss
 from fastmoco.distributed.world import World
 from fastmoco.models.projector import Projector
+from fastmoco.ops.batch_contrast import ntxent, supcon
 from fastmoco.ops.crosscorr import crosscorr
 from fastmoco.ops.infonce import infonce_ranked
+from fastmoco.ops.mixed_crosscorr import mixed_crosscorr
 from fastmoco.ops.pooled_mse import pooled_mse
+from fastmoco.ops.precision import wide
 
 # Maps by the stage's number less one; where there are not all four, those that a loss is given.
 Stages = Sequence[Tensor] | Mapping[int, Tensor]
@@ -22,16 +25,98 @@ Stages = Sequence[Tensor] | Mapping[int, Tensor]
 class InfoNCE(nn.Module):
     """The contrastive loss of normalised queries and keys (N, D) against a bank (K, D).
 
-    Returns {"infonce": loss}, and the rank (N,) of each key: how many negatives are more similar to its query.
+    `margin` is subtracted from the similarity of query and key. Returns {"infonce": loss}, and the rank (N,) of each
+    key: how many negatives are more similar to its query.
     """
 
-    def __init__(self, temperature: float) -> None:
+    def __init__(self, temperature: float, margin: float = 0.0) -> None:
         super().__init__()
-        self.temperature = temperature
+        self.temperature, self.margin = temperature, margin
 
     def forward(self, query: Tensor, key: Tensor, bank: Tensor) -> tuple[dict[str, Tensor], Tensor]:
-        loss, rank = infonce_ranked(query, key, bank, temperature=self.temperature)
+        loss, rank = infonce_ranked(query, key, bank, temperature=self.temperature, margin=self.margin)
         return {"infonce": loss}, rank
+
+
+class NTXent(nn.Module):
+    """SimCLR's loss of two views' embeddings (N, D), against those of the other images of all processes of `world`.
+
+    Every process gathers them and has the same loss. `margin` is subtracted from the similarity of the two views.
+    Returns {"ntxent": loss}, and the rank of each of this process's: first those of view 1, then of view 2.
+    """
+
+    names = ("ntxent",)
+
+    def __init__(self, temperature: float, margin: float = 0.0, *, world: World) -> None:
+        super().__init__()
+        self.temperature, self.margin, self.world = temperature, margin, world
+
+    def forward(self, z1: Tensor, z2: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+        loss, rank = ntxent(*gather_views(self.world, z1, z2), temperature=self.temperature, margin=self.margin)
+        return {"ntxent": loss}, own_ranks(self.world, rank)
+
+
+class SupCon(nn.Module):
+    """The supervised contrastive loss of two views' embeddings (N, D) and the images' classes (N,) int64, -1 where it
+    is unknown, over all processes of `world`, as `NTXent`. Returns {"supcon": loss} and the ranks."""
+
+    names = ("supcon",)
+
+    def __init__(self, temperature: float, *, world: World) -> None:
+        super().__init__()
+        self.temperature, self.world = temperature, world
+
+    def forward(self, z1: Tensor, z2: Tensor, targets: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+        classes = gather(self.world, targets, kind="classes")
+        z1, z2 = gather_views(self.world, z1, z2)
+        loss, rank = supcon(z1, z2, classes, temperature=self.temperature)
+        return {"supcon": loss}, own_ranks(self.world, rank)
+
+
+class BarlowTwins(nn.Module):
+    """The cross-correlation loss of two views' projections (N, D), and, with a weight `mix`, that of mixed pictures'.
+
+    `scale * (sum_i (C_ii - 1)^2 + off_diagonal * sum_{i != j} C_ij^2)`, and `scale * off_diagonal * mix` times
+    `mixed_crosscorr` (Bandara et al. 2023). C is that of this process's images or, `over_all`, of all of `world`.
+    Returns {"barlow": loss} or {"barlow": loss, "mixed": loss}, and the rank (N,) of each image's second view among
+    this process's.
+    """
+
+    def __init__(self, *, scale: float, off_diagonal: float, mix: float, over_all: bool, world: World) -> None:
+        super().__init__()
+        self.names = ("barlow", "mixed") if mix else ("barlow",)
+        self.scale, self.off_diagonal, self.mix = scale, off_diagonal, mix
+        self.world = world if over_all else World()
+
+    def forward(
+        self, z1: Tensor, z2: Tensor, mixed: Tensor | None, order: Tensor | None, share: Tensor | None
+    ) -> tuple[dict[str, Tensor], Tensor]:
+        with torch.no_grad():
+            similarity = normalize(wide(z1), dim=1) @ normalize(wide(z2), dim=1).T
+            rank = (similarity > similarity.diagonal()[:, None]).sum(dim=1)
+        if mixed is None:
+            z1, z2 = gather_views(self.world, z1, z2)
+        else:
+            z1, z2, mixed = gather_views(self.world, z1, z2, mixed)
+        losses = {"barlow": crosscorr(z1, z2, off_diagonal=self.off_diagonal, scale=self.scale)}
+        if mixed is not None:
+            assert order is not None and share is not None
+            order = gather(self.world, order + self.world.rank * len(order), kind="classes")
+            weight = self.scale * self.off_diagonal * self.mix
+            losses["mixed"] = weight * mixed_crosscorr(mixed, z1, z2, order, share)
+        return losses, rank
+
+
+def gather_views(world: World, *views: Tensor) -> Iterator[Tensor]:
+    """The rows (N, D) of each of `views` from all processes of `world`, (W N, D) each, for a loss that all compute
+    alike; one gather, counted as "embeddings"."""
+    together = gather_for_shared_loss(world, torch.stack(views, dim=1), kind="embeddings")
+    return iter(together.unbind(dim=1))
+
+
+def own_ranks(world: World, rank: Tensor) -> Tensor:
+    """Of the ranks (2 W N,) of both views of all images those of this process, (2 N,)."""
+    return rank.view(2, world.size, -1)[:, world.rank].flatten()
 
 
 class StageMSE(nn.Module):

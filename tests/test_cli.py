@@ -59,7 +59,7 @@ def test_help_documents_every_field(monkeypatch: pytest.MonkeyPatch, capsys: pyt
     shown = capsys.readouterr().out
     for option in ("--temperature", "--queue-size", "--grids", "--crop-scale", "--lr", "--checkpoint-every", "--init"):
         assert option in shown
-    assert "Temperature of InfoNCE" in shown
+    assert "Temperature of a contrastive objective" in shown
     assert "0.2" in shown
     assert fastmoco(monkeypatch, "--help") == 0
     assert "pretrain" in capsys.readouterr().out

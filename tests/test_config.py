@@ -19,7 +19,8 @@ from fastmoco.train.stored import changed_fields, to_json
 
 
 def test_every_recipe_of_the_paper_and_its_small_variant() -> None:
-    full = {f"{d}-{m}" for d in ("histology", "chest-xray", "fundus") for m in ("moco", "mse", "barlow")} | {"mocov2"}
+    full = {f"{d}-{m}" for d in ("histology", "chest-xray", "fundus") for m in ("moco", "mse", "barlow")}
+    full |= {"mocov2", "mocov2-symmetric", "simclr", "simclr-margin", "supcon", "barlow-twins", "barlow-twins-mixed"}
     assert set(RECIPES) == full | {f"{name}-small" for name in full}
     for name, recipe in RECIPES.items():
         config = recipe(Path("images"), Path("run"))

@@ -225,7 +225,7 @@ def test_weights_that_overflow_are_not_saved(images: Path, tmp_path: Path, monke
 
     def poisoned(self: Trainer, *args: Any, **kwargs: Any) -> None:
         step(self, *args, **kwargs)
-        if self.pushed == 12:
+        if self.pairs == 12:
             self.module.key.backbone.conv1.weight[0, 0, 0, 0] = float("inf")
 
     monkeypatch.setattr(Trainer, "step", poisoned)

@@ -28,8 +28,11 @@ OTHER = {
     "sgd_momentum": 0.1, "weight_decay": 0.1, "update": "torch", "schedule": "constant", "warmup_epochs": 1.0,
     "epochs": 3, "steps": 3, "batch_size": 4, "accumulate": 2, "drop_last": False, "precision": "bf16",
     "channels_last": False, "resize": 1.5, "crop_scale": [0.5, 1.0], "jitter": [0.1, 0.1, 0.1, 0.1], "jitter_p": 0.1,
-    "gray_p": 0.1, "blur_p": 0.1, "blur_sigma": [1.0, 2.0], "rotation": 5.0, "flip_p": 0.1,
-}  # fmt: skip
+    "gray_p": 0.1, "blur_p": 0.1, "blur_sigma": [1.0, 2.0], "rotation": 5.0, "flip_p": 0.1, "objective": "simclr",
+    "symmetric": True, "margin": 0.1, "mix_weight": 0.5,
+}
+# Without these, others cannot be said.
+WITH = {"mix_weight": {"objective": "barlow-twins"}}  # fmt: skip
 OTHER_FINETUNING = {
     "views": {"size": 32, "crop_scale": [0.9, 1.0]}, "lr": 0.5, "encoder_lr": 0.5, "weight_decay": 0.5, "batch_size": 8,
     "epochs": 3, "least_steps": 4, "most_steps": 5, "validate_every": 2, "patience": 3, "precision": "bf16",
@@ -212,7 +215,9 @@ def test_whatever_can_be_overridden_is_in_a_hash_or_said_to_be_no_setting(tmp_pa
     assert free - NOT_SETTINGS == set(OTHER)
     of_views = {field.name for field in dataclasses.fields(ViewConfig)}
     for name, value in OTHER.items():
-        changes = touched(dataclasses.replace(study, pretrain=study.pretrain | {name: value}))
+        without, having = (study.pretrain | WITH.get(name, {}) | own for own in ({}, {name: value}))
+        beside, cells = (make_cells(dataclasses.replace(study, pretrain=table), PRINTS) for table in (without, having))
+        changes = {cell_id for cell_id in beside if cells[cell_id].hash != beside[cell_id].hash}
         # What a method lacks is no setting of its own.
         assert changes >= {"drawn.pretrain.mse.s0" if name == "grids" else "drawn.pretrain.barlow.s0"}, name
         # Alignment is of such views, and fine-tuning has them; a first resize makes every picture another.

@@ -11,10 +11,11 @@ from torch import Tensor, nn
 from fastmoco.errors import UserError
 from fastmoco.models.convolution import use_products
 from fastmoco.models.norm import normalize_relu, use_fused_norms
+from fastmoco.models.projector import Projector
 from fastmoco.ops.precision import no_autocast, wide
 
 ARCHS = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")
-Head = Literal["linear", "mlp", "none"]
+Head = Literal["linear", "mlp", "projector", "none"]
 
 
 class Features(NamedTuple):
@@ -31,11 +32,11 @@ class Features(NamedTuple):
 class Encoder(nn.Module):
     """Torchvision's ResNet `arch`, with `fc` replaced by a head.
 
-    `head` is "linear" (features -> dim), "mlp" (features -> features -> dim, ReLU between, as in MoCo v2) or "none"
-    (the pooled stage-4 feature itself). `zero_init_residual` starts the last BatchNorm of each block at 0, so that
-    each block starts as the identity. With `seed` the weights are drawn from that seed alone, and the global
-    random state is left as it was. `config` is that of the run it was trained in, `image_size` and `resize` say
-    what images it was trained on, where known.
+    `head` is "linear" (features -> dim), "mlp" (features -> features -> dim, ReLU between, as in MoCo v2), "projector"
+    (features -> dim -> dim -> dim with BatchNorm, as in Barlow Twins) or "none" (the pooled stage-4 feature itself).
+    `zero_init_residual` starts the last BatchNorm of each block at 0, so that each block starts as the identity. With
+    `seed` the weights are drawn from that seed alone, and the global random state is left as it was. `config` is that
+    of the run it was trained in, `image_size` and `resize` say what images it was trained on, where known.
     """
 
     config: dict[str, Any]
@@ -103,4 +104,7 @@ def _head(kind: Head, width: int, dim: int) -> nn.Module:
         return nn.Linear(width, dim)
     if kind == "mlp":
         return nn.Sequential(nn.Linear(width, width), nn.ReLU(inplace=True), nn.Linear(width, dim))
-    raise UserError(f"--head {kind}: not one of linear, mlp, none")
+    if kind == "projector":
+        # Its layers alone: an encoder sees one view at a time.
+        return nn.Sequential(*Projector(width, dim))
+    raise UserError(f"--head {kind}: not one of linear, mlp, projector, none")

@@ -43,6 +43,32 @@ def infonce(
     return loss, (negative > positive).sum(dim=1)
 
 
+def supcon(
+    z1: Tensor, z2: Tensor, targets: Tensor, *, temperature: float, margin: float = 0.0
+) -> tuple[Tensor, Tensor]:
+    """The loss, a 0-d tensor, and each view's rank (2N,), through the 2N x 2N logits (Khosla et al. 2020, eq. 2,
+    L_out).
+
+    With targets that all differ it is NT-Xent (Chen et al. 2020, eq. 1), of which `margin` lowers the similarity of the
+    positives (Lepage and Dehak 2023). An image of target -1 has no class-mates.
+    """
+    n = len(z1)
+    z, classes = normalize(torch.cat([z1, z2]), dim=1), torch.cat([targets, targets])
+    image = torch.arange(2 * n, device=z.device) % n
+    itself = torch.eye(2 * n, dtype=torch.bool, device=z.device)
+    other_view = (image[:, None] == image) & ~itself
+    mates = (classes[:, None] == classes) & (classes >= 0)
+    positives = (mates | other_view) & ~itself
+    similarity = z @ z.T
+    own = similarity[other_view]
+    rank = ((similarity > own[:, None]) & ~itself & ~other_view).sum(dim=1)
+    # Lowered for the view whose loss it is, wherever it stands.
+    logits = ((similarity - margin * other_view.to(z)) / temperature).masked_fill(itself, -torch.inf)
+    log_share = logits - logits.logsumexp(dim=1, keepdim=True)
+    each = log_share.masked_fill(~positives, 0.0).sum(dim=1) / positives.sum(dim=1)
+    return -each.mean(), rank
+
+
 def standardize(z: Tensor) -> Tensor:
     """Each column of (..., N, D) `z` with zero mean and unit (biased) variance over the batch."""
     centred = z - z.mean(dim=-2, keepdim=True)
@@ -56,6 +82,17 @@ def crosscorr(z1: Tensor, z2: Tensor, *, off_diagonal: float = 1.0, scale: float
     # Zeroing the diagonal, rather than subtracting its squares, keeps the small sum exact beside the large one.
     off = (c - torch.diag(c.diagonal())).square().sum()
     return scale * (on + off_diagonal * off)
+
+
+def mixed_crosscorr(mixed: Tensor, z1: Tensor, z2: Tensor, order: Tensor, share: float) -> Tensor:
+    """The regulariser by mixed samples of (N, D) projections, a 0-d tensor, through D x D matrices (Bandara et al.
+    2023, eq. 5 to 8)."""
+    m, a, b = standardize(mixed), standardize(z1), standardize(z2)
+    loss = torch.zeros((), dtype=z1.dtype, device=z1.device)
+    for view in (a, b):
+        expected = share * (a.T @ view) + (1 - share) * (b[order].T @ view)
+        loss = loss + ((m.T @ view - expected) / len(z1)).square().sum()
+    return loss
 
 
 def pooled_mse(a: Tensor, b: Tensor, *, grid: int) -> Tensor:

@@ -109,7 +109,7 @@ def show(args: PlanArgs, plan: Plan, console: Console) -> None:
     cluster, backend = args.cluster, args.cluster.backend
     engine = f"DeepSpeed ZeRO {args.zero}" if args.engine == "deepspeed" else "DDP"
     console.print(
-        f"{args.model.arch}, {args.views.size} px, {args.loss.method}; {cluster.nodes} x {cluster.gpus} "
+        f"{args.model.arch}, {args.views.size} px, {args.loss.title}; {cluster.nodes} x {cluster.gpus} "
         f"{cluster.gpu.upper()}, {engine}, {args.precision}; batch {args.optim.batch_size} x "
         f"{args.optim.accumulate}, {plan.rows} images a GPU\n",
         highlight=False,

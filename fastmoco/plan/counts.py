@@ -13,7 +13,8 @@ from fastmoco.plan.operations import Operations, crosscorr_flops, record
 from fastmoco.train.config import LossConfig, ModelConfig
 from fastmoco.train.copies import Copies
 from fastmoco.train.engines.engine import COMPUTE_DTYPE
-from fastmoco.train.objective import MomentumContrast
+from fastmoco.train.objective import Objective
+from fastmoco.train.objectives import make_objective
 
 BYTES = {"bf16": 2, "fp16": 2, "fp32": 4, "fp64": 8}
 
@@ -52,11 +53,12 @@ def count(
 
     Nothing is allocated or sent. Raises UserError where so few images have no cross-correlation.
     """
-    if loss.method == "barlow" and rows < 2:
-        raise UserError(f"--method barlow needs at least 2 images a GPU, not {rows}: raise --batch-size")
+    for option, value in (("method", loss.method), ("objective", loss.objective)):
+        if value in ("barlow", "barlow-twins") and rows < 2:
+            raise UserError(f"--{option} {value} needs at least 2 images a GPU, not {rows}: raise --batch-size")
     with torch.device("meta"):
         # In a world of one its BatchNorms and gathers are the plain ones: what they send is not computed here.
-        module = MomentumContrast(replace(model, init=None), replace(loss, key_shuffle="none"), seed=0)
+        module = make_objective(replace(model, init=None), replace(loss, key_shuffle="none"), seed=0)
     if precision == "fp64":
         module.double()
     module.to(memory_format=torch.channels_last)
@@ -64,32 +66,28 @@ def count(
     copies = Copies(module, module.multiplied if half else [])
     view = torch.empty(rows, 3, size, size, device="meta", dtype=COMPUTE_DTYPE[precision])
     view = view.to(memory_format=torch.channels_last)
-    bank = torch.empty(loss.queue_size, model.dim, device="meta")
+    beside = _beside(module, model, loss, rows)
 
     def run() -> Tensor:
         # Copies are bfloat16; float16 moves and multiplies as much.
         bf16 = view.bfloat16() if half else view
-        return torch.stack(list(copies(bf16, bf16, bank).losses.values())).sum()
+        return torch.stack(list(copies(bf16, bf16, *beside).losses.values())).sum()
 
-    given = [*module.parameters(), *module.buffers(), *copies.by_name.values(), view, bank]
-    operations, kept = record(run, given)
-    if loss.method == "barlow" and loss.barlow_correlation == "global":
-        # Every process computes the loss of all images.
-        stages, d = len(loss.stages), loss.projector_width
-        more = crosscorr_flops(stages, world * rows, d) - crosscorr_flops(stages, rows, d)
-        operations.add(more, 4 * stages * (world - 1) * rows * d * BYTES[precision])
+    given = [*module.parameters(), *module.buffers(), *copies.by_name.values(), view]
+    operations, kept = record(run, [*given, *(tensor for tensor in beside if tensor is not None)])
+    _add_shared_losses(operations, model, loss, rows=rows, world=world, precision=precision)
     trained = {name: p for name, p in module.named_parameters() if p.requires_grad}
     names = set(module.multiplied)
     # By class, as DeepSpeed does: fastmoco's convolutions are of one of their own, which it does not know.
     linear = [p for part in module.modules() if type(part) is nn.Linear for p in part.parameters(recurse=False)]
-    query, key = _channels(module.query), _channels(module.key)
+    query, key = (channels * times for channels, times in zip(_channels_of(module), module.passes, strict=True))
     # A projector normalises each of the two views on its own, in both directions.
     projectors = [2 * c for c in _channels(module.stage_loss)] if module.stage_loss else []
     twice = 2 * len(projectors)
     return Counts(
         rows=rows,
         trained=sum(p.numel() for p in trained.values()),
-        averaged=sum(p.numel() for p in module.key.parameters()),
+        averaged=sum(p.numel() for p in module.averages.values()),
         copied=sum(module.get_parameter(name).numel() for name in names),
         copied_trained=sum(p.numel() for name, p in trained.items() if name in names),
         linear=sum(p.numel() for p in linear),
@@ -104,12 +102,46 @@ def count(
     )
 
 
+def _beside(module: Objective, model: ModelConfig, loss: LossConfig, rows: int) -> list[Tensor | None]:
+    """What the forward takes beside the views: negatives, or classes, order and share."""
+    with torch.device("meta"):
+        if module.queued:
+            return [torch.empty(loss.queue_size, model.dim)]
+        numbers = torch.empty(rows, dtype=torch.int64)
+        return [numbers, numbers, torch.empty(())] if loss.mix_weight else [numbers]
+
+
+def _add_shared_losses(
+    operations: Operations, model: ModelConfig, loss: LossConfig, *, rows: int, world: int, precision: str
+) -> None:
+    """Add what every process computes of the losses of all images, beyond those of its own `rows`."""
+    together = world * rows
+    if loss.barlow_correlation == "global" and loss.method == "barlow":
+        stages, d = len(loss.stages), loss.projector_width
+        more = crosscorr_flops(stages, together, d) - crosscorr_flops(stages, rows, d)
+        operations.add(more, 4 * stages * (together - rows) * d * BYTES[precision])
+    if loss.barlow_correlation == "global" and loss.objective == "barlow-twins":
+        # Mixed samples have products of the same sizes, one more.
+        terms = 2 if loss.mix_weight else 1
+        more = crosscorr_flops(terms, together, model.dim) - crosscorr_flops(terms, rows, model.dim)
+        operations.add(more, 4 * terms * (together - rows) * model.dim * 4)
+    if loss.objective in ("simclr", "supcon"):
+        # Each of both views against both of all: a sweep for loss and gradient, and one for that of the negatives.
+        operations.add(8 * 4 * (together**2 - rows**2) * model.dim, 8 * (together - rows) * model.dim * 4)
+
+
+def _channels_of(module: Objective) -> tuple[list[int], list[int]]:
+    """Channels of the BatchNorms of the query encoder, and of the key encoder, if there is one."""
+    query, *key = (_channels(encoder) for encoder in module.encoders)
+    return query, key[0] if key else []
+
+
 def _channels(module: nn.Module) -> list[int]:
     return [part.num_features for part in module.modules() if isinstance(part, _BatchNorm)]
 
 
-def _pooled(module: MomentumContrast, loss: LossConfig) -> int:
-    if loss.method == "moco":
+def _pooled(module: Objective, loss: LossConfig) -> int:
+    if loss.stage_loss == "none":
         return 0
-    grids = loss.grids if loss.method == "mse" else (1, 1, 1, 1)
+    grids = loss.grids if loss.stage_loss == "mse" else (1, 1, 1, 1)
     return sum(module.query.stage_widths[s - 1] * grids[s - 1] ** 2 for s in loss.stages)

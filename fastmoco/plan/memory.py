@@ -48,7 +48,8 @@ def memory(
     parts["activations"] = float(counts.kept)
     parts["working"] = float(counts.operations.moved.max())
     parts["views"] = 2.0 * counts.rows * 3 * size * size * (2 + BYTES[precision])
-    parts["queue"] = float(loss.queue_size * model.dim * (2 if loss.queue_dtype == "bf16" else wide))
+    if loss.keys_per_pair:
+        parts["queue"] = float(loss.queue_size * model.dim * (2 if loss.queue_dtype == "bf16" else wide))
     if loss.method == "barlow" and loss.barlow_correlation == "global" and world > 1:
         rows = world * counts.rows
         parts["gathered projections"] = float(

@@ -101,16 +101,18 @@ def flows(
     if world == 1:
         return []
     n, wide, narrow = counts.rows, max(BYTES[precision], 4), BYTES[precision]
-    found = [Flow("keys", "gather", n * model.dim * wide * accumulate, accumulate, "backward")]
+    found = _embeddings(model, loss, n * accumulate, accumulate, wide)
     if loss.key_shuffle == "global":
         # Where the processes do not divide the rows, each keeps the rounded share of its own.
-        away = (n - math.ceil(n / world)) * world / (world - 1) * accumulate
+        away = (n - math.ceil(n / world)) * world / (world - 1) * accumulate * loss.keys_per_pair
+        calls = accumulate * loss.keys_per_pair
         image, features = 3 * size * size * 2, (model.dim + counts.pooled) * wide
-        found.append(Flow("shuffle", "exchange", away * image, accumulate, "query forward"))
-        found.append(Flow("unshuffle", "exchange", away * features, accumulate, "forward"))
+        found.append(Flow("shuffle", "exchange", away * image, calls, "query forward"))
+        found.append(Flow("unshuffle", "exchange", away * features, calls, "forward"))
     if loss.method == "barlow" and loss.barlow_correlation == "global":
-        given = 2 * len(loss.stages) * n * loss.projector_width * narrow * accumulate
-        found.append(Flow("projections", "gather", given, accumulate, "forward"))
+        times = max(loss.keys_per_pair, 1) * accumulate
+        given = 2 * len(loss.stages) * n * loss.projector_width * narrow * times
+        found.append(Flow("projections", "gather", given, times, "forward"))
     if model.norm == "sync":
         for collective, when, channels, calls in (
             ("gather", "forward", counts.channels_forward, counts.norms_forward),
@@ -120,6 +122,20 @@ def flows(
     found += _gradients(counts, narrow if through_copies else wide, narrow, wide, engine, zero, accumulate)
     # Whether a loss was not finite.
     found.append(Flow("control", "sum", 4, 1, "backward"))
+    return found
+
+
+def _embeddings(model: ModelConfig, loss: LossConfig, rows: int, calls: int, wide: int) -> list[Flow]:
+    """What the objective gathers of `rows` images in `calls` micro-batches: keys for the queue, or, for a loss of all
+    images, the embeddings of all views; of their classes and orders 8 bytes each."""
+    row = model.dim * wide
+    if loss.objective == "moco":
+        return [Flow("keys", "gather", rows * row * loss.keys_per_pair, calls, "backward")]
+    if loss.objective == "barlow-twins" and loss.barlow_correlation != "global":
+        return []
+    found = [Flow("embeddings", "gather", rows * row * (3 if loss.mix_weight else 2), calls, "forward")]
+    if loss.objective == "supcon" or loss.mix_weight:
+        found.append(Flow("classes", "gather", rows * 8, calls, "forward"))
     return found
 
 

@@ -44,6 +44,8 @@ NOT_SETTINGS = {
     "knn_every",
 }
 _OF_BARLOW = {"barlow_scale", "barlow_off_diagonal", "barlow_correlation", "projector_width"}
+# Fields that are younger than studies: left out at their defaults, so that what was computed before is found.
+_LATER = {"objective": "moco", "symmetric": False, "margin": 0.0, "mix_weight": 0.0}
 _NOT_OF_METHOD = {"moco": {"stages", "stage_weight", "grids"} | _OF_BARLOW, "mse": _OF_BARLOW, "barlow": {"grids"}}
 
 
@@ -224,7 +226,10 @@ def _pretrain_settings(config: Config) -> dict[str, Any]:
     plain = to_json(config)
     without = _NOT_OF_METHOD[config.loss.method] | NOT_SETTINGS
     groups = ("run", "views", "model", "loss", "optim")
-    return {group: {k: v for k, v in plain[group].items() if k not in without} for group in groups}
+    return {
+        group: {k: v for k, v in plain[group].items() if k not in without and (k not in _LATER or v != _LATER[k])}
+        for group in groups
+    }
 
 
 def pretraining_views(study: Study, data: Data) -> ViewConfig:

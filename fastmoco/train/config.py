@@ -11,6 +11,9 @@ import tyro
 
 from fastmoco.data.views import ViewConfig
 from fastmoco.errors import UserError
+from fastmoco.train.loss_config import LossConfig
+
+__all__ = ["Arch", "Config", "DataConfig", "LossConfig", "ModelConfig", "OptimConfig", "RunConfig"]
 
 Arch = Literal["resnet18", "resnet34", "resnet50", "resnet101", "resnet152"]
 
@@ -26,8 +29,8 @@ class DataConfig:
     labels, patient and split; without one, every image is used, with what its folders, the shards or the .npz file
     say."""
     label: tuple[str, ...] = ()
-    """Label columns; of a CSV file none if not given, otherwise all. Training never sees them, the kNN monitor uses the
-    first."""
+    """Label columns; of a CSV file none if not given, otherwise all. The kNN monitor uses the first, and so does
+    --objective supcon; no other training sees them."""
     split: str | None = None
     """Pretrain only on the rows whose split column holds this; all rows if not given."""
     file_column: str = "file"
@@ -60,8 +63,9 @@ class ModelConfig:
 
     arch: Arch = "resnet50"
     """Torchvision ResNet."""
-    head: Literal["linear", "mlp"] = "linear"
-    """Projection head of the contrastive loss: one linear layer, or MoCo v2's MLP."""
+    head: Literal["linear", "mlp", "projector"] = "linear"
+    """Projection head of the objective: one linear layer, MoCo v2's MLP, or Barlow Twins' projector, three linear
+    layers with BatchNorm that are all --dim wide."""
     dim: int = 128
     """Width of the embedding."""
     zero_init_residual: bool = True
@@ -87,57 +91,6 @@ class ModelConfig:
                 f"--norm-groups {self.norm_groups} splits the statistics that --norm batch takes; with --norm "
                 f"{self.norm} leave it at 1"
             )
-
-
-@dataclass(kw_only=True, slots=True)
-class LossConfig:
-    """The objective: InfoNCE over a queue plus a loss at residual stages."""
-
-    method: Literal["moco", "mse", "barlow"] = "moco"
-    """Stage loss: none, mean squared error, or cross-correlation."""
-    temperature: float = 0.07
-    """Temperature of InfoNCE."""
-    queue_size: int = 65536
-    """Negatives kept (K)."""
-    queue_dtype: Literal["fp32", "bf16"] = "fp32"
-    """Numbers the negatives are kept in, whatever the precision: fp32 (fp64 in a run of that precision), or bf16, which
-    halves their memory and about doubles the speed of the contrastive loss where bfloat16 is multiplied in hardware;
-    keys are then rounded to 8 bits of mantissa."""
-    ema: float = 0.999
-    """Momentum m of the key encoder: key <- m * key + (1 - m) * query, once a step."""
-    stages: tuple[int, ...] = (1, 2, 3, 4)
-    """Residual stages, 1 to 4, that get a stage loss."""
-    stage_weight: float = 0.25
-    """Weight (lambda) of each stage's loss."""
-    grids: tuple[int, int, int, int] = (1, 1, 1, 1)
-    """Side of the grid that stage 1 to 4's map is average-pooled to before the squared error."""
-    barlow_scale: float = 1 / 32
-    """Scale of the cross-correlation loss."""
-    barlow_off_diagonal: float = 1.0
-    """Weight of the off-diagonal terms: 1 is the intermediate-layer paper's form, 0.005 Barlow Twins'."""
-    barlow_correlation: Literal["per_rank", "global"] = "per_rank"
-    """Images that the cross-correlation is of: each process's, or all processes' together, which gathers their
-    projections. One process alone has all."""
-    projector_width: int = 2048
-    """Width of each stage's projector in front of the cross-correlation."""
-    key_shuffle: Literal["none", "local", "global"] = "none"
-    """Which images go through the key encoder together, so that BatchNorm's statistics do not tell which key is a
-    query's: those of the queries' batch; the same in random order, which tells apart the --norm-groups; or random ones
-    of all processes, each sent there and its features back."""
-
-    def __post_init__(self) -> None:
-        if not self.temperature > 0:
-            raise UserError(f"--temperature must be above 0, not {self.temperature}")
-        if not 0 <= self.ema <= 1:
-            raise UserError(f"--ema must be from 0 to 1, not {self.ema}")
-        if not set(self.stages) <= {1, 2, 3, 4} or len(set(self.stages)) != len(self.stages):
-            raise UserError(f"--stages must be different numbers from 1 to 4, not {' '.join(map(str, self.stages))}")
-        if self.method != "moco" and not self.stages:
-            raise UserError(f"--stages is empty, so --method {self.method} has no stage loss: use --method moco")
-        if self.projector_width < 1:
-            raise UserError(f"--projector-width must be at least 1, not {self.projector_width}")
-        if min(self.grids) < 1:
-            raise UserError(f"--grids must be at least 1 each, not {' '.join(map(str, self.grids))}")
 
 
 @dataclass(kw_only=True, slots=True)
@@ -253,13 +206,18 @@ class Config:
     optim: OptimConfig = field(default_factory=OptimConfig)
 
     def __post_init__(self) -> None:
-        if self.loss.queue_size < self.optim.batch_size:
+        loss = self.loss
+        keys = loss.keys_per_pair * self.optim.batch_size
+        if loss.queue_size < keys:
             raise UserError(
-                f"--queue-size {self.loss.queue_size} is smaller than --batch-size {self.optim.batch_size}: "
-                "a batch of keys would not fit; raise one or lower the other"
+                f"--queue-size {loss.queue_size} is smaller than "
+                + (f"the {keys} keys of " if loss.symmetric else "")
+                + f"--batch-size {self.optim.batch_size}: a batch of keys would not fit; raise one or lower the other"
             )
-        if self.loss.method == "barlow" and self.optim.batch_size < 2:
+        if loss.method == "barlow" and self.optim.batch_size < 2:
             raise UserError("--batch-size 1 has no cross-correlation: give --method barlow at least 2")
+        if loss.objective != "moco" and self.optim.batch_size < 2:
+            raise UserError(f"--batch-size 1 has no other images: give --objective {loss.objective} at least 2")
         groups = self.model.norm_groups
         if self.optim.batch_size % groups:
             raise UserError(

@@ -7,6 +7,15 @@ from pathlib import Path
 from fastmoco.atomic import replacing
 from fastmoco.train.metrics import Row
 
+# What the objectives' own losses are called.
+LOSS_TITLES = {
+    "infonce": "InfoNCE",
+    "ntxent": "NT-Xent",
+    "supcon": "supervised contrastive",
+    "barlow": "Barlow Twins",
+    "mixed": "mixed samples, weighted",
+}
+
 
 def draw_curves(rows: list[Row], path: Path) -> None:
     """Draw the metrics over the steps of `rows`, a panel for each kind that they have, to the PNG `path`."""
@@ -14,10 +23,11 @@ def draw_curves(rows: list[Row], path: Path) -> None:
 
     if not rows:
         return
-    parts = [name for name in rows[0] if name == "infonce" or name.startswith("stage")]
+    own = [name for name in rows[0] if name in LOSS_TITLES]
+    stages = [name for name in rows[0] if name.startswith("stage")]
     panels: list[tuple[str, list[str]]] = [
-        ("InfoNCE", ["infonce"]),
-        ("stage losses, weighted", [name for name in parts if name != "infonce"]),
+        *((LOSS_TITLES[name], [name]) for name in own),
+        ("stage losses, weighted", stages),
         ("queries whose key is found", ["top1", "top5"]),
         ("embedding spread (1 even, 0 collapsed)", ["embedding_std"]),
         ("kNN of the training images", ["knn_accuracy", "knn_auc"]),

@@ -13,7 +13,7 @@ from fastmoco.errors import UserError
 from fastmoco.train.config import Config
 from fastmoco.train.objective import Output
 
-MicroBatch = Callable[[Tensor, Tensor, Tensor | None], Output]
+MicroBatch = Callable[..., Output]
 Capture = Callable[[Callable[[], None]], Callable[[], None]]
 
 # DistributedDataParallel settles its buckets, and looks at the graph of autograd, within its first steps; torch's notes
@@ -42,7 +42,7 @@ def use_own_stream(device: torch.device) -> None:
 
 
 class GraphedMicroBatch:
-    """`run(view_q, view_k, order) -> Output`, captured after a few calls and replayed from then on.
+    """`run(*inputs) -> Output` of tensors, or None for one, captured after a few calls and replayed from then on.
 
     Every input is copied to where the capture read it, and every call returns the same tensors with new values, so that
     they are to be read before the next. Shapes must not change. What was counted in the world's `sent` during the
@@ -65,11 +65,10 @@ class GraphedMicroBatch:
         """Whether the next call will be a replay."""
         return self._replay is not None
 
-    def __call__(self, view_q: Tensor, view_k: Tensor, order: Tensor | None) -> Output:
+    def __call__(self, *given: Tensor | None) -> Output:
         if self._left > 0:
             self._left -= 1
-            return self._run(view_q, view_k, order)
-        given = [view_q, view_k, order]
+            return self._run(*given)
         if self._replay is None:
             self._inputs = [None if value is None else value.clone() for value in given]
             before = Counter(self._world.sent)
@@ -86,9 +85,7 @@ class GraphedMicroBatch:
         return self._output
 
     def _once(self) -> None:
-        view_q, view_k, order = self._inputs
-        assert view_q is not None and view_k is not None
-        self._output = self._run(view_q, view_k, order)
+        self._output = self._run(*self._inputs)
 
 
 def _cuda_capture(once: Callable[[], None]) -> Callable[[], None]:

@@ -1,7 +1,8 @@
-"""The one module that is trained: two views in, named losses out."""
+"""The one module that is trained: two views in, named losses out. Here what all objectives share, and MoCo's."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -18,9 +19,10 @@ from fastmoco.train.config import LossConfig, ModelConfig
 
 
 class Output(NamedTuple):
-    """`losses`: 0-d tensors, weighted as they enter the sum. `query` and `key`: (N, D) normalised, without gradient.
+    """`losses`: 0-d tensors, weighted as they enter the sum. `query`: embeddings (N, D) of the first views, normalised,
+    without gradient. `key`: (M, D) normalised, what the queue is to take; none where there is no queue.
 
-    `rank`: (N,) how many negatives are more similar to a query than its key.
+    `rank`: (R,) how many negatives are more similar to a view than the one that belongs to it.
     """
 
     losses: dict[str, Tensor]
@@ -29,7 +31,74 @@ class Output(NamedTuple):
     rank: Tensor
 
 
-class MomentumContrast(nn.Module):
+class Objective(nn.Module):
+    """What every objective has: the encoder that is kept, `query`, and the loss at its stages, if any.
+
+    `names` are those of its own losses; `queued` says whether it is given negatives. `passes` are the forwards of a
+    step through the query encoder and through the key encoder.
+    """
+
+    names: tuple[str, ...]
+    queued = False
+    passes: tuple[int, int]
+    query: Encoder
+    stage_loss: StageMSE | StageBarlow | None
+
+    @property
+    def encoders(self) -> tuple[Encoder, ...]:
+        """All encoders, the query's first; they begin with the same weights."""
+        return (self.query,)
+
+    @property
+    def loss_names(self) -> list[str]:
+        """The names of the losses that forward returns, in its order."""
+        return [*self.names, *(f"stage{s}" for s in self.stage_loss.grids)] if self.stage_loss else [*self.names]
+
+    @property
+    def averages(self) -> dict[str, Tensor]:
+        """The parameters that follow others by a moving average, each by the name of the one that it follows."""
+        return {}
+
+    @property
+    def multiplied(self) -> list[str]:
+        """Names of the weights that autocast rounds: those of convolutions and linear layers, heads excepted."""
+        heads = {id(p) for encoder in self.encoders for p in encoder.head.parameters()}
+        return [
+            f"{name}.weight"
+            for name, part in self.named_modules()
+            if isinstance(part, (nn.Conv2d, nn.Linear)) and id(part.weight) not in heads
+        ]
+
+
+def make_encoder(model: ModelConfig, seed: int) -> Encoder:
+    """The encoder that `model` describes, with weights drawn by `seed`."""
+    return Encoder(model.arch, head=model.head, dim=model.dim, zero_init_residual=model.zero_init_residual, seed=seed)
+
+
+def make_stage_loss(
+    loss: LossConfig, widths: Sequence[int], *, seed: int, world: World
+) -> StageMSE | StageBarlow | None:
+    """The loss at the stages, of `widths` channels, that `loss` describes; its projectors' weights are drawn by
+    `seed`."""
+    if loss.stage_loss == "mse":
+        return StageMSE(loss.stages, loss.grids, loss.stage_weight)
+    if loss.stage_loss == "none":
+        return None
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return StageBarlow(
+            loss.stages,
+            widths,
+            weight=loss.stage_weight,
+            scale=loss.barlow_scale,
+            off_diagonal=loss.barlow_off_diagonal,
+            projector_width=loss.projector_width,
+            over_all=loss.barlow_correlation == "global",
+            world=world,
+        )
+
+
+class MomentumContrast(Objective):
     """A query encoder, the key encoder that follows it, and the losses between them.
 
     Gradients reach the query encoder and the stage losses' projectors, never the key encoder. The key encoder's
@@ -39,56 +108,30 @@ class MomentumContrast(nn.Module):
     of its gradients, is that of the micro-batch, but for what --norm and --barlow-correlation leave to each process.
     """
 
+    names = ("infonce",)
+    queued = True
+
     def __init__(self, model: ModelConfig, loss: LossConfig, *, seed: int, world: World | None = None) -> None:
         super().__init__()
         world = world or World()
+        self.symmetric = loss.symmetric
+        self.passes = (2, 2) if loss.symmetric else (1, 1)
         self.key_shuffle = loss.key_shuffle
         self.shuffled_over = world if loss.key_shuffle == "global" else World()
-        self.query, self.key = (
-            Encoder(
-                model.arch, head=model.head, dim=model.dim, zero_init_residual=model.zero_init_residual, seed=seed
-            )
-            for _ in range(2)
-        )
+        self.query, self.key = (make_encoder(model, seed) for _ in range(2))
         self.key.requires_grad_(False)
-        self.infonce = InfoNCE(loss.temperature)
-        self.stage_loss: StageMSE | StageBarlow | None = None
-        if loss.method == "mse":
-            self.stage_loss = StageMSE(loss.stages, loss.grids, loss.stage_weight)
-        elif loss.method == "barlow":
-            with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(seed + 1)
-                self.stage_loss = StageBarlow(
-                    loss.stages,
-                    self.query.stage_widths,
-                    weight=loss.stage_weight,
-                    scale=loss.barlow_scale,
-                    off_diagonal=loss.barlow_off_diagonal,
-                    projector_width=loss.projector_width,
-                    over_all=loss.barlow_correlation == "global",
-                    world=world,
-                )
+        self.infonce = InfoNCE(loss.temperature, loss.margin)
+        self.stage_loss = make_stage_loss(loss, self.query.stage_widths, seed=seed + 1, world=world)
         convert_norms(self, model.norm, groups=model.norm_groups, world=world)
 
     @property
-    def loss_names(self) -> list[str]:
-        """The names of the losses that forward returns, in its order."""
-        return ["infonce", *(f"stage{s}" for s in self.stage_loss.grids)] if self.stage_loss else ["infonce"]
+    def encoders(self) -> tuple[Encoder, ...]:
+        return self.query, self.key
 
     @property
     def averages(self) -> dict[str, Tensor]:
         """The key encoder's parameters, each by the name of the query encoder's that it is the average of."""
         return {f"query.{name}": parameter for name, parameter in self.key.named_parameters()}
-
-    @property
-    def multiplied(self) -> list[str]:
-        """Names of the weights that autocast rounds: those of convolutions and linear layers, heads excepted."""
-        heads = {id(p) for encoder in (self.query, self.key) for p in encoder.head.parameters()}
-        return [
-            f"{name}.weight"
-            for name, part in self.named_modules()
-            if isinstance(part, (nn.Conv2d, nn.Linear)) and id(part.weight) not in heads
-        ]
 
     def forward(self, view_q: Tensor, view_k: Tensor, bank: Tensor, order: Tensor | None = None) -> Output:
         """Two views (N, 3, H, W) of the same images in [0, 1], and the negatives (K, D), as they were before them.
@@ -97,6 +140,19 @@ class MomentumContrast(nn.Module):
         shuffled; it is not used where the keys are not. `view_k` is widened to view_q's dtype behind that, so that what
         is sent is as compact as it is given.
         """
+        there = self._one_way(view_q, view_k, bank, order)
+        if not self.symmetric:
+            return there
+        # What was widened goes back to its compact dtype without loss.
+        back = self._one_way(view_k.to(view_q.dtype), view_q.to(view_k.dtype), bank, order)
+        return Output(
+            {name: (loss + back.losses[name]) / 2 for name, loss in there.losses.items()},
+            there.query,
+            torch.cat([there.key, back.key]),
+            torch.cat([there.rank, back.rank]),
+        )
+
+    def _one_way(self, view_q: Tensor, view_k: Tensor, bank: Tensor, order: Tensor | None) -> Output:
         if self.key_shuffle == "none":
             query = self.query(view_q)
             with torch.no_grad():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -66,9 +67,29 @@ def initial_weights(world: World, config: Config, saved: Checkpoint | None) -> d
     return initial_backbone(config.model.init, config.model.arch)
 
 
+def classes(config: Config, manifest: Manifest) -> Tensor | None:
+    """The class (images,) int64 of every image by the first label, where the objective learns from it; else None.
+
+    Raises UserError where the images have no label, or all of them the same.
+    """
+    if config.loss.objective != "supcon":
+        return None
+    if not manifest.labels:
+        raise UserError(
+            "--objective supcon learns from labels and these images have none: give --labels FILE.csv --label COLUMN, "
+            "or put them into folders by class; or take --objective simclr"
+        )
+    name, values = next(iter(manifest.labels.items()))
+    found = np.unique(values[values >= 0])
+    if len(found) < 2:
+        raise UserError(f"--objective supcon: label {name!r} has {len(found)} class(es) here; it takes at least 2")
+    return torch.from_numpy(values)
+
+
 def refuse_single_images(world: World, config: Config, order: Order) -> None:
     """Raise UserError where BatchNorm has no variance: neither of one image's projection, nor of one 1 x 1 map."""
-    if order.local_size == 1 and (config.loss.method == "barlow" or config.views.size <= 32):
+    needs_two = config.loss.method == "barlow" or config.loss.objective == "barlow-twins" or config.views.size <= 32
+    if order.local_size == 1 and (needs_two or config.model.head == "projector"):
         of = "" if world.alone else f" for {world.size} processes"
         raise UserError(
             f"--batch-size {order.batch_size}{of}: BatchNorm cannot train on one image here; give a process at least 2"

@@ -28,7 +28,7 @@ from fastmoco.train.folder import BAD_FILES, find_checkpoint, writing
 from fastmoco.train.images import fingerprint, root_of, staged
 from fastmoco.train.metrics import Row
 from fastmoco.train.monitor import knn_row
-from fastmoco.train.opening import describe, initial_weights, listed_images, refuse_single_images, resolve
+from fastmoco.train.opening import classes, describe, initial_weights, listed_images, refuse_single_images, resolve
 from fastmoco.train.record import Record, make_record
 from fastmoco.train.schedules import learning_rate, plan
 from fastmoco.train.set_aside import SetAside
@@ -81,7 +81,11 @@ def _begin(world: World, config: Config, monitor: Monitor) -> _Run:
     backbone = everywhere(world, lambda: initial_weights(world, config, saved))
     # torch seeds each process at random.
     torch.manual_seed(run.seed)
-    trainer = everywhere(world, lambda: Trainer(config, precision=run.precision, world=world, backbone=backbone))
+    targets = everywhere(world, lambda: classes(config, manifest))
+    trainer = everywhere(
+        world,
+        lambda: Trainer(config, precision=run.precision, world=world, backbone=backbone, targets=targets),
+    )
     return everywhere(
         world, lambda: _Run(config, store, manifest, trainer, saved, monitor, root=root_of(listed))
     )
@@ -162,7 +166,7 @@ class _Run:
         with contextlib.closing(loader):
             stop.begin()
             self.record = record
-            clock = Clock(trainer.pushed)
+            clock = Clock(trainer.pairs)
             self.monitor.beat(self.start)
             batches = clock.timing(loader)
             for done in range(self.start, total):
@@ -225,7 +229,7 @@ class _Run:
         if save:
             self._save(done, now=done == self.plan.total)
         # Neither a score nor a checkpoint counts in the speed.
-        clock.restart(self.trainer.pushed)
+        clock.restart(self.trainer.pairs)
 
     def _lr(self, step: int) -> float:
         optim = self.config.optim
@@ -249,8 +253,10 @@ class _Run:
                     f"step {step}: {' and '.join(broken)} is not finite ({values[broken[0]]}); no update was made "
                     f"from that step on; {self._last_good()}. A lower --lr or a longer --warmup-epochs may help"
                 )
-        rows[-1] |= {"queue_fill": self.trainer.queue_fill, "bad_files": len(self.set_aside.quarantine)}
-        rows[-1] |= clock.read(self.trainer.pushed)
+        if (fill := self.trainer.queue_fill) is not None:
+            rows[-1]["queue_fill"] = fill
+        rows[-1]["bad_files"] = len(self.set_aside.quarantine)
+        rows[-1] |= clock.read(self.trainer.pairs)
         return rows
 
     def _finish_at(self, done: int, clock: Clock) -> Path:

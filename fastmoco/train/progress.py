@@ -44,8 +44,9 @@ class ProgressLine:
     def show(self, row: Row) -> None:
         """Show the newest row of metrics."""
         losses = "  ".join(f"{name} {row[name]:.4g}" for name in ("loss", *self.parts))
+        queue = f"queue {row['queue_fill']:.0%}  " if "queue_fill" in row else ""
         text = (
-            f"{losses}  spread {row['embedding_std']:.2f}  queue {row['queue_fill']:.0%}  lr {row['lr']:.2g}  "
+            f"{losses}  spread {row['embedding_std']:.2f}  {queue}lr {row['lr']:.2g}  "
             f"{row['pairs_per_s']:.1f} pairs/s (loading {row['data_wait']:.0%})  ETA {self._eta(row['step'])}"
         )
         if "knn_accuracy" in row:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -20,7 +21,9 @@ from fastmoco.train.engines.engine import COMPUTE_DTYPE
 from fastmoco.train.engines.make import make_engine
 from fastmoco.train.graph import GraphedMicroBatch, MicroBatch, use_own_stream
 from fastmoco.train.history import History
-from fastmoco.train.objective import MomentumContrast, Output
+from fastmoco.train.joint import draw_share
+from fastmoco.train.objective import Output
+from fastmoco.train.objectives import make_objective
 from fastmoco.train.stored import to_json
 
 
@@ -28,25 +31,34 @@ class Trainer:
     """The objective, its queue and its engine, and the step that moves them.
 
     `precision` is "bf16", "fp16", "fp32" or "fp64"; "auto" has been resolved by the caller. `backbone` is what both
-    encoders' backbones begin with, by name; their random start where it is None. Every process of `world` has one, and
-    all of them make it and call its methods in the same order: they send and wait.
+    encoders' backbones begin with, by name; their random start where it is None. `targets` (images,) int64 are the
+    classes of all images of the run, -1 where unknown, which --objective supcon alone is given. Every process of
+    `world` has one, and all of them make it and call its methods in the same order: they send and wait.
     """
 
     def __init__(
-        self, config: Config, *, precision: str, world: World, backbone: Mapping[str, Tensor] | None = None
+        self,
+        config: Config,
+        *,
+        precision: str,
+        world: World,
+        backbone: Mapping[str, Tensor] | None = None,
+        targets: Tensor | None = None,
     ) -> None:
         self.config = config
         self.world = world
         run, loss = config.run, config.loss
         if run.cuda_graph:
             use_own_stream(world.device)
-        module = MomentumContrast(config.model, loss, seed=run.seed, world=world)
-        if backbone is not None:
-            module.query.backbone.load_state_dict(backbone)
-            module.key.backbone.load_state_dict(backbone)
+        module = make_objective(config.model, loss, seed=run.seed, world=world)
+        for encoder in module.encoders if backbone is not None else ():
+            encoder.backbone.load_state_dict(backbone)
+        self.targets = targets
         wide = torch.float64 if precision == "fp64" else torch.float32
         kept = torch.bfloat16 if loss.queue_dtype == "bf16" else wide
-        self.queue = Queue(loss.queue_size, config.model.dim, seed=run.seed, dtype=kept).to(world.device)
+        self.queue: Queue | None = None
+        if module.queued:
+            self.queue = Queue(loss.queue_size, config.model.dim, seed=run.seed, dtype=kept).to(world.device)
         module.to(world.device)
         if precision == "fp64":
             module.double()
@@ -55,7 +67,8 @@ class Trainer:
         self.module = module
         self.engine = make_engine(config, module, precision=precision, world=world)
         self.history = History(module.loss_names, run.log_every, world)
-        self.pushed = 0
+        # Pairs of views trained on, of all processes.
+        self.pairs = 0
         self.graph: GraphedMicroBatch | None = None
         if run.cuda_graph:
             self.graph = GraphedMicroBatch(self._micro_batch, world)
@@ -68,34 +81,48 @@ class Trainer:
         for number, views in enumerate(batches, start=1):
             view_q, view_k = (view.to(self.world.device, non_blocking=True) for view in (views.q, views.k))
             with self.engine.micro_batch(last=number == accumulate):
-                output = run(view_q, view_k, self._order(len(view_k)))
-            self.pushed += self.world.size * len(output.key)
+                output = run(view_q, view_k, *self._given(views.indices))
+            self.pairs += self.world.size * len(view_q)
             self.history.add(output.losses, output.query, output.rank, divisor=accumulate)
         self.engine.step(lr, ema=self.config.loss.ema)
         self.history.next_row()
 
-    def _micro_batch(self, view_q: Tensor, view_k: Tensor, order: Tensor | None) -> Output:
+    def _micro_batch(self, view_q: Tensor, view_k: Tensor, *given: Tensor | None) -> Output:
         """Both forwards, the losses, the backward and the push: what a CUDA graph can hold."""
         # The keys' images may be sent to others first, which their narrow dtype is best for.
         view_q = view_q.to(COMPUTE_DTYPE[self.engine.precision])
-        output: Output = self.engine.forward(view_q, view_k, self.queue.bank, order)
+        divisor = self.config.optim.accumulate
+        if self.queue is None:
+            output: Output = self.engine.forward(view_q, view_k, *given)
+            self.engine.backward(output.losses.values(), divisor=divisor)
+            return output
+        output = self.engine.forward(view_q, view_k, self.queue.bank, *given)
         # On their way while the backward runs.
         keys = start_gather(self.world, output.key, kind="keys")
-        self.engine.backward(output.losses.values(), divisor=self.config.optim.accumulate)
+        self.engine.backward(output.losses.values(), divisor=divisor)
         self.queue.push(keys.wait())
         return output
 
-    def _order(self, rows: int) -> Tensor | None:
-        """The order in which this process's keys are shuffled, if they are: a function of how far the run is."""
-        if self.config.loss.key_shuffle == "none":
-            return None
-        batch = self.pushed // (self.world.size * rows)
-        return draw_order(self.config.run.seed, batch, self.world.rank, rows).to(self.world.device, non_blocking=True)
+    def _given(self, indices: np.ndarray) -> list[Tensor | None]:
+        """What the objective's forward takes beside views and negatives, for the images `indices`: drawn as a function
+        of how far the run is."""
+        loss, seed, rows = self.config.loss, self.config.run.seed, len(indices)
+        batch = self.pairs // (self.world.size * rows)
+        ordered = loss.key_shuffle != "none" or loss.mix_weight > 0
+        order = draw_order(seed, batch, self.world.rank, rows) if ordered else None
+        given: list[Tensor | None] = [order]
+        if loss.objective != "moco":
+            targets = None if self.targets is None else self.targets[torch.from_numpy(indices)]
+            share = torch.tensor(draw_share(seed, batch)) if loss.mix_weight else None
+            given = [targets, order, share]
+        return [None if value is None else value.to(self.world.device, non_blocking=True) for value in given]
 
     @property
-    def queue_fill(self) -> float:
-        """The share of the queue that holds keys of images rather than its random start."""
-        return min(1.0, self.pushed / self.config.loss.queue_size)
+    def queue_fill(self) -> float | None:
+        """The share of the queue that holds keys of images rather than its random start; None where there is none."""
+        if self.queue is None:
+            return None
+        return min(1.0, self.pairs * self.config.loss.keys_per_pair / self.config.loss.queue_size)
 
     def query_encoder(self) -> Encoder:
         """The query encoder with all its weights, whatever part of them this process holds.
@@ -117,14 +144,15 @@ class Trainer:
         """
         tensors = dict(self.engine.state())
         tensors |= {f"module.{name}": value for name, value in self.module.named_buffers()}
-        tensors |= {f"queue.{name}": value for name, value in self.queue.state_dict().items()}
+        if self.queue is not None:
+            tensors |= {f"queue.{name}": value for name, value in self.queue.state_dict().items()}
         tensors["rng.cpu"] = torch.get_rng_state()
         if self.world.device.type == "cuda":
             tensors["rng.cuda"] = torch.cuda.get_rng_state(self.world.device)
         # Rank 0 writes it.
         kept = tensors if self.world.first else {}
         host = {name: value.detach().cpu().contiguous() for name, value in kept.items()}
-        meta = {"step": step, "pushed": self.pushed, "config": to_json(self.config), "data": data}
+        meta = {"step": step, "pushed": self.pairs, "config": to_json(self.config), "data": data}
         return Checkpoint(host, meta)
 
     def restore(self, checkpoint: Checkpoint) -> None:
@@ -137,7 +165,8 @@ class Trainer:
             odd = ", ".join(sorted(saved.keys() ^ known)[:4])
             raise UserError(f"the checkpoint of step {checkpoint.step} does not fit: it and this run differ in {odd}")
         try:
-            self.queue.load_state_dict(_below("queue.", tensors))
+            if self.queue is not None:
+                self.queue.load_state_dict(_below("queue.", tensors))
         except RuntimeError as error:
             raise UserError(f"the checkpoint of step {checkpoint.step} does not fit: {error}") from error
         for name, buffer in buffers.items():
@@ -146,7 +175,7 @@ class Trainer:
         torch.set_rng_state(tensors["rng.cpu"])
         if self.world.device.type == "cuda" and "rng.cuda" in tensors:
             torch.cuda.set_rng_state(tensors["rng.cuda"], self.world.device)
-        self.pushed = int(checkpoint.meta["pushed"])
+        self.pairs = int(checkpoint.meta["pushed"])
 
 
 def _below(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -17,7 +17,7 @@ from fastmoco.distributed.world import World
 from fastmoco.train.config import OptimConfig
 from fastmoco.train.copies import Copies
 from fastmoco.train.engines.single import SingleProcess
-from fastmoco.train.objective import MomentumContrast
+from fastmoco.train.objective import Objective
 
 
 class _Shared(nn.Module):
@@ -42,7 +42,7 @@ class DataParallel(SingleProcess):
 
     def __init__(
         self,
-        module: MomentumContrast,
+        module: Objective,
         optim: OptimConfig,
         *,
         precision: str,

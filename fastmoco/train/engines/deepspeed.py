@@ -25,7 +25,7 @@ from fastmoco.ops.ema import ema_update_
 from fastmoco.train.config import OptimConfig
 from fastmoco.train.engines.engine import COMPUTE_DTYPE
 from fastmoco.train.engines.single import check_fits
-from fastmoco.train.objective import MomentumContrast
+from fastmoco.train.objective import Objective
 
 _MOMENTUM = "momentum_buffer"
 
@@ -48,7 +48,7 @@ class DeepSpeed:
 
     def __init__(
         self,
-        module: MomentumContrast,
+        module: Objective,
         optim: OptimConfig,
         *,
         precision: str,

@@ -9,7 +9,7 @@ from fastmoco.train.engines.ddp import DataParallel
 from fastmoco.train.engines.deepspeed import DeepSpeed, require_deepspeed
 from fastmoco.train.engines.engine import Engine
 from fastmoco.train.engines.single import SingleProcess
-from fastmoco.train.objective import MomentumContrast
+from fastmoco.train.objective import Objective
 
 
 def engine_name(config: Config, world: World) -> str:
@@ -35,7 +35,7 @@ def engine_name(config: Config, world: World) -> str:
     return chosen
 
 
-def make_engine(config: Config, module: MomentumContrast, *, precision: str, world: World) -> Engine:
+def make_engine(config: Config, module: Objective, *, precision: str, world: World) -> Engine:
     """The engine that runs `module`, on the world's device, in `precision`. Raises UserError as engine_name does."""
     name = engine_name(config, world)
     if name == "deepspeed":

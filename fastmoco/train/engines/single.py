@@ -15,7 +15,7 @@ from fastmoco.train.config import OptimConfig
 from fastmoco.train.copies import Copies, uses_copies
 from fastmoco.train.engines.engine import autocast
 from fastmoco.train.engines.loss_scale import LossScale
-from fastmoco.train.objective import MomentumContrast
+from fastmoco.train.objective import Objective
 from fastmoco.train.update import make_update
 
 
@@ -24,7 +24,7 @@ class SingleProcess:
 
     def __init__(
         self,
-        module: MomentumContrast,
+        module: Objective,
         optim: OptimConfig,
         *,
         precision: str,

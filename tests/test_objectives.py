@@ -1,0 +1,302 @@
+"""The objectives beside MoCo, and MoCo both ways: what they compute, train, keep and refuse."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from fastmoco.data.loader import Batch
+from fastmoco.distributed.collectives import start_sum
+from fastmoco.distributed.exchange import draw_order
+from fastmoco.distributed.world import World
+from fastmoco.errors import UserError
+from fastmoco.models.weights import load_encoder
+from fastmoco.ops import definitions
+from fastmoco.ops.mixed_crosscorr import mix
+from fastmoco.plan.counts import count
+from fastmoco.plan.traffic import flows
+from fastmoco.train.config import LossConfig, ModelConfig
+from fastmoco.train.joint import draw_share
+from fastmoco.train.objective import MomentumContrast, Objective, Output
+from fastmoco.train.objectives import make_objective
+from fastmoco.train.pretrain import pretrain
+from fastmoco.train.trainer import Trainer
+from parity import assert_states_close
+from runs import NoSync, draw_images, references_only, small_config
+from worlds import in_world
+
+BATCH, SIDE = 12, 32
+TARGETS = torch.tensor([0, 1, 1, -1, 2, 0, 1, 2, -1, 2, 0, 0])
+TWINS = {"objective": "barlow-twins", "barlow_correlation": "global", "barlow_off_diagonal": 0.005, "barlow_scale": 0.1}
+OBJECTIVES: dict[str, dict[str, Any]] = {
+    "symmetric": {"symmetric": True, "margin": 0.1},
+    "simclr": {"objective": "simclr", "margin": 0.1},
+    "supcon": {"objective": "supcon"},
+    "barlow-twins": TWINS,
+    "mixed": TWINS | {"mix_weight": 3.0},
+}
+EACH = pytest.mark.parametrize("name", OBJECTIVES)
+
+
+def module(world: World, name: str, method: str = "none", norm: str = "sync", **changes: Any) -> Objective:
+    """With weights of its own in the key encoder, if any, and no residual branch at zero."""
+    twins = OBJECTIVES[name].get("objective") == "barlow-twins"
+    said: dict[str, Any] = {"method": method, "grids": (4, 4, 2, 2), "stage_weight": 0.5, "projector_width": 12}
+    made = make_objective(
+        ModelConfig(
+            arch="resnet18", dim=16, zero_init_residual=False, norm=norm, head="projector" if twins else "linear"  # type: ignore[arg-type]
+        ),
+        LossConfig(temperature=0.2, **(said | {"barlow_correlation": "global"} | OBJECTIVES[name] | changes)),
+        seed=3,
+        world=world,
+    ).double()
+    generator = torch.Generator().manual_seed(8)
+    with torch.no_grad():
+        for key, value in made.state_dict().items():
+            if key.startswith("key.") and key.endswith("weight"):
+                value.mul_(1 + 0.2 * torch.rand(value.shape, generator=generator, dtype=torch.float64))
+    return made
+
+
+def views(rows: int = BATCH) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(9)
+    q = torch.rand(rows, 3, SIDE, SIDE, generator=generator) * torch.linspace(0.2, 1, rows).view(-1, 1, 1, 1)
+    k = 0.8 * q + 0.2 * torch.rand(rows, 3, SIDE, SIDE, generator=generator)
+    bank = normalize(torch.randn(50, 16, generator=generator, dtype=torch.float64), dim=1)
+    q, k = (view.half().to(memory_format=torch.channels_last) for view in (q, k))
+    return q.double(), k, bank
+
+
+def given(name: str, bank: Tensor, order: Tensor, targets: Tensor) -> list[Tensor | None]:
+    """What the forward takes beside the views."""
+    if name == "symmetric":
+        return [bank, None]
+    if name == "mixed":
+        return [None, order, torch.tensor(0.3, dtype=torch.float64)]
+    return [targets if name == "supcon" else None, None, None]
+
+
+def step(world: World, name: str, method: str, whole: Tensor) -> tuple[dict[str, Tensor], dict[str, int]]:
+    """Losses, gradients and statistics of the micro-batch as one process would have them, and the bytes sent."""
+    made = module(world, name, method)
+    q, k, bank = views()
+    part = BATCH // world.size
+    own = slice(world.rank * part, (world.rank + 1) * part)
+    order = whole[own] - own.start
+    output: Output = made(q[own], k[own], *given(name, bank, order, TARGETS[own]))
+    sent = dict(world.sent)
+    torch.stack(list(output.losses.values())).sum().backward()
+    found = {f"loss {key}": value.detach() for key, value in output.losses.items()}
+    found |= {f"gradient {key}": p.grad for key, p in made.named_parameters() if p.grad is not None}
+    for value in found.values():
+        work = start_sum(world, value, kind="test")
+        if work is not None:
+            work.wait()
+        value /= world.size
+    buffers = {f"buffer {key}": value for key, value in made.named_buffers() if ".running_" in key}
+    return found | buffers | {"rows query": output.query}, sent
+
+
+def order_within(parts: int) -> Tensor:
+    """An order of all rows that keeps each to its process."""
+    part = BATCH // parts
+    return torch.cat([rank * part + draw_order(0, 0, rank, part) for rank in range(parts)])
+
+
+@pytest.mark.parametrize(
+    ("name", "method"),
+    [(name, "none") for name in OBJECTIVES] + [("simclr", "mse"), ("symmetric", "barlow"), ("mixed", "barlow")],
+)
+def test_over_two_processes_it_is_that_of_one(name: str, method: str) -> None:
+    order = order_within(2)
+    expected, _ = step(World(), name, method, order)
+    results = in_world(2, step, name, method, order)
+    rows = {"rows query": torch.cat([found["rows query"] for found, _ in results])}
+    for found, _ in results:
+        assert_states_close(found | rows, expected, 1e-9, f"{name}, {method}")
+
+
+@pytest.mark.parametrize(
+    ("name", "method"), [("symmetric", "none"), ("simclr", "none"), ("supcon", "none"), ("mixed", "barlow")]
+)
+def test_the_plan_says_what_is_sent(name: str, method: str) -> None:
+    results = in_world(2, step, name, method, order_within(2))
+    made = module(World(), name, method)
+    loss = LossConfig(method=method, projector_width=12, **({"barlow_correlation": "global"} | OBJECTIVES[name]))  # type: ignore[arg-type]
+    model = ModelConfig(arch="resnet18", dim=16, norm="sync", head="projector" if name == "mixed" else "linear")
+    counts = count(model, loss, size=SIDE, rows=BATCH // 2, precision="fp64", world=2)
+    said = {
+        (flow.kind, flow.when): flow.sent(2)
+        for flow in flows(counts, model, loss, size=SIDE, world=2, precision="fp64", through_copies=False)
+    }
+    assert counts.trained == sum(p.numel() for p in made.parameters() if p.requires_grad)
+    for _, sent in results:
+        for kind in ("embeddings", "classes", "projections"):
+            assert sent.get(kind, 0) == said.get((kind, "forward"), 0), kind
+        assert sent["norms"] == said["norms", "forward"]
+    assert said.get(("keys", "backward"), 0) == (2 * 6 * 16 * 8 if name == "symmetric" else 0)
+
+
+def test_both_ways_is_the_mean_of_one_way_and_the_other_against_the_queue_of_before() -> None:
+    both, one = (module(World(), "symmetric", "mse", "frozen", symmetric=symmetric) for symmetric in (True, False))
+    assert isinstance(both, MomentumContrast) and isinstance(one, MomentumContrast)
+    q, k, bank = views(5)
+    found: Output = both(q, k, bank)
+    there, back = one(q, k, bank), one(k.double(), q, bank)
+    assert found.losses.keys() == there.losses.keys() and len(found.losses) == 5
+    for key, loss in found.losses.items():
+        torch.testing.assert_close(loss, (there.losses[key] + back.losses[key]) / 2, rtol=1e-12, atol=0)
+    # Both views' keys, once each, are what the queue takes, after the losses.
+    assert torch.equal(found.key, torch.cat([there.key, back.key])) and found.query.shape == (5, 16)
+    query, key = (normalize(e(view).embedding, dim=1) for e, view in ((one.query, k.double()), (one.key, q)))
+    expected, _ = definitions.infonce(query, key, bank, temperature=0.2, margin=0.1)
+    torch.testing.assert_close(back.losses["infonce"], expected, rtol=1e-11, atol=0)
+
+
+@EACH
+def test_each_loss_is_its_definition_of_the_encoders_embeddings(name: str) -> None:
+    made = module(World(), name)
+    if name == "symmetric":
+        return
+    q, k, bank = views(7)
+    order, targets = draw_order(2, 1, 0, 7), TARGETS[:7]
+    output: Output = made(q, k, *given(name, bank, order, targets))
+    z1, z2 = (made.query(view.double()).embedding for view in (q, k))
+    if name in ("simclr", "supcon"):
+        classes = targets if name == "supcon" else torch.arange(7)
+        expected, rank = definitions.supcon(z1, z2, classes, temperature=0.2, margin=0.1 if name == "simclr" else 0.0)
+        assert torch.equal(output.rank, rank)
+        wanted = {"ntxent" if name == "simclr" else "supcon": expected}
+    else:
+        wanted = {"barlow": definitions.crosscorr(z1, z2, off_diagonal=0.005, scale=0.1)}
+        similarity = normalize(z1, dim=1) @ normalize(z2, dim=1).T
+        assert torch.equal(output.rank, (similarity > similarity.diagonal()[:, None]).sum(dim=1))
+    if name == "mixed":
+        zm = made.query(mix(q, k.double(), order, 0.3)).embedding
+        wanted["mixed"] = 0.1 * 0.005 * 3 * definitions.mixed_crosscorr(zm, z1, z2, order, 0.3)
+    assert list(output.losses) == made.loss_names == list(wanted)
+    for key, loss in output.losses.items():
+        torch.testing.assert_close(loss, wanted[key], rtol=1e-9, atol=1e-12)
+    parameters = list(made.parameters())
+    own = torch.autograd.grad(torch.stack(list(output.losses.values())).sum(), parameters)
+    other = torch.autograd.grad(torch.stack(list(wanted.values())).sum(), parameters)
+    for a, b in zip(own, other, strict=True):
+        assert float((a - b).norm()) <= 1e-8 * float(b.norm()) + 1e-12
+    assert output.key.shape == (0, 16) and not made.averages
+
+
+def config_of(name: str, out: Path, data: Path = Path(), **changes: Any) -> Any:
+    own = {key: value for key, value in OBJECTIVES[name].items()}
+    head = {"head": "projector"} if "barlow" in own.get("objective", "") else {}
+    return small_config(data, out, method="mse" if changes.pop("stages", False) else "moco", **(own | head | changes))
+
+
+def trainer(name: str, **changes: Any) -> Trainer:
+    config = config_of(name, Path(), log_every=99, **changes)
+    return Trainer(config, precision=config.run.precision, world=World(), targets=TARGETS)
+
+
+def batch(seed: int, n: int = 4) -> Batch:
+    generator = torch.Generator().manual_seed(seed)
+    q, k = (torch.rand(n, 3, 32, 32, generator=generator).half() for _ in range(2))
+    q, k = (view.to(memory_format=torch.channels_last) for view in (q, k))
+    return Batch(q, k, np.arange(n) + seed % 8)
+
+
+@EACH
+@pytest.mark.parametrize(("update", "precision"), [("fused", "bf16"), ("torch", "fp32")])
+def test_a_step_trains_without_waiting_for_the_device(
+    name: str, update: str, precision: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    references_only(monkeypatch)
+    t = trainer(name, update=update, precision=precision, stages=True)
+    before = {key: value.clone() for key, value in t.module.query.named_parameters()}
+    with NoSync():
+        t.step([batch(0)], lr=0.1)
+    row = t.history.read()[0]
+    assert set(t.module.loss_names) < row.keys() and all(np.isfinite(value) for value in row.values())
+    moved = [key for key, value in t.module.query.named_parameters() if not torch.equal(value, before[key])]
+    assert {"backbone.conv1.weight", "head.weight" if "head.weight" in before else "head.0.weight"} <= {*moved}
+    assert t.pairs == 4
+    assert t.queue_fill == (8 / 19 if name == "symmetric" else None)
+
+
+@EACH
+def test_what_goes_on_from_a_checkpoint_is_as_if_it_had_not_stopped(name: str) -> None:
+    whole, first, second = (trainer(name) for _ in range(3))
+    for seed in range(4):
+        whole.step([batch(seed)], lr=0.05)
+    for seed in range(2):
+        first.step([batch(seed)], lr=0.05)
+    second.restore(first.checkpoint(2, "data"))
+    for seed in range(2, 4):
+        second.step([batch(seed)], lr=0.05)
+    for key, value in whole.module.state_dict().items():
+        assert torch.equal(value, second.module.state_dict()[key]), key
+
+
+def test_the_share_of_the_first_view_is_drawn_anew_for_every_batch() -> None:
+    shares = [draw_share(3, t) for t in range(400)]
+    assert shares == [draw_share(3, t) for t in range(400)] and len(set(shares)) == 400
+    assert abs(np.mean(shares) - 0.5) < 0.05 and min(shares) < 0.02 and max(shares) > 0.98
+
+
+@EACH
+def test_a_run_trains_and_its_encoder_loads(name: str, tmp_path: Path) -> None:
+    images = draw_images(tmp_path, side=36)
+    changes = {"labels": tmp_path / "labels.csv", "label": ("kind",)}
+    out = pretrain(config_of(name, tmp_path / "run", images, steps=4, stages=True, **changes))
+    assert load_encoder(out / "encoder.safetensors").arch == "resnet18"
+    encoder = load_encoder(out)
+    with torch.no_grad():
+        assert encoder(torch.rand(2, 3, 32, 32)).embedding.shape == (2, 16)
+    metrics = (out / "metrics.jsonl").read_text().splitlines()
+    assert len(metrics) == 4 and ("queue_fill" in metrics[-1]) == (name == "symmetric")
+    assert (out / "curves.png").stat().st_size > 1000
+
+
+def test_supervised_contrast_wants_labels(tmp_path: Path) -> None:
+    images = draw_images(tmp_path, side=36)
+    with pytest.raises(UserError, match="these images have none: give --labels"):
+        pretrain(config_of("supcon", tmp_path / "run", images))
+    lines = (tmp_path / "labels.csv").read_text().splitlines()
+    (tmp_path / "one.csv").write_text("\n".join([lines[0], *(line for line in lines[1:] if line.endswith("1"))]))
+    with pytest.raises(UserError, match="every image has the same value"):
+        pretrain(config_of("supcon", tmp_path / "run", images, labels=tmp_path / "one.csv", label=("kind",)))
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"objective": "simclr", "symmetric": True}, "--symmetric is for --objective moco, not simclr"),
+        ({"objective": "barlow-twins", "margin": 0.1}, "--margin is for --objective moco or simclr"),
+        ({"mix_weight": 1.0}, "--mix-weight is for --objective barlow-twins, not moco"),
+        ({"margin": -0.1}, "--margin must be 0 or more"),
+        ({"objective": "simclr", "key_shuffle": "global"}, "has no key encoder"),
+    ],
+)
+def test_options_of_another_objective_are_refused(changes: dict[str, Any], said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        LossConfig(**changes)
+
+
+def test_batches_that_do_not_fit_are_refused() -> None:
+    config = small_config(Path(), Path(), method="moco")
+    with pytest.raises(UserError, match="the 20 keys of --batch-size 10"):
+        dataclasses.replace(
+            config,
+            loss=dataclasses.replace(config.loss, symmetric=True),
+            optim=dataclasses.replace(config.optim, batch_size=10),
+        )
+    loss = dataclasses.replace(config.loss, objective="simclr", queue_size=1)
+    with pytest.raises(UserError, match="no other images: give --objective simclr at least 2"):
+        dataclasses.replace(config, loss=loss, optim=dataclasses.replace(config.optim, batch_size=1))
+    # It has no queue for a batch to fill.
+    assert dataclasses.replace(config, loss=loss).loss.title == "simclr"
