@@ -10,10 +10,12 @@ installed (lightning, pandas, timm with huggingface_hub). What is missing has a 
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,7 @@ import torch
 import torchvision
 import tyro
 from safetensors.torch import load_file
+from torch import Tensor
 
 from bench.foreign_parts import NAMED, TIMM, features, installed, shaken
 from bench.foreign_peers import PEERS
@@ -54,6 +57,13 @@ class ForeignArgs:
     """Libraries to take."""
 
 
+def apart(found: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
+    """The largest difference, each tensor's as a share of the largest number expected in it; infinite where a number of
+    either is not finite."""
+    finite = all(bool(tensor.isfinite().all()) for tensor in (*found, *expected))
+    return difference(found, expected) if finite else math.inf
+
+
 def theirs_here(name: str, peers: Path) -> list[dict[str, Any]]:
     """A line for each file that the library `name` wrote; one with a note alone where it is not there or failed."""
     with tempfile.TemporaryDirectory() as folder:
@@ -84,7 +94,7 @@ def read(name: str, made: dict[str, Any], folder: Path) -> dict[str, Any]:
     with torch.no_grad():
         found = encoder(made["images"])
     own = [*found.stages, found.embedding]
-    query, *key = (difference(own, expected) for expected in made["features"])
+    query, *key = (apart(own, expected) for expected in made["features"])
     line |= {"arch": encoder.arch, "keys read": f"{len(query_backbone(state, file))} of {len(state)}"}
     line |= {"difference": query, "key encoder": key[0] if key else None}
     # Were the key encoder as near, nothing would say which of the two was read.
@@ -118,7 +128,7 @@ def _exported(arch: str, reader: str) -> dict[str, Any]:
             model.fc = torch.nn.Identity()
             model.load_state_dict(load_file(file))
         wanted = encoder(images)
-    value = difference(features(model, parts, images), [*wanted.stages, wanted.embedding])
+    value = apart(features(model, parts, images), [*wanted.stages, wanted.embedding])
     keys = len(model.state_dict())
     return line | {"keys read": f"{keys} of {keys}", "difference": value, "holds": value <= LIMIT}
 

@@ -55,8 +55,8 @@ def shaken(network: Network) -> Network:
     begins as the query encoder is another."""
     with torch.no_grad():
         for parameter in network.parameters():
-            scale = 0.3 if parameter.ndim == 1 else float(parameter.std())
-            parameter.add_(torch.randn_like(parameter), alpha=scale)
+            scale = 1.0 if parameter.ndim == 1 else float(parameter.std())
+            parameter.add_(torch.randn_like(parameter), alpha=0.1 * scale)
     return network
 
 

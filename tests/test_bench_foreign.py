@@ -52,7 +52,8 @@ def test_what_differs_is_said(made: dict[str, Any], tmp_path: Path, monkeypatch:
     assert line["holds"] and line["key encoder"] > 100 * LIMIT and line["keys read"] == "120 of 240"
     query, key = made["features"]
     wrong = [query[0], query[1], query[2] + 1e-4 * query[2].max(), *query[3:]]
-    for pair in ([wrong, key], [key, query], [query, query]):
+    lost = [*query[:4], query[4] * torch.nan]
+    for pair in ([wrong, key], [key, query], [query, query], [lost, key]):
         assert read("x", made | {"features": pair}, tmp_path)["holds"] is False
     monkeypatch.setattr(foreign, "ours_there", lambda peers: [])
     monkeypatch.setattr(foreign, "theirs_here", lambda *_: [read("x", made | {"features": [wrong]}, tmp_path)])

@@ -23,7 +23,8 @@ _BACKBONES = ("encoder_q.", "base_encoder.", "backbone.", "encoder.", "")
 # What else such checkpoints hold: key encoders, heads, queues, stage projectors, online classifiers, loss state.
 _OTHERS = (
     r"encoder_k\.|momentum_|key_|teacher_|student_|backbone_momentum\.|backbone_ema\.|queue|(local_)?projection_head|"
-    r"projector|prediction_head|predictor|prototypes|local_memory_|p[1-4]\.|bn\.|fc\.|head\.|classifier|online_|criterion|loss|knn"
+    r"projector|prediction_head|predictor|prototypes|local_memory_|p[1-4]\.|bn\.|fc\.|head\.|classifier|online_|"
+    r"criterion|loss|knn"
 )
 _OWN = r"(conv1|bn1|layer[1-4])\."
 # lightly's examples make the backbone a Sequential of a torchvision ResNet's children.
