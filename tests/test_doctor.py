@@ -66,9 +66,10 @@ def test_prints_every_row_and_returns_zero(capsys: pytest.CaptureFixture[str]) -
     assert doctor.main([]) == 0
     printed = capsys.readouterr().out
     assert all(row.name in printed for row in doctor.report())
-    # rich would swallow [timm] as a style.
-    if "timm" not in {dist.metadata["Name"] for dist in metadata.distributions()}:
-        assert "fastmoco[timm]" in printed.replace("\n", "")
+    # rich would swallow [dali-cuda12] as a style.
+    here = {dist.metadata["Name"] for dist in metadata.distributions()}
+    lacking = [extra for name, extra in doctor.PACKAGES if extra and name not in here]
+    assert all(f"fastmoco[{extra}]" in printed.replace("\n", "") for extra in lacking)
 
 
 def test_unknown_option_exits_with_2() -> None:

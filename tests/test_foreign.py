@@ -3,17 +3,26 @@
 from __future__ import annotations
 
 import argparse
-from collections import OrderedDict
+import enum
+import functools
+import importlib
+import os
+from collections import OrderedDict, defaultdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torchvision
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from fastmoco.cli import export
 from fastmoco.errors import UserError
-from fastmoco.models.weights import load_encoder
+from fastmoco.models.encoder import Encoder
+from fastmoco.models.foreign import read_checkpoint
+from fastmoco.models.weights import EXPORTED, QUERY, load_encoder, write_weights
 
 State = dict[str, Tensor]
 
@@ -42,6 +51,39 @@ class Hostile:
 
     def __reduce__(self) -> tuple[Any, ...]:
         return (eval, ("__import__('pathlib').Path('executed').touch()",))
+
+
+class Attributes(dict[str, Any]):
+    """A dict as Lightning keeps its settings in."""
+
+
+class Stages(list[Any]):
+    pass
+
+
+class Stage(enum.Enum):
+    FITTING = "fit"
+
+
+class Data:
+    """A datamodule among the settings, with what it reaches: the paper's code saves one, and with it the trainer."""
+
+    def __init__(self) -> None:
+        self.settings, self.stages = Attributes(lr=0.1, size=64), Stages([Stage.FITTING, 2])
+        self.states = defaultdict(list, {"a": [1], "b": [2]})
+        self.by_stage, self.stages_done = {Stage.FITTING: 3}, {Stage.FITTING}
+        # By getattr, and what is called is what it gave.
+        self.bound, self.made = self.settings.update, Called()
+        self.noise, self.part = np.arange(3), functools.partial(max, 1)
+
+
+class Called:
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (self.made, (2,))
+
+    @staticmethod
+    def made(number: int) -> int:
+        return number
 
 
 def layouts(model: nn.Module, other: nn.Module) -> dict[str, Any]:
@@ -75,9 +117,10 @@ def layouts(model: nn.Module, other: nn.Module) -> dict[str, Any]:
         "lightly, benchmark": hyper
         | {
             "state_dict": prefixed("backbone.", own, fc=False)
-            | prefixed("query_backbone.", {})
+            | prefixed("key_backbone.", key, fc=False)
             | prefixed("projection_head.layers.0.", linear)
-            | prefixed("online_classifier.linear.", linear)
+            | prefixed("key_projection_head.layers.0.", linear)
+            | prefixed("online_classifier.classification_head.", linear)
         },
         "solo-learn": hyper
         | {
@@ -119,9 +162,7 @@ def encoders() -> tuple[nn.Module, nn.Module]:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_each_library_gives_its_query_encoder(
-    name: str, encoders: tuple[nn.Module, nn.Module], tmp_path: Path
-) -> None:
+def test_each_library_gives_its_query_encoder(name: str, encoders: tuple[nn.Module, nn.Module], tmp_path: Path) -> None:
     model, other = encoders
     every = layouts(model, other)
     assert list(every) == NAMES
@@ -139,13 +180,82 @@ def test_objects_in_a_checkpoint_are_passed_over_and_no_code_of_theirs_runs(
     encoders: tuple[nn.Module, nn.Module], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    for settings in (Settings(), Hostile()):
+    for settings in (Settings(), Hostile(), [Data(), Hostile()]):
         torch.save({"hyper_parameters": settings, "state_dict": encoders[0].state_dict()}, "x.ckpt")
         torch.load("x.ckpt", weights_only=False)
         # It would have.
         Path("executed").unlink()
         assert load_encoder("x.ckpt").arch == "resnet18"
         assert not Path("executed").exists()
+
+
+def test_a_trainer_among_the_settings_is_passed_over(encoders: tuple[nn.Module, nn.Module], tmp_path: Path) -> None:
+    own = encoders[0].state_dict()
+    torch.save({"hyper_parameters": Attributes(data=Data()), "state_dict": own, "epoch": 3}, tmp_path / "x.ckpt")
+    read = read_checkpoint(tmp_path / "x.ckpt")
+    assert read["epoch"] == 3 and read["state_dict"].keys() == own.keys()
+    assert all(torch.equal(value, own[name]) for name, value in read["state_dict"].items())
+
+
+@pytest.fixture
+def timm() -> Any:
+    """Where it is not installed the test is skipped; under CI that is a failure."""
+    if os.environ.get("CI"):
+        return importlib.import_module("timm")
+    return pytest.importorskip("timm", reason="timm is not installed")
+
+
+def pooled_and_stages(network: nn.Module, images: Tensor) -> list[Tensor]:
+    """The pooled feature of a network without a last layer, and what its stages gave."""
+    kept: list[Tensor] = []
+    for stage in range(1, 5):
+        network.get_submodule(f"layer{stage}").register_forward_hook(lambda *call: kept.append(call[2].clone()))
+    with torch.no_grad():
+        return [network.eval()(images), *kept]
+
+
+def assert_alike(found: list[Tensor], expected: list[Tensor]) -> None:
+    for a, b in zip(found, expected, strict=True):
+        assert b.std() > 1e-3 and (a - b).abs().max() <= 1e-5 * b.abs().max()
+
+
+@pytest.mark.parametrize("arch", ["resnet18", "resnet50"])
+def test_timm_files_give_timm_features(arch: str, timm: Any, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = timm.create_model(arch, num_classes=4)
+    # Statistics of its own.
+    model(torch.rand(4, 3, 64, 64))
+    torch.save({"arch": arch, "state_dict": model.state_dict(), "args": argparse.Namespace(lr=0.1)}, tmp_path / "x.tar")
+    save_file(model.state_dict(), tmp_path / "x.safetensors")
+    model.reset_classifier(0)
+    images = torch.rand(2, 3, 65, 47)
+    expected = pooled_and_stages(model, images)
+    for name in ("x.tar", "x.safetensors"):
+        encoder = load_encoder(tmp_path / name)
+        with torch.no_grad():
+            found = encoder(images)
+        assert encoder.arch == arch
+        assert_alike([found.embedding, *found.stages], expected)
+
+
+@pytest.mark.parametrize("arch", ["resnet18", "resnet50"])
+def test_an_export_is_timm_s_and_torchvision_s(arch: str, timm: Any, tmp_path: Path) -> None:
+    encoder = Encoder(arch, head="mlp", dim=16, zero_init_residual=False, seed=1)
+    encoder(torch.rand(4, 3, 64, 64))
+    query = {f"module.query.{name}": value for name, value in encoder.eval().state_dict().items()}
+    config = {"model": {"arch": arch, "head": "mlp", "dim": 16}}
+    write_weights(tmp_path / QUERY, query, {"step": 3, "config": config})
+    assert export([str(tmp_path)]) == 0
+    images = torch.rand(2, 3, 65, 47)
+    with torch.no_grad():
+        stages = encoder(images).stages
+    expected = [stages[3].mean(dim=(2, 3)), *stages]
+    file = tmp_path / EXPORTED
+    assert_alike(pooled_and_stages(timm.create_model(arch, num_classes=0, checkpoint_path=str(file)), images), expected)
+    for model in (timm.create_model(arch, num_classes=0), torchvision.models.get_model(arch, weights=None)):
+        model.fc = nn.Identity()
+        model.load_state_dict(load_file(file), strict=True)
+        assert_alike(pooled_and_stages(model, images), expected)
 
 
 def test_what_is_not_known_is_listed(encoders: tuple[nn.Module, nn.Module], tmp_path: Path) -> None:

@@ -22,22 +22,46 @@ _WRAPPERS = ("module.", "_orig_mod.", "model.")
 _BACKBONES = ("encoder_q.", "base_encoder.", "backbone.", "encoder.", "")
 # What else such checkpoints hold: key encoders, heads, queues, stage projectors, online classifiers, loss state.
 _OTHERS = (
-    r"encoder_k\.|momentum_|backbone_momentum\.|backbone_ema\.|queue|projection_head|projector|prediction_head|predictor|"
-    r"p[1-4]\.|bn\.|fc\.|head\.|classifier|online_|criterion|loss|knn"
+    r"encoder_k\.|momentum_|key_|teacher_|student_|backbone_momentum\.|backbone_ema\.|queue|(local_)?projection_head|"
+    r"projector|prediction_head|predictor|prototypes|local_memory_|p[1-4]\.|bn\.|fc\.|head\.|classifier|online_|"
+    r"criterion|loss|knn"
 )
 _OWN = r"(conv1|bn1|layer[1-4])\."
 # lightly's examples make the backbone a Sequential of a torchvision ResNet's children.
 _SEQUENTIAL = {"0": "conv1", "1": "bn1", "4": "layer1", "5": "layer2", "6": "layer3", "7": "layer4"}
 
 
-class _Inert:
-    """What stands for an object of a class that is not loaded: it can be made and filled, and does nothing."""
+class _Allowed(type):
+    """Classes that torch's reader takes for a dict: it lets items be set on that alone, which it tells by `==`. Objects
+    made of them are equal to them, so that what `getattr` would have given can be called."""
+
+    def __eq__(cls, other: object) -> bool:
+        return other is cls or other is dict or isinstance(other, _Inert)
+
+    __hash__ = type.__hash__
+
+
+class _Inert(list[Any], metaclass=_Allowed):
+    """What stands for an object of a class that is not loaded: it can be made, filled and called, and does nothing.
+
+    A list, as the reader appends to these alone.
+    """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        pass
+        super().__init__()
 
     def __setstate__(self, state: Any) -> None:
         pass
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        pass
+
+    def __call__(self, *args: Any) -> _Inert:
+        return self
+
+    # It may be a key.
+    __eq__ = object.__eq__
+    __hash__ = object.__hash__  # type: ignore[assignment]
 
 
 def read_checkpoint(path: Path) -> Any:
@@ -51,7 +75,7 @@ def read_checkpoint(path: Path) -> Any:
             return torch.load(path, map_location="cpu", weights_only=True)
         except pickle.UnpicklingError:
             names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
-            stand_ins = [(type("Inert", (_Inert,), {}), name) for name in names]
+            stand_ins = [(_Allowed("Inert", (_Inert,), {}), name) for name in names]
             with torch.serialization.safe_globals(stand_ins):  # type: ignore[arg-type]
                 return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load's own errors have no common class short of Exception
