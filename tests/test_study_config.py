@@ -28,7 +28,7 @@ OTHER = {
     "sgd_momentum": 0.1, "weight_decay": 0.1, "update": "torch", "schedule": "constant", "warmup_epochs": 1.0,
     "epochs": 3, "steps": 3, "batch_size": 4, "accumulate": 2, "drop_last": False, "precision": "bf16",
     "channels_last": False, "resize": 1.5, "crop_scale": [0.5, 1.0], "jitter": [0.1, 0.1, 0.1, 0.1], "jitter_p": 0.1,
-    "gray_p": 0.1, "blur_p": 0.1, "blur_sigma": [1.0, 2.0], "rotation": 5.0, "flip_p": 0.1,
+    "gray_p": 0.1, "blur_p": 0.1, "blur_sigma": [1.0, 2.0], "rotation": 5.0, "flip_p": 0.1, "pairs": "patient",
 }  # fmt: skip
 OTHER_FINETUNING = {
     "views": {"size": 32, "crop_scale": [0.9, 1.0]}, "lr": 0.5, "encoder_lr": 0.5, "weight_decay": 0.5, "batch_size": 8,

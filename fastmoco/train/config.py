@@ -9,6 +9,7 @@ from typing import Literal
 
 import tyro
 
+from fastmoco.data.pairs import PairKind
 from fastmoco.data.views import ViewConfig
 from fastmoco.errors import UserError
 
@@ -36,6 +37,10 @@ class DataConfig:
     """Name of the CSV column with the patient, if the file has one."""
     split_column: str = "split"
     """Name of the CSV column with the split, if the file has one."""
+    pairs: PairKind = "image"
+    """What the two views of a pair are cut from: one image; or patient, two images of one patient, the second drawn
+    anew each epoch (one image where the patient has no other, or is not known). With --patient-column study, two of
+    one study."""
     loader: Literal["auto", "dali", "pillow", "torchvision"] = "auto"
     """What decodes: dali, pillow, or auto, which takes DALI where it is installed. torchvision decodes with Pillow and
     makes the views with torchvision's transforms too, the definition of what the others do, slowly."""
