@@ -190,6 +190,13 @@ def test_a_changed_setting_touches_its_own_cells_and_those_after(tmp_path: Path)
     for name in ("patients", "origin"):
         assert touched(make_cells(read(tmp_path), {"drawn": PRINTS["drawn"] | {name: "n"}})) == {"drawn.data"}
     assert touched(make_cells(read(tmp_path), {"drawn": PRINTS["drawn"] | {"images": "n"}})) == set(before)
+    # Where they make the pairs, encoders depend on them.
+    study = read(tmp_path)
+    study = dataclasses.replace(study, pretrain=study.pretrain | {"pairs": "patient"})
+    before = make_cells(study, PRINTS)
+    changes = touched(make_cells(study, {"drawn": PRINTS["drawn"] | {"patients": "n"}}))
+    assert {"drawn.data", "drawn.pretrain.mse.s0", "drawn.probes.mse.s0"} <= changes < set(before)
+    before = make_cells(read(tmp_path), PRINTS)
     # Where it runs, and how many at a time, is no setting.
     file = changed(tmp_path, 'device = "cpu"', 'device = "cuda"\njobs = 7')
     assert touched(make_cells(read_study(file), PRINTS)) == set()
