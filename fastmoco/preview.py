@@ -68,6 +68,7 @@ def preview_command(args: list[str]) -> int:
         count=options.count,
         kind=data.loader,
         workers=data.workers,
+        pairs=data.pairs,
     )
     try:
         save_preview(shown, options.out)

@@ -13,6 +13,7 @@ from torch import Tensor
 from fastmoco.adapters.loader import PairLoader
 from fastmoco.data.views import ViewConfig
 from fastmoco.distributed.world import World
+from fastmoco.errors import UserError
 from runs import draw_images
 from worlds import in_world
 
@@ -63,6 +64,23 @@ def test_targets_are_the_labels_of_the_files(folder: Path, tmp_path: Path) -> No
         assert x0.shape == (2, 3, 16, 16) and x0.dtype == torch.float16
         seen |= dict(zip(names, targets.tolist(), strict=True))
     assert seen == dict(zip(files, kinds, strict=True))
+
+
+def test_pairs_may_be_of_two_images_of_a_patient(folder: Path, tmp_path: Path) -> None:
+    files = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*.png"))[:6]
+    with (tmp_path / "l.csv").open("w", newline="") as stream:
+        csv.writer(stream).writerows([("file", "study"), *((name, str(i // 2)) for i, name in enumerate(files[:5]))])
+    options = {"labels": tmp_path / "l.csv", "views": VIEWS, "batch_size": 5, "loader": "pillow"}
+    (alone,) = epochs(PairLoader(folder, **options), 1)
+    (paired,) = epochs(PairLoader(folder, patient_column="study", pairs="patient", **options), 1)
+    ((views, _, names),) = paired
+    assert names == alone[0][2]
+    for row, name in enumerate(names):
+        assert torch.equal(views[0][row], alone[0][0][0][row])
+        # The last has no other image.
+        assert torch.equal(views[1][row], alone[0][0][1][row]) == (name == files[4])
+    with pytest.raises(UserError, match="--pairs patient: the data do not say which patient"):
+        PairLoader(folder, pairs="patient", **options)
 
 
 def _share(world: World, folder: Path, made: PairLoader) -> list[tuple[Tensor, Tensor, list[str]]]:

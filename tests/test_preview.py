@@ -52,17 +52,38 @@ def test_the_views_are_trainings(tmp_path: Path, epoch: int) -> None:
     with make_loader("pillow", manifest, VIEWS, order, start=start, stop=start + 2, workers=1) as batches:
         trained = list(batches)
     indices = np.concatenate([batch.indices for batch in trained])
-    assert [example.file for example in shown] == [manifest.files[i] for i in indices[:6]]
+    assert [example.files for example in shown] == [(manifest.files[i],) * 2 for i in indices[:6]]
     for place, name in enumerate("qk"):
         views = torch.cat([getattr(batch, name) for batch in trained])[:6].permute(0, 2, 3, 1).float().numpy()
         np.testing.assert_array_equal([example.views[place] for example in shown], views)
     for example in shown:
-        np.testing.assert_array_equal(example.image, np.asarray(Image.open(manifest.root / example.file)))
+        np.testing.assert_array_equal(example.images[0], np.asarray(Image.open(manifest.root / example.files[0])))
         # The words are of the records that made these views.
         alone = np.array(example.drawn)
         alone["image"] = 0
-        made = make_views([example.image], alone, size=32, blur_kernel=VIEWS.blur_kernel).float().numpy()
+        made = make_views([example.images[0]], alone, size=32, blur_kernel=VIEWS.blur_kernel).float().numpy()
         np.testing.assert_array_equal(made, example.views)
+
+
+def test_views_of_two_images_of_a_patient(tmp_path: Path) -> None:
+    folder = draw_images(tmp_path)
+    manifest = load_manifest(folder, tmp_path / "labels.csv", progress=False)
+    options = {"seed": 5, "epoch": 1, "count": 6, "kind": "pillow", "workers": 1}
+    plain, shown = examples(manifest, VIEWS, **options), examples(manifest, VIEWS, **options, pairs="patient")
+    for one, example in zip(plain, shown, strict=True):
+        query, key = (int(name[:3]) for name in example.files)
+        # A patient has two images.
+        assert example.files[0] == one.files[0] and query // 2 == key // 2 and query != key
+        for place, name in enumerate(example.files):
+            np.testing.assert_array_equal(example.images[place], np.asarray(Image.open(folder / name)))
+            alone = np.array(example.drawn)[place : place + 1]
+            alone["image"] = 0
+            made = make_views([example.images[place]], alone, size=32, blur_kernel=VIEWS.blur_kernel)
+            np.testing.assert_array_equal(made[0].float().numpy(), example.views[place])
+    for name, some in (("plain", plain), ("pairs", shown)):
+        save_preview(some, tmp_path / f"{name}.png")
+    widths = [Image.open(tmp_path / f"{name}.png").width for name in ("plain", "pairs")]
+    assert widths[0] * 4 == widths[1] * 3
 
 
 def test_the_picture_shows_image_and_views(tmp_path: Path) -> None:
@@ -73,7 +94,7 @@ def test_the_picture_shows_image_and_views(tmp_path: Path) -> None:
     views = ViewConfig(size=32, crop_scale=(0.5, 1.0), jitter_p=0, gray_p=0, blur_p=0)
     manifest = load_manifest(folder, progress=False)
     shown = examples(manifest, views, seed=0, epoch=0, count=9, kind="pillow", workers=1)
-    assert sorted(example.file for example in shown) == ["a $1 in a name$.png", "b.png"]
+    assert sorted(example.files[0] for example in shown) == ["a $1 in a name$.png", "b.png"]
     save_preview(shown, tmp_path / "picture.png")
     pixels = np.asarray(Image.open(tmp_path / "picture.png").convert("RGB")).reshape(-1, 3)
     # Three squares of red and three of the gray that 16 bits hold, a view's float16 included.
@@ -98,6 +119,7 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
     assert fastmoco("fundus-mse", *options, "--count", 3, "--rotation", 0) == 0 and out.read_bytes() == first
     assert fastmoco("fundus-mse", *options, "--count", 3, "--seed", 1) == 0 and out.read_bytes() != first
     capsys.readouterr()
+    assert fastmoco("fundus-mse", *options, "--pairs", "patient") == 2 and "--pairs patient:" in capsys.readouterr().err
     assert fastmoco(*options) == 2 and "name a recipe first" in capsys.readouterr().err
     assert fastmoco("fundus-mze", *options) == 2 and "did you mean" in capsys.readouterr().err
     assert fastmoco("fundus-mse", *options, "--count", 0) == 2 and "--count must be" in capsys.readouterr().err

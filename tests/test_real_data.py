@@ -7,11 +7,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from fastmoco.data.dali import dali_installed
-from fastmoco.data.loader import make_loader
+from fastmoco.data.loader import LoaderKind, make_loader
 from fastmoco.data.manifest import load_manifest
 from fastmoco.data.order import Order
+from fastmoco.data.pairs import find_pairs
 from fastmoco.data.views import ViewConfig
 from fastmoco.evaluate.splits import make_splits
 from fastmoco.train.metrics import read_rows
@@ -66,6 +68,29 @@ def test_both_loaders_make_the_same_views_of_real_files(name: str, real_data: Ca
     for ours, theirs in ((pairs[0].q, pairs[1].q), (pairs[0].k, pairs[1].k)):
         assert theirs.float().std() > 0.05
         assert (ours.float() - theirs.float()).abs().mean() < 1 / 255
+
+
+@pytest.mark.parametrize(
+    "kind", [pytest.param("dali", marks=pytest.mark.skipif(not dali_installed(), reason="no DALI here")), "pillow"]
+)
+def test_pairs_of_histology_patches_are_of_one_patient(kind: LoaderKind, real_data: Callable[[str], Path]) -> None:
+    folder = real_data("idc_patches")
+    manifest = load_manifest(folder / "images", decoder=kind, progress=False)
+    views = ViewConfig(size=50, resize=1.0, jitter_p=0, gray_p=0, blur_p=0)
+    order = Order(len(manifest), 64, seed=3, pairs=find_pairs("patient", manifest))
+    with make_loader(kind, manifest, views, order, start=5, stop=7, workers=1) as loader:
+        batches = list(loader)
+    for t, batch in enumerate(batches, start=5):
+        slots = order.batch(t)
+        assert manifest.patients is not None and (slots.keys != slots.indices).all()
+        np.testing.assert_array_equal(manifest.patients[slots.keys], manifest.patients[slots.indices])
+        for views_of, indices in ((batch.q, batch.indices), (batch.k, slots.keys)):
+            for view, index in zip(views_of, indices.tolist(), strict=True):
+                # Of a whole patch of that size a view is the patch.
+                if tuple(manifest.sizes[index]) == (50, 50):
+                    pixels = np.asarray(Image.open(manifest.path(index)).convert("RGB"))
+                    difference = view.permute(1, 2, 0).float().numpy() - pixels / 255
+                    assert np.abs(difference).max() < 1 / 255
 
 
 @pytest.mark.parametrize(

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 from fastmoco.data.manifest import Manifest
+from fastmoco.data.patients import patient_groups
 from fastmoco.errors import UserError
-from fastmoco.evaluate.splits import Splits, hold_out, make_splits, patient_groups
+from fastmoco.evaluate.splits import Splits, hold_out, make_splits
 
 
 def manifest(labels: np.ndarray, *, patients: np.ndarray | None = None, splits: np.ndarray | None = None) -> Manifest:

@@ -29,7 +29,7 @@ OTHER = {
     "epochs": 3, "steps": 3, "batch_size": 4, "accumulate": 2, "drop_last": False, "precision": "bf16",
     "channels_last": False, "resize": 1.5, "crop_scale": [0.5, 1.0], "jitter": [0.1, 0.1, 0.1, 0.1], "jitter_p": 0.1,
     "gray_p": 0.1, "blur_p": 0.1, "blur_sigma": [1.0, 2.0], "rotation": 5.0, "flip_p": 0.1, "objective": "simclr",
-    "symmetric": True, "margin": 0.1, "mix_weight": 0.5,
+    "symmetric": True, "margin": 0.1, "mix_weight": 0.5, "pairs": "patient",
 }
 # Without these, others cannot be said.
 WITH = {"mix_weight": {"objective": "barlow-twins"}}  # fmt: skip
@@ -193,6 +193,13 @@ def test_a_changed_setting_touches_its_own_cells_and_those_after(tmp_path: Path)
     for name in ("patients", "origin"):
         assert touched(make_cells(read(tmp_path), {"drawn": PRINTS["drawn"] | {name: "n"}})) == {"drawn.data"}
     assert touched(make_cells(read(tmp_path), {"drawn": PRINTS["drawn"] | {"images": "n"}})) == set(before)
+    # Where they make the pairs, encoders depend on them.
+    study = read(tmp_path)
+    study = dataclasses.replace(study, pretrain=study.pretrain | {"pairs": "patient"})
+    before = make_cells(study, PRINTS)
+    changes = touched(make_cells(study, {"drawn": PRINTS["drawn"] | {"patients": "n"}}))
+    assert {"drawn.data", "drawn.pretrain.mse.s0", "drawn.probes.mse.s0"} <= changes < set(before)
+    before = make_cells(read(tmp_path), PRINTS)
     # Where it runs, and how many at a time, is no setting.
     file = changed(tmp_path, 'device = "cpu"', 'device = "cuda"\njobs = 7')
     assert touched(make_cells(read_study(file), PRINTS)) == set()

@@ -15,6 +15,7 @@ from fastmoco.data.dali import dali_installed
 from fastmoco.data.loader import LoaderKind, make_loader
 from fastmoco.data.manifest import load_manifest
 from fastmoco.data.order import Order
+from fastmoco.data.pairs import PairKind, find_pairs
 from fastmoco.data.quarantine import Quarantine
 from fastmoco.data.views import ViewConfig
 from fastmoco.device import find_device
@@ -32,13 +33,16 @@ class PairLoader:
     recipe: whose views, such as mocov2 or histology-mse-small; `views` in its place says them one by one.
     size: side of the views in pixels; as the recipe says if not given.
     batch_size: images in a batch, over all processes of torch.distributed, which share an epoch out evenly.
+    pairs: what the two views are cut from: image, or patient, two images of one patient, whom the CSV file's column
+        `patient_column` names (see `fastmoco pretrain`).
     loader: dali, pillow, torchvision, or auto, which takes DALI where it is installed. Views are made on the `device`.
     dtype: of the views, which are made in float16.
     max_bad: images that may turn out to be unreadable, each of which another stands in for.
 
     An epoch's images and draws depend on `seed` and the epoch's number alone. `set_epoch` sets that of the next, where
     training is resumed; `state_dict` and `load_state_dict` keep the place in it too. Lightning calls them by itself.
-    Raises UserError as `load_manifest` does, and where a batch cannot be shared out or filled.
+    Targets and file names are those of the first view. Raises UserError as `load_manifest` does, and where a batch
+    cannot be shared out or filled, or pairs are to be of patients that have no two images.
     """
 
     def __init__(
@@ -47,11 +51,13 @@ class PairLoader:
         *,
         labels: str | Path | None = None,
         label: str | None = None,
+        patient_column: str = "patient",
         recipe: str = "mocov2",
         views: ViewConfig | None = None,
         size: int | None = None,
         batch_size: int = 256,
         seed: int = 0,
+        pairs: PairKind = "image",
         workers: int = 2,
         loader: LoaderKind = "auto",
         device: str | torch.device = "cpu",
@@ -66,13 +72,15 @@ class PairLoader:
             Path(data),
             None if labels is None else Path(labels),
             label=() if label is None else (label,),
+            patient_column=patient_column,
             decoder="dali" if loader == "dali" or (loader == "auto" and dali_installed()) else "pillow",
             progress=progress,
         )
         here = world()
         self._order = Order(
-            len(self._manifest), batch_size, seed, drop_last=drop_last, shard=here.rank, shards=here.size
-        )
+            len(self._manifest), batch_size, seed, drop_last=drop_last, shard=here.rank, shards=here.size,
+            pairs=find_pairs(pairs, self._manifest),
+        )  # fmt: skip
         self._workers, self._loader, self._device, self._dtype = workers, loader, find_device(str(device)), dtype
         self._quarantine = Quarantine(max_bad)
         # Epoch and batch: of what was given out last, and where the next pass begins.

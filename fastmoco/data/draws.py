@@ -36,7 +36,7 @@ def draw(
     comes in an epoch. Draws depend on (seed, epoch, sample, turn, view) and the sample's size only, not on the batch it
     comes in. The field `image` is the sample's row, 0 to N - 1.
     """
-    u = _uniforms(seed, epoch, indices, 2 * np.broadcast_to(turns, indices.shape) + view)
+    u = uniforms(seed, epoch, indices, 2 * np.broadcast_to(turns, indices.shape) + view)
     resized = resized_sizes(views, sizes)
     window = centre_windows(views, sizes if resized is None else resized)
     if views.crop_scale is not None:
@@ -65,17 +65,22 @@ def draw(
     return drawn
 
 
-def _uniforms(seed: int, epoch: int, indices: np.ndarray, views: np.ndarray) -> np.ndarray:
-    """(N, _BLOCK) float64 uniforms in [0, 1): row i is the Philox stream of (seed, epoch, indices[i], views[i])."""
-    bits = np.random.Philox(key=[seed, 0], counter=[0, 0, 0, epoch])
+def uniforms(
+    seed: int, epoch: int, indices: np.ndarray, views: np.ndarray, *, stream: int = 0, count: int = _BLOCK
+) -> np.ndarray:
+    """(N, count) float64 uniforms in [0, 1): row i is the Philox stream of (seed, epoch, indices[i], views[i]).
+
+    `stream` sets apart what draws of different kinds are made from; that of views is 0.
+    """
+    bits = np.random.Philox(key=[seed, stream], counter=[0, 0, 0, epoch])
     state = bits.state
     counter = state["state"]["counter"]
-    raw = np.empty((len(indices), _BLOCK), dtype=np.uint64)
+    raw = np.empty((len(indices), count), dtype=np.uint64)
     for row, (sample, view) in enumerate(zip(indices, views, strict=True)):
         # Moving one generator's counter costs a fifth of making a generator for each sample.
         counter[1], counter[2] = view, sample
         bits.state = state
-        raw[row] = bits.random_raw(_BLOCK)
+        raw[row] = bits.random_raw(count)
     return (raw >> np.uint64(11)) * 2.0**-53
 
 

@@ -36,7 +36,7 @@ _NICE = 10
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """Two views `q` and `k` of the images `indices` (N,) int64.
+    """Views `q` of the images `indices` (N,) int64, and `k` of the same or, where the order pairs them, their partners.
 
     Each is (N, 3, size, size) float16 in [0, 1], channels_last: its memory is dense NHWC.
     """
@@ -165,7 +165,7 @@ def make_loader(
     `order` and on the batch's number, not on `start`, `stop` or `workers`.
 
     An image that cannot be read any more, or has changed since it was checked, joins `quarantine`, and another comes in
-    its place (see `Order.substitute`). Without a quarantine, one such image is too many.
+    its place (see `Order.without`). Without a quarantine, one such image is too many.
 
     Raises UserError where `order` was made for another number of images, where DALI is asked for and not
     installed, and, while iterating, TooManyBad with the list of what could not be read, and ImagesGone where that is
@@ -180,7 +180,8 @@ def make_loader(
     where = torch.device(device)
     decoder: Callable[[], Decoder]
     if kind == "dali" or (kind == "auto" and dali_installed()):
-        decoder = partial(MixedDecoder, manifest, batch_size=order.local_size, threads=workers, device=where)
+        most = order.local_size * (1 if order.pairs is None else 2)
+        decoder = partial(MixedDecoder, manifest, batch_size=most, threads=workers, device=where)
     else:
         decoder = partial(HostDecoder, manifest, threads=workers)
     stream = ViewStream(

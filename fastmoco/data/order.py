@@ -8,11 +8,13 @@ from typing import NamedTuple
 
 import numpy as np
 
+from fastmoco.data.pairs import Pairs
 from fastmoco.errors import UserError
 
 
 class Slots(NamedTuple):
-    """A micro-batch's places: the images `indices` (N,) int64 of `epoch`.
+    """A micro-batch's places: the images `indices` (N,) int64 of `epoch`, and `keys` (N,) int64, from which the second
+    views are cut: the same, or their partners.
 
     `turns` (N,) int64 is 0 where an image stands in its own place of the epoch, and the place plus one where it stands
     in for another or fills up the last batch, so that its views are others there. `places` (N,) int64 are the places.
@@ -22,6 +24,12 @@ class Slots(NamedTuple):
     indices: np.ndarray
     turns: np.ndarray
     places: np.ndarray
+    keys: np.ndarray
+
+    @property
+    def images(self) -> list[int]:
+        """All images that are shown, each once."""
+        return list(dict.fromkeys([*self.indices.tolist(), *self.keys.tolist()]))
 
 
 @dataclass(frozen=True)
@@ -32,8 +40,11 @@ class Order:
     consecutive rows of each. So the images of micro-batch t do not depend on the number of shards. `drop_last` leaves
     out the incomplete micro-batch at an epoch's end (other images each epoch, since the order changes); without it that
     micro-batch is filled up with the first images of the epoch, and every image comes at least once an epoch.
+    `pairs` has the partners of the images, None: each is its own. Partners come besides, and change nothing of the
+    sequence.
 
-    Raises UserError where the images do not fill a single micro-batch, or the shards do not divide one.
+    Raises UserError where the images do not fill a single micro-batch, the shards do not divide one, or `pairs` is of
+    another number of images.
     """
 
     samples: int
@@ -42,6 +53,7 @@ class Order:
     drop_last: bool = True
     shard: int = 0
     shards: int = 1
+    pairs: Pairs | None = None
     _last: dict[int, np.ndarray] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -59,6 +71,8 @@ class Order:
                 f"{self.samples} images do not fill one batch of {self.batch_size}: lower --batch-size, "
                 "give more images, or pass --no-drop-last"
             )
+        if self.pairs is not None and len(self.pairs) != self.samples:
+            raise UserError(f"pairs of {len(self.pairs)} images are given with an order of {self.samples}")
 
     @property
     def local_size(self) -> int:
@@ -87,7 +101,24 @@ class Order:
         epoch, number = divmod(t, self.batches_per_epoch)
         places = number * self.batch_size + self.shard * self.local_size + np.arange(self.local_size)
         indices = self.permutation(epoch)[places % self.samples]
-        return Slots(epoch, indices, np.where(places < self.samples, 0, places + 1), places)
+        turns = np.where(places < self.samples, 0, places + 1)
+        keys = indices if self.pairs is None else self.pairs.partners(self.seed, epoch, indices, turns)
+        return Slots(epoch, indices, turns, places, keys)
+
+    def without(self, slots: Slots, met: Container[int], bad: Container[int]) -> Slots:
+        """`slots` with others, none of which is among `bad`, in place of those among `met`.
+
+        A substitute brings a partner of its own; a partner's place goes to another of the patient's images, or to the
+        image itself. Raises UserError where every image is bad.
+        """
+        indices, turns, keys = slots.indices.copy(), slots.turns.copy(), slots.keys.copy()
+        for row, place in enumerate(slots.places.tolist()):
+            replaced = int(indices[row]) in met
+            if replaced:
+                indices[row], turns[row] = self.substitute(slots.epoch, place, bad), place + 1
+            if replaced or int(keys[row]) in met:
+                keys[row] = self._partner(slots.epoch, int(indices[row]), int(turns[row]), bad)
+        return slots._replace(indices=indices, turns=turns, keys=keys)
 
     def substitute(self, epoch: int, place: int, bad: Container[int]) -> int:
         """The image that comes into `place` of `epoch` where the one that belongs there is among `bad`.
@@ -101,3 +132,6 @@ class Order:
             if index not in bad:
                 return index
         raise UserError("no image is left that can be read")
+
+    def _partner(self, epoch: int, index: int, turn: int, bad: Container[int]) -> int:
+        return index if self.pairs is None else self.pairs.partner(self.seed, epoch, index, turn, bad)

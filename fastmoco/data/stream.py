@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Container, Generator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -28,6 +29,8 @@ _READERS_PER_WORKER = 4
 # One being made, those that the loader holds ready, one being trained on, and one that is about to be let go.
 _BUFFERS = 6
 
+Data = TypeVar("Data")
+
 
 @dataclass(kw_only=True)
 class ViewStream:
@@ -49,10 +52,12 @@ class ViewStream:
 
     def batches(self, start: int, stop: int) -> Generator[tuple[Tensor, Tensor, np.ndarray], None, None]:
         """Yield micro-batches `start` to `stop` - 1: the two views, (N, size, size, 3) float16 each, and the indices
-        (N,) int64 of the images that they show. Raises TooManyBad, and ImagesGone.
+        (N,) int64 of the images that the first shows. Raises TooManyBad, and ImagesGone.
         """
-        reading: deque[tuple[int, Slots, list[Future[Encoded | BadFile]]]] = deque()
+        reading: deque[tuple[int, Slots, dict[int, Future[Encoded | BadFile]]]] = deque()
         decoding: deque[tuple[int, Slots]] = deque()
+        encoded: dict[int, Encoded]
+        images: dict[int, Decoded]
         readers = ThreadPoolExecutor(_READERS_PER_WORKER * max(self.threads, 1), thread_name_prefix="read")
         ahead = iter(range(start, stop))
         decoder = self.make_decoder()
@@ -61,16 +66,18 @@ class ViewStream:
                 # One batch more than the decoder holds has been read by the time that it is needed.
                 while len(decoding) < 2:
                     while len(reading) <= _READ_AHEAD and (t := next(ahead, None)) is not None:
-                        slots = self._without_known_bad(self.order.batch(t))
-                        reading.append((t, slots, [readers.submit(self._read, int(i)) for i in slots.indices]))
+                        slots = self._without(self.order.batch(t), self.quarantine)
+                        reading.append((t, slots, {i: readers.submit(self._read, i) for i in slots.images}))
                     if not reading:
                         break
                     t, slots, futures = reading.popleft()
-                    slots, encoded = self._settle(t, slots, [future.result() for future in futures])
-                    decoder.submit(slots.indices.tolist(), encoded)
+                    read = {index: future.result() for index, future in futures.items()}
+                    slots, encoded = self._complete(t, slots, read, self._read)
+                    decoder.submit(list(encoded), list(encoded.values()))
                     decoding.append((t, slots))
                 t, slots = decoding.popleft()
-                slots, images = self._checked(t, slots, decoder.result())
+                decoded = {i: self._problem(i, image) for i, image in zip(slots.images, decoder.result(), strict=True)}
+                slots, images = self._complete(t, slots, decoded, self._one)
                 yield (*self._cut(slots, images), slots.indices)
         finally:
             readers.shutdown(wait=True, cancel_futures=True)
@@ -82,44 +89,29 @@ class ViewStream:
         except BadFile as bad:
             return bad
 
-    def _without_known_bad(self, slots: Slots) -> Slots:
-        for row, index in enumerate(slots.indices):
-            if int(index) in self.quarantine:
-                slots = self._substituted(slots, row)
-        return slots
-
-    def _substituted(self, slots: Slots, row: int) -> Slots:
+    def _without(self, slots: Slots, met: Container[int]) -> Slots:
+        """`slots` with others, not known to be bad, in the place of the images among `met`."""
+        if not any(index in met for index in slots.images):
+            return slots
         self.quarantine.check(of=len(self.manifest))
-        place = int(slots.places[row])
-        indices, turns = slots.indices.copy(), slots.turns.copy()
-        indices[row], turns[row] = self.order.substitute(slots.epoch, place, self.quarantine), place + 1
-        return slots._replace(indices=indices, turns=turns)
+        return self.order.without(slots, met, self.quarantine)
 
-    def _settle(self, t: int, slots: Slots, found: list[Encoded | BadFile]) -> tuple[Slots, list[Encoded]]:
-        """Put others in the place of what could not be read, until all of the batch is read."""
-        encoded: list[Encoded] = []
-        for row, data in enumerate(found):
-            while isinstance(data, BadFile):
-                self._set_aside(t, int(slots.indices[row]), data)
-                slots = self._substituted(slots, row)
-                data = self._read(int(slots.indices[row]))
-            encoded.append(data)
-        return slots, encoded
+    def _complete(
+        self, t: int, slots: Slots, found: Mapping[int, Data | BadFile], get: Callable[[int], Data | BadFile]
+    ) -> tuple[Slots, dict[int, Data]]:
+        """Put others in the place of what is bad in `found`, and `get` them, until all of the batch is there.
 
-    def _checked(self, t: int, slots: Slots, found: list[Decoded | BadFile]) -> tuple[Slots, list[Decoded]]:
-        """Put others in the place of what could not be decoded, or not to the size that the manifest has."""
-        images: list[Decoded] = []
-        for row, image in enumerate(found):
-            index = int(slots.indices[row])
-            while isinstance(problem := self._problem(index, image), BadFile):
+        Returns the slots and what was found of each of their images.
+        """
+        while bad := {index: data for index, data in found.items() if isinstance(data, BadFile)}:
+            for index, problem in bad.items():
                 self._set_aside(t, index, problem)
-                slots = self._substituted(slots, row)
-                index = int(slots.indices[row])
-                image = self._one(index)
-            images.append(problem)
-        return slots, images
+            slots = self._without(slots, bad)
+            found = {index: found[index] if index in found else get(index) for index in slots.images}
+        return slots, {index: data for index, data in found.items() if not isinstance(data, BadFile)}
 
     def _problem(self, index: int, image: Decoded | BadFile) -> Decoded | BadFile:
+        """`image`, or that it is not of the size that the manifest has."""
         if isinstance(image, BadFile) or tuple(image.shape[:2]) == tuple(self.manifest.sizes[index].tolist()):
             return image
         height, width = self.manifest.sizes[index].tolist()
@@ -140,24 +132,27 @@ class ViewStream:
         check_there(self.manifest)
         self.quarantine.add(Bad(index, self.manifest.files[index], bad.reason, t))
 
-    def _cut(self, slots: Slots, images: list[Decoded]) -> tuple[Tensor, Tensor]:
-        sizes = self.manifest.sizes[slots.indices]
-        drawn = [
-            draw(
-                self.views, seed=self.order.seed, epoch=slots.epoch, indices=slots.indices, view=view, sizes=sizes,
-                turns=slots.turns,
-            )
-            for view in (0, 1)
-        ]  # fmt: skip
+    def _cut(self, slots: Slots, images: dict[int, Decoded]) -> tuple[Tensor, Tensor]:
+        row = {index: row for row, index in enumerate(images)}
+        drawn = []
+        for view, shown in enumerate((slots.indices, slots.keys)):
+            # A partner's view is drawn as its query's: the same partner of two queries has two views.
+            records = draw(
+                self.views, seed=self.order.seed, epoch=slots.epoch, indices=slots.indices, view=view,
+                sizes=self.manifest.sizes[shown], turns=slots.turns,
+            )  # fmt: skip
+            records["image"] = [row[index] for index in shown.tolist()]
+            drawn.append(records)
+        pictures = list(images.values())
         if self.device.type == "cuda":
             # What the host has decoded joins what the GPU has.
-            images = [torch.as_tensor(image).to(self.device, non_blocking=True) for image in images]
+            pictures = [torch.as_tensor(picture).to(self.device, non_blocking=True) for picture in pictures]
         size = self.views.size
         on_cpu = self.device.type == "cpu"
         made = make_views(
-            images, np.concatenate(drawn), size=size, blur_kernel=self.views.blur_kernel,
+            pictures, np.concatenate(drawn), size=size, blur_kernel=self.views.blur_kernel,
             threads=max(self.threads, 1), implementation=self.implementation,
-            out=self.buffers.take((2 * len(images), size, size, 3)) if on_cpu else None,
+            out=self.buffers.take((2 * len(slots.indices), size, size, 3)) if on_cpu else None,
         )  # fmt: skip
         if not on_cpu:
             # The images are DALI's memory, and whether it asks this stream before it uses that again is not documented.

@@ -18,6 +18,7 @@ from rich.table import Table
 
 from fastmoco.atomic import write_text
 from fastmoco.data.manifest import Manifest
+from fastmoco.data.patients import patient_groups
 from fastmoco.data.views import ViewConfig
 from fastmoco.device import find_device
 from fastmoco.errors import UserError
@@ -28,7 +29,7 @@ from fastmoco.evaluate.intervals import INTERVAL_OF_RUNS, replicates
 from fastmoco.evaluate.leaks import refuse_leaks
 from fastmoco.evaluate.options import LabelledImages
 from fastmoco.evaluate.scores import score
-from fastmoco.evaluate.splits import Splits, patient_groups
+from fastmoco.evaluate.splits import Splits
 from fastmoco.evaluate.targets import Target, make_target, target_splits
 from fastmoco.models.encoder import Encoder
 from fastmoco.models.weights import load_encoder, run_folder

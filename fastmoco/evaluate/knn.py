@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
+from fastmoco.data.patients import patient_groups
 from fastmoco.evaluate.scores import auc
-from fastmoco.evaluate.splits import patient_groups
 
 NEIGHBOURS = 20
 TEMPERATURE = 0.07

@@ -8,11 +8,12 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from fastmoco.data.manifest import Manifest
+from fastmoco.data.patients import patient_groups
 from fastmoco.evaluate.knn import NEIGHBOURS, knn_probabilities
 from fastmoco.evaluate.probe import choose_c, probe_probabilities
 from fastmoco.evaluate.report import Method, Result, Row
 from fastmoco.evaluate.scores import DRAWS, Scores, auc, score
-from fastmoco.evaluate.splits import Splits, make_splits, patient_groups
+from fastmoco.evaluate.splits import Splits, make_splits
 
 _NOT_FINITE = "undefined: the features hold NaN or infinite values"
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from fastmoco.data.manifest import Manifest
+from fastmoco.data.patients import patient_groups
 from fastmoco.errors import UserError
 
 HELD_OUT = 0.2
@@ -62,16 +63,6 @@ def make_splits(manifest: Manifest, label: str, *, seed: int, allow_leaks: bool 
     _refuse_small(side, labels, groups, label, names, unit)
     indices = {name: np.flatnonzero(mask) for name, mask in side.items()}
     return Splits(**indices, origin="; ".join(origin))
-
-
-def patient_groups(patients: np.ndarray | None, count: int) -> np.ndarray:
-    """(count,) int64 numbers that are equal for images of one patient; an unnamed patient has one image."""
-    if patients is None:
-        return np.arange(count)
-    groups = np.unique(patients, return_inverse=True)[1].astype(np.int64)
-    unnamed = np.flatnonzero(patients == "")
-    groups[unnamed] = len(patients) + np.arange(len(unnamed))
-    return groups
 
 
 def hold_out(labels: np.ndarray, groups: np.ndarray, rng: np.random.Generator) -> np.ndarray:

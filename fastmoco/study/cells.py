@@ -20,7 +20,7 @@ from fastmoco.train.stored import to_json
 RANDOM = "random"
 # The name of the second target, of several labels.
 SECOND = "multilabel"
-# What no cell depends on but the one that describes the data: by patients, and by it, the report redraws.
+# What no cell depends on but the one that describes the data, by which the report redraws, and pairs of patients.
 OF_DATA = ("patients", "origin")
 # Draws of one pretraining seed are numbered from here on, so that no two seeds share one.
 _DRAWS_A_SEED = 1000
@@ -122,6 +122,8 @@ class _Maker:
         if optim.steps is not None:
             passes = optim.steps * optim.batch_size * optim.accumulate
         settings = {"data": own, "method": method, "seed": seed, "config": _pretrain_settings(config)}
+        if config.data.pairs == "patient":
+            settings["patients"] = self.prints[data.name]["patients"]
         self._add(pretrain_id(data, method, seed), "pretrain", settings, work=2.0 * passes)
 
     def _add_similarity(self, data: Data, own: dict[str, Any], seed: int) -> None:
@@ -226,10 +228,12 @@ def _pretrain_settings(config: Config) -> dict[str, Any]:
     plain = to_json(config)
     without = _NOT_OF_METHOD[config.loss.method] | NOT_SETTINGS
     groups = ("run", "views", "model", "loss", "optim")
-    return {
+    settings = {
         group: {k: v for k, v in plain[group].items() if k not in without and (k not in _LATER or v != _LATER[k])}
         for group in groups
     }
+    # Likewise of the data.
+    return settings if config.data.pairs == "image" else settings | {"data": {"pairs": config.data.pairs}}
 
 
 def pretraining_views(study: Study, data: Data) -> ViewConfig:

@@ -9,6 +9,7 @@ from typing import Literal
 
 import tyro
 
+from fastmoco.data.pairs import PairKind
 from fastmoco.data.views import ViewConfig
 from fastmoco.errors import UserError
 from fastmoco.train.loss_config import LossConfig
@@ -39,6 +40,10 @@ class DataConfig:
     """Name of the CSV column with the patient, if the file has one."""
     split_column: str = "split"
     """Name of the CSV column with the split, if the file has one."""
+    pairs: PairKind = "image"
+    """What the two views of a pair are cut from: one image; or patient, two images of one patient, the second drawn
+    anew each epoch (one image where the patient has no other, or is not known). With --patient-column study, two of
+    one study."""
     loader: Literal["auto", "dali", "pillow", "torchvision"] = "auto"
     """What decodes: dali, pillow, or auto, which takes DALI where it is installed. torchvision decodes with Pillow and
     makes the views with torchvision's transforms too, the definition of what the others do, slowly."""
@@ -216,6 +221,11 @@ class Config:
             )
         if loss.method == "barlow" and self.optim.batch_size < 2:
             raise UserError("--batch-size 1 has no cross-correlation: give --method barlow at least 2")
+        if loss.objective == "supcon" and self.data.pairs != "image":
+            raise UserError(
+                f"--pairs {self.data.pairs} with --objective supcon: the images of a patient may "
+                "be of two classes; leave one of them out"
+            )
         if loss.objective != "moco" and self.optim.batch_size < 2:
             raise UserError(f"--batch-size 1 has no other images: give --objective {loss.objective} at least 2")
         groups = self.model.norm_groups

@@ -11,6 +11,7 @@ from torch import Tensor
 from fastmoco.data.dali import dali_installed
 from fastmoco.data.manifest import Manifest
 from fastmoco.data.order import Order
+from fastmoco.data.pairs import find_pairs
 from fastmoco.distributed.world import World
 from fastmoco.errors import UserError
 from fastmoco.models.weights import initial_backbone
@@ -47,6 +48,8 @@ def listed_images(world: World, config: Config, store: Store, saved: Checkpoint 
     manifest = find_images(config, saved, listed=not world.first)
     refuse_out_inside(config, manifest)
     refuse_others(config, manifest, saved)
+    # Before anything is written, or copied to a disk.
+    find_pairs(config.data.pairs, manifest)
     if world.first:
         with writing(config, store):
             write_description(config=config, store=store, skipped=manifest.skipped)
@@ -96,7 +99,7 @@ def refuse_single_images(world: World, config: Config, order: Order) -> None:
         )
 
 
-def describe(trainer: Trainer, manifest: Manifest, plan: Plan, *, start: int, set_aside: int) -> None:
+def describe(trainer: Trainer, manifest: Manifest, order: Order, plan: Plan, *, start: int, set_aside: int) -> None:
     """Print what `trainer` will do from step `start` on; `set_aside` of the images were bad before."""
     config, world = trainer.config, trainer.world
     skipped = manifest.skipped
@@ -111,6 +114,8 @@ def describe(trainer: Trainer, manifest: Manifest, plan: Plan, *, start: int, se
         f"{config.run.precision} on {where}, loading with {config.data.loader}; run folder {config.run.out}",
         flush=True,
     )
+    if order.pairs is not None:
+        print(f"pairs from two images of a patient: {order.pairs.paired} of the images have another to go with")
     if config.model.norm == "frozen" and config.model.init is None:
         print("warning: --norm frozen without --init normalises nothing: its statistics are mean 0 and variance 1")
     if set_aside:

@@ -13,6 +13,7 @@ import torch
 from fastmoco.data.loader import Batch, make_loader
 from fastmoco.data.manifest import Manifest
 from fastmoco.data.order import Order
+from fastmoco.data.pairs import find_pairs
 from fastmoco.data.quarantine import ImagesGone, TooManyBad
 from fastmoco.distributed.agreement import agree_to_raise, everywhere, first_then_others, largest, texts
 from fastmoco.distributed.launch import find_launch, joined
@@ -115,11 +116,12 @@ class _Run:
         self.out = config.run.out
         optim = config.optim
         self.order = Order(
-            len(manifest), optim.batch_size, config.run.seed, optim.drop_last, shard=world.rank, shards=world.size
-        )
+            len(manifest), optim.batch_size, config.run.seed, optim.drop_last, shard=world.rank, shards=world.size,
+            pairs=find_pairs(config.data.pairs, manifest),
+        )  # fmt: skip
         self.plan = plan(config, self.order)
         refuse_single_images(world, config, self.order)
-        self.data = fingerprint(manifest)
+        self.data = fingerprint(manifest, config.data.pairs)
         self.start = 0
         # The newest step that the run folder holds a checkpoint of.
         self.saved_at: int | None = None
@@ -131,7 +133,7 @@ class _Run:
     def go(self, stop: StopRequest) -> Path:
         if self.world.first:
             set_aside = len(self.set_aside.quarantine)
-            describe(self.trainer, self.manifest, self.plan, start=self.start, set_aside=set_aside)
+            describe(self.trainer, self.manifest, self.order, self.plan, start=self.start, set_aside=set_aside)
         with writing(self.config, self.store), everywhere(self.world, self._make_record) as record:
             try:
                 self._steps(record, stop)

@@ -13,10 +13,11 @@ import numpy as np
 
 from fastmoco.data.manifest import Manifest, load_manifest
 from fastmoco.data.manifest_file import write_manifest
+from fastmoco.data.patients import patient_groups
 from fastmoco.errors import UserError
 from fastmoco.evaluate.images import Images, load_images
 from fastmoco.evaluate.leaks import refuse_leaks
-from fastmoco.evaluate.splits import Splits, make_splits, patient_groups
+from fastmoco.evaluate.splits import Splits, make_splits
 from fastmoco.evaluate.targets import Target, make_target
 from fastmoco.study.cell import digest
 from fastmoco.study.cells import SECOND, evaluation_resize
