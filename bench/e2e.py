@@ -134,7 +134,7 @@ def disagreements(losses: Mapping[str, list[float]], say: Callable[[str], None])
     errors: dict[str, float] = {}
     for way, own in losses.items():
         apart = [abs(loss - eager) / abs(eager) for loss, eager in zip(own, losses[EAGER], strict=True)]
-        # Not finite is never the least that `max` finds, wherever it stands.
+        # `max` passes over a NaN that does not stand first.
         errors[way] = max(apart) if all(map(math.isfinite, apart)) else math.inf
         verdict = "" if errors[way] <= LOSS_TOLERANCE else ": PARITY FAILS, no speed is shown"
         shown = ", ".join(f"{loss:.6f}" for loss in own)
@@ -150,10 +150,10 @@ def ratios(figures: Mapping[str, Mapping[str, float]], way: str) -> dict[str, fl
 
 
 def judged(row: Mapping[str, Any], case: Case) -> dict[str, str]:
-    """What is asked of our row, of that which was timed, and whether it is met: yes, or no and by how much."""
+    """What is asked of our row, beside what was timed, and whether it is met: yes, or no and beside which not."""
     asked = {"ratio": (case.to_eager, "eager"), "ratio_lightly": (TO_LIGHTLY, "lightly")}
     timed = {name: goal for name, goal in asked.items() if row[name] is not None}
-    short = [f"{row[name]:.2f}x {of}" for name, (goal, of) in timed.items() if row[name] < goal]
+    short = [of for name, (goal, of) in timed.items() if row[name] < goal]
     return {
         "target": ", ".join(f"{goal:g}x {of}" for goal, of in timed.values()),
         "met": f"no: {', '.join(short)}" if short else "yes",

@@ -63,7 +63,7 @@ def test_targets_are_judged_by_what_was_timed() -> None:
     row = ratios(figures, OURS)
     assert row == {"ratio": 2.75, "ratio_lightly": 2.2}
     assert judged(row, Case("resnet50", 224, 16)) == {"target": "2.5x eager, 2x lightly", "met": "yes"}
-    assert judged(row, Case("resnet18", 224, 16)) == {"target": "3x eager, 2x lightly", "met": "no: 2.75x eager"}
+    assert judged(row, Case("resnet18", 224, 16)) == {"target": "3x eager, 2x lightly", "met": "no: eager"}
     alone = ratios({EAGER: {"pairs_per_s": 4.0}, OURS: {"pairs_per_s": 12.0}}, OURS)
     assert alone == {"ratio": 3.0, "ratio_lightly": None}
     assert judged(alone, Case("resnet50", 64, 32)) == {"target": "3x eager", "met": "yes"}
