@@ -40,7 +40,9 @@ def test_the_noise_is_that_of_medians() -> None:
 
 def test_as_fast_as_before_is_seldom_slower(tmp_path: Path) -> None:
     rng = np.random.default_rng(1)
-    results = [checked(tmp_path, [row(rng.normal(1.0, 0.1, 9))], [row(rng.normal(1.0, 0.1, 9))]) for _ in range(200)]
+    results = [
+        checked(tmp_path, [row(rng.normal(1.0, 0.1, 9))], [row(rng.normal(1.0, 0.1, 9))]) for _ in range(200)
+    ]
     assert sum(results) <= 6
 
 
