@@ -22,13 +22,12 @@ from rich.console import Console
 from rich.table import Table
 
 from bench.floors import FLOORS
-from bench.loaders import BASELINE, DEFINITION, LOADERS, OURS, Setting, first_views, statistics
+from bench.loaders import BASELINE, DEFINITION, LOADERS, OURS, Setting, first_views, read_manifest, statistics
 from bench.photographs import draw_photographs
 from bench.plot import save_speeds
 from bench.timing import environment, save
 from bench.turns import Contestant, Missing, Turn, as_rows, rounds, summary, take_turn
-from fastmoco.data.dali import dali_installed
-from fastmoco.data.manifest import Manifest, load_manifest
+from fastmoco.data.manifest import Manifest
 from fastmoco.train.recipes import find
 
 PRELOAD = ("torch", "torchvision.transforms.v2", "bench.loaders", "bench.floors")
@@ -38,7 +37,7 @@ SAME_VIEWS = 1.0
 # Means and standard deviations of the views, in standard errors of their difference.
 SAME_STATISTICS = 4.0
 COLUMNS = ["images", "implementation", "pairs_per_s", "slow_pairs_per_s", "fast_pairs_per_s", "ratio"]
-COLUMNS += ["cpu_ms_per_pair", "memory_mb", "first_s", "again_s", "parity"]
+COLUMNS += ["cpu_ms_per_pair", "peak_mb", "first_s", "again_s", "parity"]
 
 
 @dataclass(kw_only=True)
@@ -173,7 +172,7 @@ def show(rows: list[dict[str, Any]], console: Console) -> None:
                 f"{row['slow_pairs_per_s']:.0f}-{row['fast_pairs_per_s']:.0f}",
                 f"{row['ratio']:.2f}x",
                 f"{row['cpu_ms_per_pair']:.1f}",
-                f"{row['memory_mb']:.0f}",
+                f"{row['peak_mb']:.0f}",
                 f"{row['first_s']:.2f} {row['again_s']:.2f}",
             )
         console.print(table)
@@ -183,15 +182,11 @@ def sets(args: DataArgs, folder: Path) -> Iterator[tuple[str, Manifest]]:
     """The images to load, by the name that the table gives them."""
     for side, count in ((128, 24),) if args.quick else ((512, 192), (1024, 96)):
         mean = draw_photographs(folder / str(side), count, side)
-        yield f"generated {side} px, {mean / 1000:.0f} kB", _manifest(folder / str(side))
+        yield f"generated {side} px, {mean / 1000:.0f} kB", read_manifest(folder / str(side))
     for given in args.images:
-        manifest = _manifest(given)
+        manifest = read_manifest(given)
         height, width = np.median(manifest.sizes, axis=0).astype(int)
         yield f"{given.name or given.resolve().name}, {height} x {width} px", manifest
-
-
-def _manifest(folder: Path) -> Manifest:
-    return load_manifest(folder, decoder="dali" if dali_installed() else "pillow", progress=False)
 
 
 def main(args: DataArgs) -> int:

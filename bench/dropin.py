@@ -1,35 +1,55 @@
-"""lightly's MoCo loop as it is, with our operations under its names, and with our loading and arithmetic: pairs/s."""
+"""lightly's MoCo loop as it is, with our operations under its names, with our loading and our arithmetic: pairs/s."""
 
 from __future__ import annotations
 
-import copy
+import math
+import random
 import sys
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from typing import Any
 
+import numpy as np
 import torch
-import torchvision
 import tyro
-from torch import nn
 
-from bench.timing import save
-from fastmoco.adapters import lightly as ours
-from fastmoco.adapters.accelerated import Accelerated
+from bench.example import LOADING, OURS, PARTS, Example, Laps, lightlys
+from bench.step import LOSS_TOLERANCE
+from bench.timing import environment, save
 from fastmoco.adapters.loader import PairLoader
 from fastmoco.errors import UserError
 
-VARIANTS = ("lightly", "our operations", "our operations, loading and arithmetic")
-COLUMNS = ["implementation", "pairs_per_s", "slow_pairs_per_s", "fast_pairs_per_s", "ratio", "loading", "loss"]
-BANK, DIM, TEMPERATURE, MOMENTUM = 4096, 128, 0.1, 0.99
+
+@dataclass(frozen=True)
+class Change:
+    """Which lines of lightly's loop are ours: the imports of its operations, its loader, its backbone."""
+
+    operations: bool = False
+    loading: bool = False
+    arithmetic: bool = False
+
+
+LIGHTLY, ALL = "lightly", "our operations, loading and arithmetic"
+# Each has the changes of those before it.
+VARIANTS = {
+    LIGHTLY: Change(),
+    "our operations": Change(operations=True),
+    "our operations and loading": Change(operations=True, loading=True),
+    ALL: Change(operations=True, loading=True, arithmetic=True),
+}
+# Times as fast as lightly's loop that is asked for of all changes together.
+TARGET = 2.0
+COLUMNS = ["implementation", "pairs_per_s", "slow_pairs_per_s", "fast_pairs_per_s", "ratio", "gain", "step", *PARTS]
+COLUMNS += ["loss_error"]
+BANK, TEMPERATURE, MOMENTUM, LR = 4096, 0.1, 0.99, 0.06
 
 
 @dataclass(kw_only=True)
-class DropInArgs:
-    """Train by turns with lightly's parts and with ours, on the same images; the first steps of each are left out."""
+class LoopArgs:
+    """What the loop trains, and on what."""
 
     data: Path
     """Folder of images."""
@@ -39,43 +59,73 @@ class DropInArgs:
     """Side of the views, in pixels."""
     batch_size: int = 32
     """Images in a batch."""
+    workers: int = 2
+    """Processes or threads that load."""
+
+
+@dataclass(kw_only=True)
+class DropInArgs(LoopArgs):
+    """Train by turns with lightly's parts and with ours, on the same images; the first steps of each are left out."""
+
     steps: int = 6
     """Steps in a turn."""
     turns: int = 4
     """Turns of each."""
-    workers: int = 2
-    """Processes or threads that load."""
     out: Path = Path("docs/results/dropin.md")
     """Markdown file to write; a JSON file of the same name is put beside it."""
 
 
-@dataclass
 class Loop:
-    """A training that goes on a few steps at a time; seconds of each turn, and of them those of waiting for images."""
+    """A training that goes on a few steps at a time: its losses, seconds of each timed turn, and of each part of them.
 
-    steps: Iterator[tuple[float, float]]
-    seconds: list[float] = field(default_factory=list)
-    waiting: list[float] = field(default_factory=list)
-    losses: list[float] = field(default_factory=list)
+    `seed` decides weights, negatives, order and views. `normalize`: whether lightly's transforms end with ImageNet's
+    mean and deviation, as they do by default; ours leave values in [0, 1].
+    """
+
+    def __init__(self, args: LoopArgs, change: Change, *, seed: int = 0, normalize: bool = True) -> None:
+        # lightly's transforms draw from all three.
+        torch.manual_seed(seed)
+        np.random.seed(seed)
+        random.seed(seed)
+        self.example = Example(
+            args.arch,
+            OURS if change.operations else lightlys(),
+            bank=BANK,
+            temperature=TEMPERATURE,
+            momentum=MOMENTUM,
+            lr=LR,
+            accelerated=change.arithmetic,
+        )
+        self.losses: list[float] = []
+        self.seconds: list[float] = []
+        self.laps = Laps()
+        self._batches = _endless(_our_loader(args, seed) if change.loading else _lightly_loader(args, normalize))
+
+    def steps(self, count: int) -> None:
+        """Do `count` steps."""
+        for _ in range(count):
+            self.laps.start()
+            (x0, x1), _, _ = next(self._batches)
+            self.laps.end(LOADING)
+            self.losses.append(float(self.example.step(x0, x1, self.laps)))
 
     def turn(self, count: int, *, timed: bool) -> None:
-        """Do `count` steps."""
-        start, waited = time.perf_counter(), 0.0
-        for _ in range(count):
-            waiting, loss = next(self.steps)
-            waited += waiting
-            self.losses.append(loss)
+        """Do `count` steps; unless `timed`, whatever they took is forgotten."""
+        start = time.perf_counter()
+        self.steps(count)
         if timed:
             self.seconds.append(time.perf_counter() - start)
-            self.waiting.append(waited)
+        else:
+            self.laps = Laps()
 
 
-def lightly_loader(args: DropInArgs) -> Any:
+def _lightly_loader(args: LoopArgs, normalize: bool) -> Any:
     """lightly's dataset and MoCo v2 transforms, in torch's loader: as its example has them."""
     from lightly.data import LightlyDataset
     from lightly.transforms import MoCoV2Transform
+    from lightly.transforms.utils import IMAGENET_NORMALIZE
 
-    transform = MoCoV2Transform(input_size=args.size)
+    transform = MoCoV2Transform(input_size=args.size, normalize=IMAGENET_NORMALIZE if normalize else None)
     dataset = LightlyDataset(str(args.data), transform=transform)
     return torch.utils.data.DataLoader(
         dataset,
@@ -87,93 +137,86 @@ def lightly_loader(args: DropInArgs) -> Any:
     )
 
 
-def train(args: DropInArgs, variant: str) -> Iterator[tuple[float, float]]:
-    """MoCo as lightly's example does it, for ever: seconds that a step waited for its batch, and its loss."""
-    import lightly.loss
-    import lightly.models.modules
-    import lightly.models.utils
+def _our_loader(args: LoopArgs, seed: int) -> PairLoader:
+    return PairLoader(
+        args.data, recipe="mocov2", size=args.size, batch_size=args.batch_size, workers=args.workers, seed=seed
+    )
 
-    theirs = variant == VARIANTS[0]
-    head_class: Callable[..., nn.Module] = (lightly.models.modules if theirs else ours).MoCoProjectionHead
-    loss_class: Callable[..., nn.Module] = (lightly.loss if theirs else ours).NTXentLoss
-    update: Callable[..., None] = (lightly.models.utils if theirs else ours).update_momentum
-    all_ours = variant == VARIANTS[2]
-    torch.manual_seed(0)
-    resnet = torchvision.models.get_model(args.arch, weights=None)
-    width = resnet.fc.in_features
-    resnet.fc = nn.Identity()
-    backbone: nn.Module = Accelerated(resnet) if all_ours else resnet
-    head = head_class(width, width, DIM)
-    backbone_momentum, head_momentum = copy.deepcopy(backbone), copy.deepcopy(head)
-    criterion = loss_class(temperature=TEMPERATURE, memory_bank_size=(BANK, DIM))
-    optimizer = torch.optim.SGD([*backbone.parameters(), *head.parameters()], lr=0.06)
-    loader: Any = lightly_loader(args)
-    if all_ours:
-        loader = PairLoader(
-            args.data, recipe="mocov2", size=args.size, batch_size=args.batch_size, workers=args.workers
-        )
+
+def _endless(loader: Any) -> Iterator[Any]:
     while True:
-        batches = iter(loader)
-        while True:
-            start = time.perf_counter()
-            batch = next(batches, None)
-            waited = time.perf_counter() - start
-            if batch is None:
-                break
-            x0, x1 = batch[0][0], batch[0][1]
-            update(backbone, backbone_momentum, m=MOMENTUM)
-            update(head, head_momentum, m=MOMENTUM)
-            query = head(backbone(x0).flatten(start_dim=1))
-            with torch.no_grad():
-                key = head_momentum(backbone_momentum(x1).flatten(start_dim=1))
-            loss = criterion(query, key)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            yield waited, float(loss.detach())
+        yield from loader
+
+
+def first_losses(loops: dict[str, Loop], args: LoopArgs) -> dict[str, float]:
+    """The relative difference of each loop's loss of the same random views from lightly's; said, with the limit."""
+    generator = torch.Generator().manual_seed(0)
+    x0, x1 = torch.rand(2, args.batch_size, 3, args.size, args.size, generator=generator)
+    losses = {name: float(loop.example.backward(x0, x1)) for name, loop in loops.items()}
+    errors = {name: abs(loss - losses[LIGHTLY]) / abs(losses[LIGHTLY]) for name, loss in losses.items()}
+    for name, error in errors.items():
+        verdict = "" if error <= LOSS_TOLERANCE else ": PARITY FAILS, no speed is shown"
+        print(f"first loss, {name}: {losses[name]:.6f}, off by {error:.1e} (limit {LOSS_TOLERANCE:g}){verdict}")
+    return errors
+
+
+def described(loop: Loop, args: DropInArgs) -> dict[str, Any]:
+    """Pairs a second, and milliseconds and share of each part of a step."""
+    speeds = [args.steps * args.batch_size / seconds for seconds in loop.seconds]
+    count, whole = args.steps * args.turns, sum(loop.seconds)
+    parts = {part: {"ms": 1e3 * spent / count, "share": spent / whole} for part, spent in loop.laps.seconds.items()}
+    return {
+        "pairs_per_s": median(speeds),
+        "slow_pairs_per_s": min(speeds),
+        "fast_pairs_per_s": max(speeds),
+        "step": f"{1e3 * whole / count:.0f} ms",
+        **{part: f"{of['ms']:.0f} ms, {of['share']:.0%}" for part, of in parts.items()},
+        "parts": parts,
+        "losses": loop.losses,
+    }
 
 
 def main(args: DropInArgs) -> int:
-    """Train by turns, print and write the table."""
-    loops = {variant: Loop(train(args, variant)) for variant in VARIANTS}
+    """Train by turns, print and write the table; status 1 where a first loss disagrees."""
+    loops = {name: Loop(args, change) for name, change in VARIANTS.items()}
+    errors = first_losses(loops, args)
+    for name in [name for name, error in errors.items() if not error <= LOSS_TOLERANCE]:
+        del loops[name]
     for number in range(args.turns + 1):
         for loop in loops.values():
             loop.turn(args.steps, timed=number > 0)
-    pairs = args.steps * args.batch_size
     rows: list[dict[str, Any]] = []
-    for variant, loop in loops.items():
-        speeds = [pairs / seconds for seconds in loop.seconds]
-        rows.append(
-            {
-                "op": "dropin",
-                "implementation": variant,
-                "arch": args.arch,
-                "size": args.size,
-                "batch": args.batch_size,
-                "workers": args.workers,
-                "turns": args.turns,
-                "pairs_per_s": median(speeds),
-                "slow_pairs_per_s": min(speeds),
-                "fast_pairs_per_s": max(speeds),
-                "loading": sum(loop.waiting) / sum(loop.seconds),
-                "loss": loop.losses[-1],
-                "losses": loop.losses,
-                "device": "cpu",
-            }
-        )
-    for row in rows:
-        row["ratio"] = row["pairs_per_s"] / rows[0]["pairs_per_s"]
-        print(f"{row['implementation']}: {row['pairs_per_s']:.1f} pairs/s, {row['ratio']:.2f} times lightly's")
+    for name, error in errors.items():
+        row: dict[str, Any] = {"op": "dropin", "implementation": name, "arch": args.arch, "size": args.size}
+        row |= {"batch": args.batch_size, "workers": args.workers, "turns": args.turns, "loss_error": error}
+        rows.append(row | (described(loops[name], args) if name in loops else {}) | environment())
+    before = lightlys_speed = rows[0].get("pairs_per_s", math.nan)
+    for row in (row for row in rows if "pairs_per_s" in row):
+        row["ratio"], row["gain"] = row["pairs_per_s"] / lightlys_speed, row["pairs_per_s"] / before
+        before = row["pairs_per_s"]
+        print(f"{row['implementation']}: {before:.1f} pairs/s, {row['ratio']:.2f} times lightly's")
+        print(f"  a step {row['step']}: " + "; ".join(f"{part} {row[part]}" for part in PARTS))
+    verdict = judged(rows[-1].get("ratio"))
+    print(verdict)
     save(
         rows,
         args.out,
         title=f"lightly's MoCo loop, {args.arch}, {args.size} px, batches of {args.batch_size}",
         command="python -m bench.dropin --data IMAGES",
         columns=COLUMNS,
-        note=f"By turns of {args.steps} steps; the median, the slowest and the fastest of {args.turns}. What loads "
-        "goes on for a few batches while others have their turn. loading: share of the time spent waiting for images.",
+        note=f"{verdict}\n\nBy turns of {args.steps} steps; the median, the slowest and the fastest of {args.turns}. "
+        "ratio: times as fast as lightly; gain: as the row above, which is one change less. A step and its parts: "
+        "milliseconds, and share of the step. loading is the time spent waiting for images: what loads meanwhile takes "
+        "processor time from the other parts, and goes on for a few batches while others have their turn. loss_error: "
+        f"relative difference of the first loss of the same views from lightly's (limit {LOSS_TOLERANCE:g}).",
     )
-    return 0
+    return 1 if any("pairs_per_s" not in row for row in rows) else 0
+
+
+def judged(ratio: float | None) -> str:
+    """Whether all changes together are as fast as is asked for."""
+    asked = f"Asked for with all changes: {TARGET:g} times as fast as lightly: "
+    return asked + ("not timed." if ratio is None else f"{'met' if ratio >= TARGET else 'NOT MET'}, {ratio:.2f} times.")
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,7 @@ from torch.utils.data import DataLoader, Dataset, RandomSampler
 from bench.turns import Missing
 from fastmoco.data.dali import dali_installed
 from fastmoco.data.loader import LoaderKind, make_loader
-from fastmoco.data.manifest import Manifest
+from fastmoco.data.manifest import Manifest, load_manifest
 from fastmoco.data.order import Order
 from fastmoco.data.views import ViewConfig
 
@@ -43,6 +44,11 @@ class Setting:
     def order(self) -> Order:
         """The order in which fastmoco's loaders take the images."""
         return Order(len(self.manifest), self.batch_size, seed=0)
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """The images of `folder` that our fastest loader here can read. Raises UserError as `load_manifest` does."""
+    return load_manifest(folder, decoder="dali" if dali_installed() else "pillow", progress=False)
 
 
 def fastmoco_loader(kind: LoaderKind) -> Callable[[Setting], Opened]:

@@ -2,8 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+NO_MATPLOTLIB = "no plot: matplotlib is not installed"
 
 
 def save_plot(rows: list[dict[str, Any]], path: Path, *, title: str) -> str:
@@ -11,14 +19,10 @@ def save_plot(rows: list[dict[str, Any]], path: Path, *, title: str) -> str:
     timed = [row for row in rows if row["p50_ms"] is not None]
     if not timed:
         return "no plot: nothing was timed"
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ModuleNotFoundError:
-        return "no plot: matplotlib is not installed"
     cases = list(dict.fromkeys(label(row) for row in timed))
-    figure = Figure(figsize=(max(7.0, 0.8 * len(cases)), 6), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = _figure(max(7.0, 0.8 * len(cases)), 6)
+    if figure is None:
+        return NO_MATPLOTLIB
     axes = figure.add_subplot()
     for name in dict.fromkeys(row["implementation"] for row in timed):
         points = {label(row): row["p50_ms"] for row in timed if row["implementation"] == name}
@@ -32,9 +36,7 @@ def save_plot(rows: list[dict[str, Any]], path: Path, *, title: str) -> str:
     axes.set_xticks(range(len(cases)), cases, rotation=40, ha="right", fontsize=8)
     axes.grid(axis="y", alpha=0.3)
     axes.legend(fontsize=8)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)
-    return f"plot: {path}"
+    return _save(figure, path)
 
 
 def save_speeds(rows: list[dict[str, Any]], path: Path, *, title: str) -> str:
@@ -42,15 +44,11 @@ def save_speeds(rows: list[dict[str, Any]], path: Path, *, title: str) -> str:
     timed = [row for row in rows if "pairs_per_s" in row]
     if not timed:
         return "no plot: nothing was timed"
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ModuleNotFoundError:
-        return "no plot: matplotlib is not installed"
     sets = list(dict.fromkeys(row["images"] for row in timed))
     names = list(dict.fromkeys(row["implementation"] for row in timed))[::-1]
-    figure = Figure(figsize=(8, 0.6 + len(sets) * (0.8 + 0.28 * len(names))), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = _figure(8, 0.6 + len(sets) * (0.8 + 0.28 * len(names)))
+    if figure is None:
+        return NO_MATPLOTLIB
     figure.suptitle(title)
     for axes, images in zip(figure.subplots(len(sets), squeeze=False)[:, 0], sets, strict=True):
         own = {row["implementation"]: row for row in timed if row["images"] == images}
@@ -70,9 +68,25 @@ def save_speeds(rows: list[dict[str, Any]], path: Path, *, title: str) -> str:
         axes.set_xlabel("pairs/s (log scale)")
         axes.grid(axis="x", alpha=0.3)
         axes.set_title(images, fontsize=9)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)
-    return f"plot: {path}"
+    return _save(figure, path)
+
+
+def save_curves(curves: Mapping[str, np.ndarray], path: Path, *, title: str) -> str:
+    """Draw losses (seeds, steps) by name: the mean over the seeds, a standard deviation shaded; returns what it did."""
+    figure = _figure(8, 5)
+    if figure is None:
+        return NO_MATPLOTLIB
+    axes = figure.add_subplot()
+    for name, losses in curves.items():
+        steps, mean, deviation = np.arange(1, losses.shape[1] + 1), losses.mean(0), losses.std(0, ddof=1)
+        (line,) = axes.plot(steps, mean, label=name)
+        axes.fill_between(steps, mean - deviation, mean + deviation, color=line.get_color(), alpha=0.2, linewidth=0)
+    axes.set_xlabel("step")
+    axes.set_ylabel("loss")
+    axes.set_title(title)
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
+    return _save(figure, path)
 
 
 def label(row: dict[str, Any]) -> str:
@@ -80,3 +94,21 @@ def label(row: dict[str, Any]) -> str:
     names = list(row)
     sizes = names[names.index("implementation") + 1 : names.index("dtype")]
     return " ".join([row["op"], *(f"{name} {row[name]}" for name in sizes), row["dtype"]])
+
+
+def _figure(width: float, height: float) -> Figure | None:
+    """An empty figure, of so many inches, that needs no display; None where matplotlib is missing."""
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ModuleNotFoundError:
+        return None
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def _save(figure: Figure, path: Path) -> str:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120)
+    return f"plot: {path}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from pathlib import Path
 
@@ -29,12 +30,21 @@ def cpu_seconds() -> float:
     return sum(_cpu_ticks(pid) for pid in (os.getpid(), *descendants())) / _TICKS
 
 
-def memory_bytes() -> int:
-    """Memory in use by this process and its descendants; a page that n processes share counts once among them.
+def restart_peak() -> None:
+    """Have `peak_bytes` forget what was in use before. A process whose kernel refuses keeps its peak so far."""
+    for pid in (os.getpid(), *descendants()):
+        with contextlib.suppress(OSError):
+            Path(f"/proc/{pid}/clear_refs").write_text("5")
 
-    The proportional set size: with resident sizes, every worker of a forked pool would count the libraries again.
+
+def peak_bytes() -> int:
+    """The most memory in use at once since `restart_peak`, by the kernel's own count, which disturbs nothing.
+
+    The sum, over this process and its descendants, of each one's greatest resident set (VmHWM), where a page that n
+    processes share, as they do now, counts once among them: every worker of a forked pool would otherwise count the
+    libraries again. An upper bound, as the processes' peaks need not fall together.
     """
-    return sum(_proportional_bytes(pid) for pid in (os.getpid(), *descendants()))
+    return sum(_peak_bytes(pid) for pid in (os.getpid(), *descendants()))
 
 
 def _cpu_ticks(pid: int) -> int:
@@ -47,9 +57,16 @@ def _cpu_ticks(pid: int) -> int:
     return sum(int(field) for field in stat.rpartition(")")[2].split()[11:15])
 
 
-def _proportional_bytes(pid: int) -> int:
+def _peak_bytes(pid: int) -> int:
+    rollup, status = _kilobytes(f"/proc/{pid}/smaps_rollup"), _kilobytes(f"/proc/{pid}/status")
+    resident, own = rollup.get("Rss", 0), rollup.get("Pss", 0)
+    return (max(status.get("VmHWM", 0), resident) - resident + own) * 1024
+
+
+def _kilobytes(path: str) -> dict[str, int]:
+    """The lines of a file of /proc that end in kB, by name; none of a process that has ended meanwhile."""
     try:
-        lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
+        lines = Path(path).read_text().splitlines()
     except OSError:
-        return 0
-    return sum(int(line.split()[1]) * 1024 for line in lines if line.startswith("Pss:"))
+        return {}
+    return {line.partition(":")[0]: int(line.split()[1]) for line in lines if line.endswith("kB")}

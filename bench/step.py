@@ -63,6 +63,8 @@ class StepArgs:
     """Side of the images, pixels."""
     batch_size: int = 32
     """Images a step."""
+    queue_size: int | None = None
+    """Keys in the queue; None: as the recipe has it."""
     rounds: int = 12
     """Timed steps of each variant."""
     device: str = "cpu"
@@ -80,6 +82,7 @@ def build(args: StepArgs, variant: Variant) -> Trainer:
         views=replace(config.views, size=args.size),
         model=replace(config.model, arch=args.arch),
         optim=replace(config.optim, batch_size=args.batch_size),
+        loss=replace(config.loss, queue_size=args.queue_size or config.loss.queue_size),
         run=replace(
             config.run,
             precision=precision,

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from bench.process import cpu_seconds, memory_bytes
+from bench.process import cpu_seconds, peak_bytes, restart_peak
 
 
 class Missing(Exception):
@@ -23,9 +23,10 @@ class Missing(Exception):
 
 @dataclass(frozen=True)
 class Turn:
-    """One turn: `pairs` in `seconds`, of which `waited` for data; processor seconds; bytes at its end.
+    """One turn: `pairs` in `seconds`, of which `waited` for data; processor seconds; bytes in use at its peak.
 
-    `first` is the time from opening to the first item, in seconds. The opening and the first items are not in the rest.
+    `first` is the time from opening to the first item, in seconds. The opening and the first items are not in the
+    rest but the peak.
     """
 
     pairs: int
@@ -33,7 +34,7 @@ class Turn:
     waited: float
     cpu: float
     first: float
-    memory: int
+    peak: int
 
 
 def take_turn(
@@ -49,6 +50,7 @@ def take_turn(
     Worker processes hand over their items in bursts of `burst`: one goes by untimed, and the time ends with one.
     `finish` waits for what `use` has started.
     """
+    restart_peak()
     began = time.perf_counter()
     with opened as items:
         use(next(items))
@@ -67,7 +69,7 @@ def take_turn(
             taken += 1
         finish()
         spent = time.perf_counter() - start
-        return Turn(pairs, spent, waited, cpu_seconds() - cpu, first, memory_bytes())
+        return Turn(pairs, spent, waited, cpu_seconds() - cpu, first, peak_bytes())
 
 
 def summary(turns: Sequence[Turn]) -> dict[str, float]:
@@ -80,7 +82,7 @@ def summary(turns: Sequence[Turn]) -> dict[str, float]:
         "fast_pairs_per_s": fast,
         "cpu_ms_per_pair": float(np.median([1e3 * turn.cpu / turn.pairs for turn in turns])),
         "waiting": float(np.median([turn.waited / turn.seconds for turn in turns])),
-        "memory_mb": max(turn.memory for turn in turns) / 2**20,
+        "peak_mb": max(turn.peak for turn in turns) / 2**20,
         "first_s": turns[0].first,
         "again_s": float(np.median([turn.first for turn in turns[1:] or turns])),
         "turns": len(turns),

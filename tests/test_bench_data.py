@@ -18,7 +18,7 @@ from bench.data import DataArgs, agreement, deviations
 from bench.floors import FLOORS
 from bench.loaders import BASELINE, LOADERS, OURS
 from bench.photographs import draw_photographs
-from bench.process import cpu_seconds, memory_bytes
+from bench.process import cpu_seconds, peak_bytes, restart_peak
 from bench.turns import Contestant, Missing, Turn, summary, take_turn
 
 
@@ -43,12 +43,13 @@ def busy(seconds: float, started: Any, ended: Any) -> None:
 def test_the_work_and_memory_of_children_count() -> None:
     context = multiprocessing.get_context("spawn")
     started, ended = context.Event(), context.Event()
-    cpu, memory = cpu_seconds(), memory_bytes()
+    restart_peak()
+    cpu, memory = cpu_seconds(), peak_bytes()
     child = context.Process(target=busy, args=(0.4, started, ended))
     child.start()
     started.wait()
     alive = cpu_seconds() - cpu
-    assert alive >= 0.39 and memory_bytes() - memory >= 40 << 20
+    assert alive >= 0.39 and peak_bytes() - memory >= 40 << 20
     ended.set()
     child.join()
     assert cpu_seconds() - cpu >= alive - 0.02, "what it used is not forgotten when it ends"
@@ -73,14 +74,14 @@ def test_a_turn_counts_what_comes_in_its_time() -> None:
     assert turn.pairs % 8 == 0 and 0.1 <= turn.seconds < 0.1 + 2 * 0.1
     assert turn.first >= 0.05 and turn.waited >= 0.9 * turn.pairs / 4 * 0.01
     # The first burst, and the opening with it, is outside the time.
-    assert turn.pairs / 4 <= turn.seconds / 0.01 and turn.cpu < turn.seconds and turn.memory > 1 << 20
+    assert turn.pairs / 4 <= turn.seconds / 0.01 and turn.cpu < turn.seconds and turn.peak > 1 << 20
 
 
 def test_medians_and_cold_starts() -> None:
     turns = [Turn(10, 1.0, 0.5, 2.0, first, 3 << 20) for first in (9.0, 1.0, 2.0)]
     figures = summary([*turns, Turn(30, 1.0, 0.5, 2.0, 3.0, 5 << 20)])
     assert figures["pairs_per_s"] == 10 and figures["fast_pairs_per_s"] > 10
-    assert figures["cpu_ms_per_pair"] == 200 and figures["memory_mb"] == 5 and figures["waiting"] == 0.5
+    assert figures["cpu_ms_per_pair"] == 200 and figures["peak_mb"] == 5 and figures["waiting"] == 0.5
     assert figures["first_s"] == 9 and figures["again_s"] == 2
 
 
@@ -101,6 +102,24 @@ def test_contestants_live_elsewhere_and_tell_what_went_wrong() -> None:
         assert pupil.ask("double", 4) == 8
     with pytest.raises(Missing, match="it is not installed"):
         Contestant(Pupil, False)
+
+
+class Spender:
+    def peaks(self) -> tuple[int, int, int]:
+        """At first, after 80 MiB were there for a moment, and when it is to be forgotten."""
+        restart_peak()
+        before = peak_bytes()
+        kept = np.ones(80 << 20, dtype=np.uint8)
+        del kept
+        after = peak_bytes()
+        restart_peak()
+        return before, after, peak_bytes()
+
+
+def test_the_peak_outlasts_what_was_freed() -> None:
+    with Contestant(Spender) as spender:
+        before, after, forgotten = spender.ask("peaks")
+    assert after - before >= 79 << 20 and abs(forgotten - before) <= 2 << 20
 
 
 class Answers:
@@ -138,7 +157,7 @@ def test_every_row_is_whole(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
             assert "pairs_per_s" not in row
             continue
         assert 0 < row["slow_pairs_per_s"] <= row["pairs_per_s"] <= row["fast_pairs_per_s"]
-        assert row["cpu_ms_per_pair"] > 0 and row["memory_mb"] > 10 and row["first_s"] > 0 and row["turns"] == 2
+        assert row["cpu_ms_per_pair"] > 0 and row["peak_mb"] > 10 and row["first_s"] > 0 and row["turns"] == 2
         assert row["parity"] == (None if row["implementation"] in FLOORS else "agrees")
         assert len(row["every_turn"]) == 2 and row["ratio"] > 0
     assert next(row for row in rows if row["implementation"] == BASELINE)["ratio"] == 1

@@ -1,26 +1,97 @@
-"""The benchmark of lightly's loop: three loops of one training, by turns."""
+"""The benchmark of lightly's loop: loops of one training by turns, and their losses over several seeds."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 
-from bench.dropin import VARIANTS, DropInArgs, main
+from bench import dropin, dropin_curves
+from bench.dropin import LIGHTLY, VARIANTS, DropInArgs, judged
+from bench.dropin_curves import COMPARED, CurvesArgs, verdict
+from bench.example import OURS, PARTS, Example, Laps
+from fastmoco.errors import UserError
 from runs import draw_images
 
+SMALL = {"arch": "resnet18", "size": 32, "batch_size": 4, "workers": 0}
 
-def test_the_loops_train_by_turns(tmp_path: Path) -> None:
+
+def test_the_loops_train_by_turns(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("lightly", reason="lightly is not installed")
     draw_images(tmp_path / "images", 12)
-    args = DropInArgs(
-        data=tmp_path / "images", arch="resnet18", size=32, batch_size=4, steps=2, turns=1, workers=0,
-        out=tmp_path / "x.md",
-    )  # fmt: skip
-    assert main(args) == 0
+    args = DropInArgs(data=tmp_path / "images", steps=2, turns=1, out=tmp_path / "x.md", **SMALL)
+    assert dropin.main(args) == 0
+    shown = capsys.readouterr().out
+    assert shown.index("first loss") < shown.index("pairs/s"), "parity comes before speed"
     rows = json.loads((tmp_path / "x.json").read_text())
-    assert [row["implementation"] for row in rows] == list(VARIANTS) and rows[0]["ratio"] == 1
+    assert [row["implementation"] for row in rows] == list(VARIANTS) and rows[0]["ratio"] == rows[0]["gain"] == 1
     for row in rows:
-        assert row["slow_pairs_per_s"] <= row["pairs_per_s"] <= row["fast_pairs_per_s"] and 0 <= row["loading"] <= 1
+        assert row["slow_pairs_per_s"] <= row["pairs_per_s"] <= row["fast_pairs_per_s"]
         assert len(row["losses"]) == 4 and all(0 < loss < 20 for loss in row["losses"])
+        assert list(row["parts"]) == list(PARTS) and all(part["ms"] > 0 for part in row["parts"].values())
+        # The parts are all of a step.
+        assert 0.9 < sum(part["share"] for part in row["parts"].values()) <= 1
+    assert rows[-1]["ratio"] == pytest.approx(np.prod([row["gain"] for row in rows]))
+    assert judged(rows[-1]["ratio"]) in (tmp_path / "x.md").read_text()
+
+
+def test_a_loss_that_is_off_has_no_speed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("lightly", reason="lightly is not installed")
+    draw_images(tmp_path / "images", 12)
+    monkeypatch.setattr(dropin, "VARIANTS", {name: VARIANTS[name] for name in (LIGHTLY, "our operations")})
+    monkeypatch.setattr(dropin, "first_losses", lambda loops, args: {LIGHTLY: 0.0, "our operations": float("nan")})
+    args = DropInArgs(data=tmp_path / "images", steps=1, turns=1, out=tmp_path / "x.md", **SMALL)
+    assert dropin.main(args) == 1
+    rows = json.loads((tmp_path / "x.json").read_text())
+    assert ["pairs_per_s" in row for row in rows] == [True, False] and "not timed" in capsys.readouterr().out
+
+
+def test_the_target_is_judged() -> None:
+    assert judged(2.0).endswith("met, 2.00 times.") and "NOT MET" not in judged(2.0)
+    assert judged(1.98).endswith("NOT MET, 1.98 times.")
+
+
+def test_every_part_of_a_step_is_timed_once() -> None:
+    torch.manual_seed(0)
+    example = Example("resnet18", OURS, bank=8, temperature=0.2, momentum=0.9, lr=0.1)
+    laps, (x0, x1) = Laps(), torch.rand(2, 4, 3, 32, 32)
+    before = example.head.state_dict()["layers.0.weight"].clone()
+    assert example.step(x0, x1, laps).isfinite()
+    assert (example.head.state_dict()["layers.0.weight"] != before).any()
+    assert all(laps.seconds[part] > 0 for part in PARTS[1:]) and laps.seconds[PARTS[0]] == 0
+
+
+def test_the_curves_of_every_seed_are_compared(tmp_path: Path) -> None:
+    pytest.importorskip("lightly", reason="lightly is not installed")
+    draw_images(tmp_path / "images", 12)
+    args = CurvesArgs(data=tmp_path / "images", seeds=2, steps=3, out=tmp_path / "x.md", **SMALL)
+    status = dropin_curves.main(args)
+    rows = json.loads((tmp_path / "x.json").read_text())
+    assert [row["implementation"] for row in rows] == list(COMPARED)
+    assert rows[0]["difference"] == 0 and status == (0 if all(row["within"] for row in rows) else 1)
+    for row in rows:
+        assert np.array(row["losses"]).shape == (2, 3) and row["losses"][0] != row["losses"][1]
+    # Of the same seed and images, weights and negatives are the same: only the rounding of the first loss differs.
+    assert rows[1]["losses"][0][0] == pytest.approx(rows[0]["losses"][0][0], rel=1e-4)
+    assert (tmp_path / "x.png").read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(UserError, match="--seeds must be at least 2"):
+        dropin_curves.main(CurvesArgs(data=tmp_path / "images", seeds=1, **SMALL))
+
+
+def test_curves_agree_within_the_seeds_spread() -> None:
+    ends = np.array([1.0, 2.0, 3.0])
+    theirs = np.column_stack([np.full((3, 4), 9.0), ends - 0.5, ends + 0.5])
+    # The last third of 6 steps; a deviation of 1 in both.
+    assert verdict(theirs + 2, theirs) == {
+        "loss_at_end": 4.0, "deviation": 1.0, "difference": 2.0, "limit": 2.0, "within": True,
+    }  # fmt: skip
+    assert not verdict(theirs + 2.01, theirs)["within"]
+    steady = np.full((3, 6), 5.0)
+    # Pooled: the root of the mean of the variances 0 and 1.
+    assert verdict(steady, theirs)["limit"] == pytest.approx(2 * 0.5**0.5)
+    assert not verdict(np.full((3, 6), np.nan), theirs)["within"]

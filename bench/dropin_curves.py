@@ -1,0 +1,107 @@
+"""Does lightly's MoCo loop learn the same with our operations, loading and arithmetic? Loss curves of several seeds."""
+
+from __future__ import annotations
+
+import math
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tyro
+
+from bench.dropin import ALL, LIGHTLY, VARIANTS, Loop, LoopArgs
+from bench.plot import save_curves
+from bench.timing import environment, save
+from fastmoco.errors import UserError
+
+# As it is, with its imports changed, and with all three lines changed.
+COMPARED = (LIGHTLY, "our operations", ALL)
+# Standard deviations of the seeds within which means count as the same.
+DEVIATIONS = 2.0
+COLUMNS = ["implementation", "seeds", "steps", "loss_at_end", "deviation", "difference", "limit", "within"]
+
+
+@dataclass(kw_only=True)
+class CurvesArgs(LoopArgs):
+    """Train with lightly's parts and with ours from several seeds, and compare the losses."""
+
+    seeds: int = 3
+    """Trainings of each, with seeds 0, 1, ...; at least 2."""
+    steps: int = 60
+    """Steps of each; at least 3."""
+    out: Path = Path("docs/results/dropin_curves.md")
+    """Markdown file to write; a JSON file and a plot of the same name are put beside it."""
+
+
+def verdict(ours: np.ndarray, theirs: np.ndarray) -> dict[str, float | bool]:
+    """Whether curves (seeds, steps) end as others do: their mean losses over the last third of the steps.
+
+    `difference`: of the two means over the seeds. `limit`: DEVIATIONS times the pooled standard deviation of the seeds,
+    the root of the mean of both variances (n - 1 in the divisor). `within`: whether the difference is finite and no
+    larger. `loss_at_end` and `deviation` are those of `ours` alone.
+    """
+    ends = [curves[:, -(curves.shape[1] // 3) :].mean(1) for curves in (ours, theirs)]
+    variances = [float(end.var(ddof=1)) for end in ends]
+    difference = float(ends[0].mean() - ends[1].mean())
+    limit = DEVIATIONS * math.sqrt(sum(variances) / 2)
+    return {
+        "loss_at_end": float(ends[0].mean()),
+        "deviation": math.sqrt(variances[0]),
+        "difference": difference,
+        "limit": limit,
+        "within": bool(abs(difference) <= limit),
+    }
+
+
+def curve(args: CurvesArgs, name: str, seed: int) -> list[float]:
+    """The losses of one training."""
+    loop = Loop(args, VARIANTS[name], seed=seed, normalize=False)
+    loop.steps(args.steps)
+    return loop.losses
+
+
+def main(args: CurvesArgs) -> int:
+    """Train, print and write the table and the plot; status 1 where ours ends elsewhere than lightly's."""
+    if args.seeds < 2 or args.steps < 3:
+        raise UserError("--seeds must be at least 2, which have a spread, and --steps at least 3, which have a third")
+    trained: dict[str, list[list[float]]] = {name: [] for name in COMPARED}
+    for seed in range(args.seeds):
+        for name, losses in trained.items():
+            losses.append(curve(args, name, seed))
+            print(f"seed {seed}, {name}: loss {losses[-1][0]:.3f}, after {args.steps} steps {losses[-1][-1]:.3f}")
+    curves = {name: np.array(losses) for name, losses in trained.items()}
+    rows: list[dict[str, Any]] = []
+    for name, losses in trained.items():
+        row: dict[str, Any] = {"op": "dropin curves", "implementation": name, "arch": args.arch, "size": args.size}
+        row |= {"batch": args.batch_size, "workers": args.workers, "seeds": args.seeds, "steps": args.steps}
+        row |= verdict(curves[name], curves[LIGHTLY]) | {"losses": losses}
+        rows.append(row | environment())
+    same = all(row["within"] for row in rows)
+    said = "The losses agree within the spread of the seeds." if same else "The losses DO NOT AGREE within the spread."
+    for row in rows[1:]:
+        found = f"differs by {row['difference']:+.4f} from lightly's, limit {row['limit']:.4f}"
+        print(f"{row['implementation']}: mean loss of the last third {row['loss_at_end']:.4f} {found}")
+    print(said)
+    save(
+        rows,
+        args.out,
+        title=f"Loss curves of lightly's MoCo loop, {args.arch}, {args.size} px, batches of {args.batch_size}",
+        command=f"python -m bench.dropin_curves --data IMAGES --arch {args.arch} --seeds {args.seeds} "
+        f"--steps {args.steps}",
+        columns=COLUMNS,
+        note=f"{said}\n\nloss_at_end: mean loss of the last third of the steps, averaged over the seeds; deviation: "
+        f"of the seeds' own. limit: {DEVIATIONS:g} times the standard deviation of the seeds, pooled over lightly's "
+        "and the row's. A seed decides weights, negatives, order and views. lightly's transforms leave out "
+        "ImageNet's normalisation here, so that all views lie in [0, 1].",
+    )
+    print(save_curves(curves, args.out.with_suffix(".png"), title="Loss: mean over seeds, standard deviation shaded"))
+    return 0 if same else 1
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main(tyro.cli(CurvesArgs, prog="python -m bench.dropin_curves")))
+    except (UserError, ModuleNotFoundError) as error:
+        sys.exit(f"error: {error}")

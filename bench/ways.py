@@ -1,0 +1,128 @@
+"""The ways from files to updated weights that `bench.e2e` compares: a training step, and the loader that feeds it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from bench.example import Example, lightlys
+from bench.loaders import LOADERS, Pair, Setting, fastmoco_loader
+from bench.step import StepArgs, Variant, build, build_paper
+from bench.turns import Missing, Turn, take_turn
+from fastmoco.data.dali import dali_installed
+from fastmoco.data.loader import Batch
+from fastmoco.precision import cpu_has_bf16
+
+# A step that changes the weights, and so little that none of the ways runs into other numbers than another.
+LR = 1e-4
+# All of a step on a pair of views but the optimiser's part, or with the weights left as they are, which returns the
+# loss; and a whole step.
+Steps = tuple[Callable[[Pair], float], Callable[[Pair], object]]
+
+
+def eager_steps(args: StepArgs) -> Steps:
+    """The paper's, `bench.paper`: eager, float32, NCHW, torch's SGD."""
+    trainer = build(args, Variant("fp32", channels_last=False))
+    paper, optim = build_paper(trainer), trainer.config.optim
+    parameters = [p for module in (paper.query, *paper.projectors) for p in module.parameters()]
+    sgd = torch.optim.SGD(parameters, lr=LR, momentum=optim.sgd_momentum, weight_decay=optim.weight_decay)
+
+    def backward(pair: Pair) -> float:
+        return paper.backward(*_wide(pair, args.device))["total"].item()
+
+    def step(pair: Pair) -> None:
+        backward(pair)
+        sgd.step()
+
+    return backward, step
+
+
+def lightly_steps(args: StepArgs) -> Steps:
+    """lightly's example, of the same weights, negatives and constants; its SGD is plain, as it has it.
+
+    Raises Missing where lightly is not installed, and for a method with stage losses, which it has not.
+    """
+    trainer = build(args, Variant("fp32", channels_last=False))
+    loss = trainer.config.loss
+    if loss.method != "moco":
+        raise Missing(f"lightly's example has no stage losses, which --recipe {args.recipe} has")
+    if trainer.config.model.head != "mlp":
+        raise Missing(f"lightly's example has MoCo v2's head, which --recipe {args.recipe} has not")
+    try:
+        parts = lightlys()
+    except ModuleNotFoundError:
+        raise Missing("lightly is not installed") from None
+    example = Example(
+        args.arch,
+        parts,
+        bank=loss.queue_size,
+        temperature=loss.temperature,
+        momentum=loss.ema,
+        lr=LR,
+        device=args.device,
+    )
+    example.start_from(trainer)
+
+    return (
+        lambda pair: example.backward(*_wide(pair, args.device)).item(),
+        lambda pair: example.step(*_wide(pair, args.device)),
+    )
+
+
+def fastmoco_steps(args: StepArgs) -> Steps:
+    """fastmoco's as a run has it: channels-last, in bfloat16 where the device multiplies it."""
+    fast = args.device != "cpu" or cpu_has_bf16()
+    trainer = build(args, Variant("bf16" if fast else "fp32", channels_last=True))
+
+    def advance(pair: Pair, lr: float) -> float:
+        q, k = (view.contiguous(memory_format=torch.channels_last) for view in pair)
+        trainer.step([Batch(q, k, torch.arange(len(q)).numpy())], lr=lr)
+        return trainer.history.read()[0]["loss"]
+
+    return lambda pair: advance(pair, 0.0), lambda pair: advance(pair, LR)
+
+
+def _wide(pair: Pair, device: str) -> Pair:
+    """The views as float32 NCHW, which a loader of others' gives already."""
+    q, k = (view.to(device, torch.float32).contiguous() for view in pair)
+    return q, k
+
+
+EAGER, LIGHTLY, OURS = "eager reference, torchvision PIL", "lightly's example", "fastmoco"
+# The steps and the loader of each way.
+WAYS: dict[str, tuple[Callable[[StepArgs], Steps], str]] = {
+    EAGER: (eager_steps, "torchvision, PIL"),
+    LIGHTLY: (lightly_steps, "lightly"),
+    OURS: (fastmoco_steps, "fastmoco dali" if dali_installed() else "fastmoco pillow"),
+}
+
+
+class Training:
+    """A step fed by a loader, at work in its own process. Raises Missing where there is no such way here."""
+
+    def __init__(self, way: str, args: StepArgs, setting: Setting) -> None:
+        make, loader = WAYS[way]
+        self._setting, self._open = setting, LOADERS[loader]
+        # The draws of torchvision's transforms, and of lightly's.
+        torch.manual_seed(0)
+        self._backward, self._step = make(args)
+
+    def first_losses(self, count: int) -> list[float]:
+        """The losses of the first of fastmoco's views by the weights that every way starts from, before any step.
+
+        From the second on, the negatives have the keys of those before among them.
+        """
+        with fastmoco_loader("pillow")(self._setting) as items:
+            return [self._backward(next(items)) for _ in range(count)]
+
+    def turn(self, seconds: float) -> Turn:
+        """One turn of about `seconds`."""
+
+        def use(pair: Pair) -> int:
+            self._step(pair)
+            return len(pair[0])
+
+        finish = torch.cuda.synchronize if self._setting.device != "cpu" else lambda: None
+        burst = max(self._setting.workers, 1)
+        return take_turn(self._open(self._setting), use, seconds=seconds, burst=burst, finish=finish)
