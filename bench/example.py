@@ -98,6 +98,7 @@ class Example:
         for backbone, projection in ((self.backbone, self.head), (self.backbone_momentum, self.head_momentum)):
             backbone.load_state_dict(query.backbone.state_dict())
             projection.load_state_dict(head)
+        assert trainer.queue is not None
         cast(nn.Module, self.criterion.memory_bank).get_buffer("bank").copy_(trainer.queue.bank)
 
     def backward(self, x0: Tensor, x1: Tensor, laps: Laps | None = None) -> Tensor:

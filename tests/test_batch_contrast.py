@@ -62,6 +62,12 @@ def test_supcon_is_its_definition(targets: Tensor) -> None:
         assert torch.equal(found.rank, rank)
 
 
+def test_one_image_has_no_negatives_and_no_loss() -> None:
+    z1, z2 = views(1, 4)
+    found = ntxent(z1, z2, temperature=0.3)
+    assert found.loss.item() == 0 and not torch.autograd.grad(found.loss, z1)[0].any()
+
+
 def test_supcon_where_no_image_has_class_mates_is_ntxent() -> None:
     z1, z2 = views(7, 4)
     alone = torch.tensor([3, -1, 5, -1, 0, 9, 8])
@@ -97,7 +103,7 @@ def test_mix_takes_the_second_views_in_the_order_given() -> None:
     ("call", "said"),
     [
         (lambda z, t: ntxent(z, z[:3], temperature=0.1), "alike"),
-        (lambda z, t: ntxent(z[:1], z[:1], temperature=0.1), "at least 2, not 1"),
+        (lambda z, t: ntxent(z, z, temperature=0.0), "temperature must be above 0"),
         (lambda z, t: supcon(z, z, t[:2], temperature=0.1), "targets must be"),
         (lambda z, t: supcon(z, z, t.float(), temperature=0.1), "int64"),
         (lambda z, t: mixed_crosscorr(z, z, z, t[:2], 0.5), "order"),

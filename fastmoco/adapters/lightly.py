@@ -17,6 +17,7 @@ from torch.nn.functional import normalize
 
 from fastmoco.adapters.between import gather, gather_rows, shuffle_rows, take_rows, world
 from fastmoco.adapters.parts import crosscorr_over_processes, move_average
+from fastmoco.ops.batch_contrast import ntxent
 from fastmoco.ops.crosscorr import crosscorr
 from fastmoco.ops.infonce import infonce
 from fastmoco.ops.queue_push import queue_push_
@@ -123,6 +124,7 @@ class NTXentLoss(nn.Module):
     temperature: divides the similarities.
     memory_bank_size: (K, D) of the bank, 0 for none: then the other images of the batch are the negatives.
     gather_distributed: whether those of all processes are.
+    margin: subtracted from the similarity of the two views (additive margin; not in lightly).
 
     Raises ValueError for a temperature of 0, or as `MemoryBankModule` does.
     """
@@ -135,39 +137,56 @@ class NTXentLoss(nn.Module):
         *,
         wrap: bool = False,
         persistent: bool = False,
+        margin: float = 0.0,
     ) -> None:
         super().__init__()
         if abs(temperature) < _LEAST_TEMPERATURE:
             raise ValueError(f"Illegal temperature: abs({temperature}) < {_LEAST_TEMPERATURE}")
         _require_distributed(gather_distributed)
         self.memory_bank = MemoryBankModule(memory_bank_size, gather_distributed, wrap=wrap, persistent=persistent)
-        self.temperature, self.gather_distributed = temperature, gather_distributed
+        self.temperature, self.gather_distributed, self.margin = temperature, gather_distributed, margin
 
     def forward(self, out0: Tensor, out1: Tensor) -> Tensor:
         """Of projections `out0` and `out1` (N, D), which need not be of unit length. `out1` is kept in the memory bank
         where `out0` requires a gradient."""
         if self.memory_bank.size[0] == 0:
-            return self._within_batch(normalize(out0, dim=1), normalize(out1, dim=1))
+            return self._within_batch(out0, out1)
         out1 = normalize(out1, dim=1)
-        loss = self._loss(normalize(out0, dim=1), out1, self.memory_bank.filled(out1).to(out0.device))
+        loss = self._against_bank(out0, out1)
         if out0.requires_grad:
             # The loss has its gradients already: what is overwritten is no longer needed.
             self.memory_bank.enqueue(out1)
         return loss
 
-    def _within_batch(self, out0: Tensor, out1: Tensor) -> Tensor:
-        rank, count = world().rank if self.gather_distributed else 0, len(out0)
-        all0, all1 = (gather(out0), gather(out1)) if self.gather_distributed else (out0, out1)
-        own = torch.arange(count, device=out0.device) + rank * count
-        # Neither an image's own row is a negative nor its other view's, which is the positive.
-        both = torch.stack([own, own + len(all0)], dim=1)
-        query, key = torch.cat([out0, out1]), torch.cat([out1, out0])
-        return self._loss(query, key, torch.cat([all0, all1]), torch.cat([both, both]))
+    def symmetric(self, query0: Tensor, key1: Tensor, query1: Tensor, key0: Tensor) -> Tensor:
+        """The mean of the losses of `query0` against `key1` and of `query1` against `key0`, (N, D) each: queries and
+        keys of both views. Both are against the bank as it was, and then both views' keys are kept. With two calls of
+        `forward` the second has the first's keys, of the same images, among its negatives.
 
-    def _loss(self, query: Tensor, key: Tensor, bank: Tensor, skip: Tensor | None = None) -> Tensor:
+        Raises ValueError without a memory bank, where `forward` is symmetric already.
+        """
+        if self.memory_bank.size[0] == 0:
+            raise ValueError("symmetric() is for a memory bank; without one the loss is of both views already")
+        keys = [normalize(key, dim=1) for key in (key1, key0)]
+        losses = [self._against_bank(query, key) for query, key in zip((query0, query1), keys, strict=True)]
+        if query0.requires_grad:
+            self.memory_bank.enqueue(torch.cat(keys))
+        return (losses[0] + losses[1]) / 2
+
+    def _within_batch(self, out0: Tensor, out1: Tensor) -> Tensor:
+        everyone, first = None, 0
+        if self.gather_distributed:
+            everyone, first = (gather(out0), gather(out1)), world().rank * len(out0)
+        return ntxent(
+            out0, out1, temperature=self.temperature, margin=self.margin, everyone=everyone, first=first
+        ).loss
+
+    def _against_bank(self, query: Tensor, key: Tensor) -> Tensor:
+        bank = self.memory_bank.filled(key).to(query.device)
+        query = normalize(query, dim=1)
         # A temperature below 0 turns the similarities round.
         query = query if self.temperature > 0 else -query
-        return infonce(query, key, bank, temperature=abs(self.temperature), skip=skip)
+        return infonce(query, key, bank, temperature=abs(self.temperature), margin=self.margin)
 
 
 class BarlowTwinsLoss(nn.Module):

@@ -14,6 +14,7 @@ from torch.nn.functional import normalize
 
 from fastmoco.adapters.between import gather_rows, shuffle_rows, take_rows
 from fastmoco.adapters.parts import move_average, start_average
+from fastmoco.errors import UserError
 from fastmoco.ops.infonce import infonce
 from fastmoco.ops.queue_push import queue_push_
 
@@ -26,6 +27,8 @@ class MoCo(nn.Module):
     base_encoder: torchvision's way to make a network: called with `num_classes`, it has its last layer as `fc`.
     dim: width of the embedding. K: negatives kept; batches need not divide it. m: momentum of the key encoder.
     T: temperature. mlp: whether a hidden layer goes before the last.
+    symmetric: whether, with `fused_loss`, each view is query and key once. Both directions are against the queue as it
+        was; then both views' keys enter it.
     fused_loss: whether `forward` returns the loss, a 0-d tensor, rather than logits and labels: nothing of size
         N x (1 + K) is made then.
     """
@@ -43,8 +46,12 @@ class MoCo(nn.Module):
         mlp: bool = False,
         *,
         fused_loss: bool = False,
+        symmetric: bool = False,
     ) -> None:
         super().__init__()
+        if symmetric and not fused_loss:
+            raise UserError("MoCo: symmetric=True has two sets of logits, so that it takes fused_loss=True")
+        self.symmetric = symmetric
         self.K, self.m, self.T, self.fused_loss = K, m, T, fused_loss
         self.encoder_q, self.encoder_k = base_encoder(num_classes=dim), base_encoder(num_classes=dim)
         if mlp:
@@ -60,20 +67,23 @@ class MoCo(nn.Module):
     def forward(self, im_q: Tensor, im_k: Tensor) -> tuple[Tensor, Tensor] | Tensor:
         """Of two views (N, 3, H, W): logits (N, 1 + K), the first column the key's, and labels (N,) int64, all 0; or
         the loss. The key encoder moves before, the keys are queued after."""
-        query = normalize(self.encoder_q(im_q), dim=1)
-        key = self._keys(im_k)
+        move_average(self.encoder_k, self.encoder_q, self.m)
+        pairs = [(im_q, im_k), (im_k, im_q)] if self.symmetric else [(im_q, im_k)]
+        queries = [normalize(self.encoder_q(image), dim=1) for image, _ in pairs]
+        keys = [self._keys(image) for _, image in pairs]
         found: tuple[Tensor, Tensor] | Tensor
         if self.fused_loss:
-            found = infonce(query, key, self.queue.T, temperature=self.T)
+            losses = [infonce(q, k, self.queue.T, temperature=self.T) for q, k in zip(queries, keys, strict=True)]
+            found = torch.stack(losses).mean()
         else:
+            ((query,), (key,)) = queries, keys
             logits = torch.cat([(query * key).sum(dim=1, keepdim=True), query @ self.queue.clone()], dim=1) / self.T
             found = logits, logits.new_zeros(len(logits), dtype=torch.long)
-        queue_push_(self.queue.T, self.queue_ptr.view(()), gather_rows(key))
+        queue_push_(self.queue.T, self.queue_ptr.view(()), gather_rows(torch.cat(keys)))
         return found
 
     @torch.no_grad()
     def _keys(self, images: Tensor) -> Tensor:
         """Keys (N, dim) of `images`, which went through the key encoder with other processes'."""
-        move_average(self.encoder_k, self.encoder_q, self.m)
         shuffled, restore = shuffle_rows(images)
         return take_rows(normalize(self.encoder_k(shuffled), dim=1), restore)

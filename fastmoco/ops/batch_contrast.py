@@ -35,12 +35,13 @@ def ntxent(
     The loss is a 0-d tensor of float32, or float64 for float64 inputs; the rank (2N,) int64 of each row of `z1`, then
     of `z2`, is how many negatives are more similar to it than its other view. Gradients reach every input.
 
+    temperature: divides the similarities; one below 0 turns them round.
     margin: subtracted from the similarity of the two views, which then have to be that much more similar than others
         (Lepage and Dehak 2023; of softmax classifiers Wang et al. 2018).
     everyone: the embeddings (M, D) of both views of all processes' images, of which `z1` and `z2` are the rows from
         `first` on; those of this batch alone where it is None.
 
-    Raises ValueError for shapes that do not fit, a batch of one, or a temperature that is not above 0.
+    Raises ValueError for shapes that do not fit or a temperature of 0.
     """
     _check("ntxent", z1, z2)
     z1, z2 = normalize(wide(z1), dim=1), normalize(wide(z2), dim=1)
@@ -48,8 +49,9 @@ def ntxent(
     own = torch.arange(first, first + len(z1), device=z1.device)
     # Neither its own row is a negative of a view nor the other view of its image, the positive.
     skip = torch.stack([own, own + len(all1)], dim=1)
+    query = torch.cat([z1, z2]) if temperature > 0 else -torch.cat([z1, z2])
     return infonce_ranked(
-        torch.cat([z1, z2]), torch.cat([z2, z1]), torch.cat([all1, all2]), temperature=temperature, margin=margin,
+        query, torch.cat([z2, z1]), torch.cat([all1, all2]), temperature=abs(temperature), margin=margin,
         skip=torch.cat([skip, skip]), implementation=implementation,
     )  # fmt: skip
 
@@ -93,5 +95,3 @@ def _groups(targets: Tensor) -> Tensor:
 def _check(name: str, z1: Tensor, z2: Tensor) -> None:
     if z1.ndim != 2 or z1.shape != z2.shape:
         raise ValueError(f"{name}: z1 and z2 must be (N, D) and alike, not {tuple(z1.shape)} and {tuple(z2.shape)}")
-    if len(z1) < 2:
-        raise ValueError(f"{name}: the other images are the negatives: give at least 2, not {len(z1)}")
