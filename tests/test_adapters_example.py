@@ -18,12 +18,17 @@ SMALL = {
 }
 
 
+def block(having: str) -> str:
+    """The page's block of Python with `having` in it."""
+    (code,) = (block for block in PAGE.read_text().split("```python\n")[1:] if having in block.split("```")[0])
+    return code.split("```")[0]
+
+
 def run(having: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """What the names of the page's block with `having` in it stand for, run on 12 images."""
     monkeypatch.chdir(folder)
     draw_images(folder / "IMAGES", 12)
-    (code,) = (block for block in PAGE.read_text().split("```python\n") if having in block)
-    code = code.split("```")[0]
+    code = block(having)
     for large, small in SMALL.items():
         code = code.replace(large, small)
     torch.manual_seed(0)
@@ -42,6 +47,20 @@ def test_the_loop_trains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     found = run("for epoch in range(2)", tmp_path, monkeypatch)
     assert found["loss"].isfinite()
     check_encoder(found["backbone"])
+
+
+def test_the_objectives_are_losses() -> None:
+    names = ["z0", "z1", "query0", "key1", "query1", "key0"]
+    found: dict[str, Any] = {name: torch.randn(6, 128, requires_grad=True) for name in names}
+    found |= {"x0": torch.rand(6, 3, 8, 8), "x1": torch.rand(6, 3, 8, 8), "targets": torch.tensor([0, 1, 0, -1, 2, 1])}
+    found |= {"backbone": torch.nn.Flatten(), "head": torch.nn.Linear(192, 128)}
+    lines = block("criterion.symmetric").splitlines()
+    losses = [line for line in lines if line.startswith(("NTXent", "SupCon", "Barlow", "Mixed", "criterion.s"))]
+    for line in lines:
+        exec(f"loss = {line}" if line in losses else line, found)
+        if line in losses:
+            assert found["loss"].shape == () and found["loss"].requires_grad and found["loss"].isfinite(), line
+    assert len(losses) == 6
 
 
 def test_the_lightning_module_trains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
