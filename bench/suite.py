@@ -13,6 +13,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import tyro
 
@@ -77,12 +78,24 @@ class SuiteArgs:
 
 def expected(parts: Sequence[Part], out: Path, *, full: bool) -> dict[str, float]:
     """Seconds that each part will take: as long as it took in `out` before, else as its `seconds` say."""
-    known: dict[str, float] = {}
-    record = out / RECORD
-    if record.is_file():
-        rows = json.loads(record.read_text(encoding="utf-8"))
-        known = {row["step"]: row["seconds"] for row in rows if row["full"] == full and row["status"] == "passed"}
+    known = {row["step"]: row["seconds"] for row in recorded(out) if row["full"] == full and row["status"] == "passed"}
     return {part.name: known.get(part.name, part.seconds[full]) for part in parts}
+
+
+def recorded(out: Path) -> list[dict[str, Any]]:
+    """How the parts of earlier runs in `out` ended, and after how many seconds."""
+    rows: list[dict[str, Any]] = json.loads(text) if (text := _text(out / RECORD)) else []
+    return rows
+
+
+def record(out: Path, outcome: Outcome, *, full: bool) -> None:
+    """Keep how a part ended, in place of what is known of it."""
+    others = [row for row in recorded(out) if (row["step"], row["full"]) != (outcome.step, full)]
+    write_text(out / RECORD, json.dumps([*others, asdict(outcome) | {"full": full}]) + "\n")
+
+
+def _text(path: Path) -> str:
+    return path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
 
 
 def step(part: Part, out: Path, images: Path, *, full: bool) -> Step:
@@ -104,14 +117,19 @@ def measure(parts: Sequence[Part], out: Path, *, full: bool) -> list[Outcome]:
     ahead = expected(parts, out, full=full)
     outcomes: list[Outcome] = []
     began = time.monotonic()
+    planned = 0.0
     with tempfile.TemporaryDirectory() as folder:
         images = Path(folder, "images")
-        if any(IMAGES in part.options(full=full) for part in parts):
-            draw_photographs(images, 192, 512)
         for number, part in enumerate(parts, 1):
+            spent = time.monotonic() - began
             left = sum(ahead[later.name] for later in parts[number - 1 :])
+            # What is slower than expected goes on being so.
+            left *= max(1.0, spent / planned) if planned else 1.0
+            planned += ahead[part.name]
             where = f"[{number}/{len(parts)}] {part.name}"
-            print(f"{where} ... {minutes(time.monotonic() - began)} so far, about {minutes(left)} to go", flush=True)
+            print(f"{where} ... {minutes(spent)} so far, about {minutes(left)} to go", flush=True)
+            if IMAGES in part.options(full=full):
+                draw_photographs(images, 192, 512)
             # What an earlier run left is not to be taken for what this one measured.
             for suffix in (".json", ".md", ".png"):
                 (out / f"{part.name}{suffix}").unlink(missing_ok=True)
@@ -120,16 +138,11 @@ def measure(parts: Sequence[Part], out: Path, *, full: bool) -> list[Outcome]:
             outcomes.append(outcome)
             print(f"{where}: {outcome.status}, {outcome.seconds:.0f} s", flush=True)
             if outcome.status != "passed":
-                print("\n".join(f"    {line}" for line in tail(logs / outcome.log)))
+                print("\n".join(f"    {line}" for line in _text(logs / outcome.log).splitlines()[-15:]))
                 if part.name == "parity":
                     break
-            write_text(out / RECORD, json.dumps([asdict(done) | {"full": full} for done in outcomes]) + "\n")
+            record(out, outcome, full=full)
     return outcomes
-
-
-def tail(log: Path, count: int = 15) -> list[str]:
-    """The last lines of a file."""
-    return log.read_text(encoding="utf-8", errors="replace").splitlines()[-count:]
 
 
 def chosen(names: Sequence[str]) -> list[Part]:
