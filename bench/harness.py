@@ -163,7 +163,7 @@ def run_case(bench: Benchmark, case: Case, device: str, machine: Machine, second
             | measured
             | {"ratio": base / measured["p50_ms"] if base and measured["p50_ms"] else None}
             | {name: memory.get(name) for name in ("peak_bytes", "resident_bytes", "memory_method")}
-            | {"floor_ms": floor * 1e3, "bound": bound, "share": share(floor * 1e3, measured["p50_ms"])}
+            | {"floor_ms": floor * 1e3, "bound": bound, "share_percent": share(floor * 1e3, measured["p50_ms"])}
             | machine.rates()
             | {"error": error if error != math.inf else None}
             | {"tolerance": tolerance, "failure": failures.get(name)}
@@ -247,6 +247,6 @@ def write(rows: list[dict[str, Any]], out: Path, *, title: str, command: str) ->
     known = {"op", "implementation", "dtype"}
     sizes = [name for row in rows for name in list(row)[: list(row).index("pass")] if name not in known]
     columns = ["op", *dict.fromkeys(sizes), "dtype", "implementation", "p20_ms", "p50_ms", "p80_ms", "graph_p50_ms"]
-    columns += ["ratio", "floor_ms", "share", "bound", "peak_bytes", "resident_bytes", "error", "failure"]
+    columns += ["ratio", "floor_ms", "share_percent", "bound", "peak_bytes", "resident_bytes", "error", "failure"]
     shown = [name for name in columns if any(row.get(name) is not None for row in rows)]
     save(rows, out, title=title, command=command, columns=shown)

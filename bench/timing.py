@@ -95,7 +95,7 @@ def save(
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     here = environment(rows[0]["device"] if rows else "cpu")
-    rows = [row if "time" in row else row | here | {"device": row["device"]} for row in rows]
+    rows = [row if "time" in row else row | here | row for row in rows]
     write_text(path.with_suffix(".json"), json.dumps(rows, indent=1) + "\n")
     lines = [f"# {title}", "", f"Written by `{command}`.", "", "| " + " | ".join(columns) + " |"]
     lines.append("|" + "---|" * len(columns))

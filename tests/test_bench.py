@@ -33,8 +33,8 @@ SMALL = {
 MEASURE = functools.cache(roofline.measure)
 FIELDS = {
     *("op", "implementation", "dtype", "pass", "p20_ms", "p50_ms", "p80_ms", "graph_p50_ms", "rounds", "ratio"),
-    *("peak_bytes", "resident_bytes", "memory_method", "floor_ms", "bound", "share", "error", "tolerance", "failure"),
-    *("gemm_float32_gflops", "gemm_bfloat16_gflops", "copy_gb_s"),
+    *("peak_bytes", "resident_bytes", "memory_method", "error", "tolerance", "failure"),
+    *("floor_ms", "bound", "share_percent", "gemm_float32_gflops", "gemm_bfloat16_gflops", "copy_gb_s"),
     *("device", "processor", "threads", "load_1min", "python", "torch", "fastmoco", "time"),
 }
 
@@ -85,7 +85,7 @@ def test_every_row_is_whole(module: ModuleType, tmp_path: Path, capsys: pytest.C
         assert row.keys() >= FIELDS
         assert 0 < row["p20_ms"] <= row["p50_ms"] <= row["p80_ms"] and row["rounds"] >= 3
         assert row["floor_ms"] > 0 and row["bound"] in ("memory", "arithmetic") and row["ratio"] > 0
-        assert row["share"] == pytest.approx(100 * row["floor_ms"] / row["p50_ms"])
+        assert row["share_percent"] == pytest.approx(100 * row["floor_ms"] / row["p50_ms"])
         assert row["peak_bytes"] >= 0 and row["failure"] is None
         assert row["error"] is None or row["error"] <= row["tolerance"]
     assert all(row["ratio"] == 1 for row in rows if row["implementation"].startswith("paper"))
