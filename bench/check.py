@@ -41,6 +41,8 @@ class CheckArgs:
     """Results as they are; likewise."""
     least: float = 0.05
     """Share of a ratio that is no change, whatever the noise."""
+    common: bool = False
+    """Pass over rows that only the old results have: those of `make bench-full` beside `make bench`."""
 
 
 @dataclass(frozen=True)
@@ -125,7 +127,7 @@ def main(args: CheckArgs) -> int:
     for change in sorted(changes, key=lambda change: change.factor):
         if (verdict := change.verdict(args.least)) != "as before":
             print(f"{verdict}: {change.name}: {change.factor:.2f} times as fast (noise {100 * change.noise:.0f} %)")
-    gone = [name for name in old if name not in new]
+    gone = [] if args.common else [name for name in old if name not in new]
     for name in gone:
         print(f"gone: {name}")
     print(f"{len(changes)} rows compared, {len(slower)} slower, {len(gone)} gone")

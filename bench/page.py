@@ -32,7 +32,7 @@ another way than the committed one (docs/results). A dash is what was not measur
 percentile of repeats that alternate, but the slowest and the fastest of the turns of lightly's loop; every row of the
 JSON files has its own, with processor, threads, load and versions.
 
-    python -m bench.check OLD NEW                     # of one command, folders or files: what is slower, beyond noise
+    python -m bench.check OLD NEW [--common]          # two folders or files: what is slower, beyond the noise of both
     python -m bench.suite --full --out docs/results   # measures what is committed
 """
 

@@ -91,6 +91,9 @@ def test_folders_are_compared_file_by_file(tmp_path: Path, capsys: pytest.Captur
     assert "2 rows compared, 1 slower, 0 gone" in (said := capsys.readouterr().out) and "slower: ema" in said
     (new / "step.json").unlink()
     assert main(CheckArgs(old=old, new=new)) == 1 and "gone: step" in capsys.readouterr().out
+    assert main(CheckArgs(old=new, new=new)) == 0
+    (old / "ema.json").write_text((new / "ema.json").read_text())
+    assert main(CheckArgs(old=old, new=new)) == 1 and main(CheckArgs(old=old, new=new, common=True)) == 0
     assert main(CheckArgs(old=RESULTS, new=RESULTS)) == 0
 
 
