@@ -18,7 +18,7 @@ TOOLS := pytest pytest-xdist hypothesis ruff mypy
 JOBS ?= $(shell n=$$(nproc 2>/dev/null || echo 2); echo $$((n < 4 ? n : 4)))
 
 .DELETE_ON_ERROR:
-.PHONY: install demo test test-system lint bench gpu clean
+.PHONY: install demo test test-system lint bench bench-full gpu clean
 
 install: $(STAMP)
 
@@ -35,12 +35,14 @@ lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-# Minutes, on a machine that does nothing else; the tables land in $(BENCH).
-BENCH ?= build/bench
+# On two cores that do nothing else less than ten minutes, and half an hour; the page is $(BENCH)/README.md.
+bench: BENCH ?= build/bench
 bench: $(STAMP)
-	@failed=; for name in parity infonce crosscorr pooled_mse ema step views data e2e; do \
-		$(BIN)/python -m bench.$$name --out $(BENCH)/$$name.md || failed="$$failed $$name"; \
-	done; test -z "$$failed" || { echo "failed:$$failed" >&2; exit 1; }
+	@$(BIN)/python -m bench.suite --out $(BENCH)
+
+bench-full: BENCH ?= build/bench-full
+bench-full: $(STAMP)
+	@$(BIN)/python -m bench.suite --full --out $(BENCH)
 
 # Installs nothing: whichever python3 has torch, or the one named by PYTHON. Nine minutes at most; results land in $(OUT).
 OUT ?= build/gpu

@@ -1,4 +1,4 @@
-"""Has anything become slower? Results of a benchmark beside older ones of it, by ratios and beyond noise."""
+"""Has anything become slower? Results of benchmarks beside older ones of them, by ratios and beyond noise."""
 
 from __future__ import annotations
 
@@ -29,18 +29,20 @@ Row = dict[str, Any]
 
 @dataclass(kw_only=True)
 class CheckArgs:
-    """Compare the JSON files of two runs of a benchmark; exit status 1 where a row of ours has become slower.
+    """Compare two runs of a benchmark, or of all; exit status 1 where a row of ours has become slower.
 
     What is compared is how many times as fast as its baseline, timed in turn with it, a row is: other machines and
     loads change that little. Slower is what lies beyond the noise of both, as the spread of their repeats gives it.
     """
 
     old: tyro.conf.Positional[Path]
-    """Results as they were."""
+    """Results as they were: a JSON file, or the folder of `make bench`."""
     new: tyro.conf.Positional[Path]
-    """Results as they are."""
+    """Results as they are; likewise."""
     least: float = 0.05
     """Share of a ratio that is no change, whatever the noise."""
+    common: bool = False
+    """Pass over rows that only the old results have: those of `make bench-full` beside `make bench`."""
 
 
 @dataclass(frozen=True)
@@ -59,18 +61,27 @@ class Change:
         return "faster" if math.log(self.factor) > bound else "as before"
 
 
-def read_rows(path: Path) -> dict[str, Row]:
-    """The rows of ours that have a ratio, by what was run. Raises UserError for what is no benchmark's JSON."""
+def load(path: Path) -> list[Row]:
+    """The rows of one file. Raises UserError for what is no benchmark's JSON."""
     try:
         rows = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: not the JSON file of a benchmark: {error}") from error
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
         raise UserError(f"{path}: not the JSON file of a benchmark: it holds no list of rows")
+    return rows
+
+
+def read_rows(path: Path) -> dict[str, Row]:
+    """The rows of ours in a file, or in the files of a folder, that have a ratio, by what was run.
+
+    Raises UserError for what is no benchmark's JSON, and where there is no such row.
+    """
     found = {}
-    for row in rows:
-        if is_ours(row) and row.get("ratio") is not None:
-            found[", ".join(str(row[name]) for name in IDENTITY if row.get(name) is not None)] = row
+    for file in sorted(path.glob("*.json")) if path.is_dir() else [path]:
+        for row in load(file):
+            if is_ours(row) and row.get("ratio") is not None:
+                found[", ".join(str(row[name]) for name in IDENTITY if row.get(name) is not None)] = row
     if not found:
         raise UserError(f"{path}: no row of ours with a ratio in it")
     return found
@@ -79,7 +90,9 @@ def read_rows(path: Path) -> dict[str, Row]:
 def is_ours(row: Row) -> bool:
     """Whether a row is of this package, and not of a peer."""
     name = str(row.get("implementation", ""))
-    return name.startswith("fastmoco") or (row.get("op") in _OF_OURS and not name.startswith("paper"))
+    if row.get("op") in _OF_OURS:
+        return not name.startswith("paper")
+    return name.startswith(("fastmoco", "our operations"))
 
 
 def noise(row: Row) -> float:
@@ -93,7 +106,7 @@ def noise(row: Row) -> float:
     elif "pairs_per_s" in row:
         spread, repeats = (row["fast_pairs_per_s"] - row["slow_pairs_per_s"]) / row["pairs_per_s"], row["turns"]
     else:
-        spread, repeats = (row["ours_p80_ms"] - row["ours_p20_ms"]) / row["ours_ms"], 1
+        spread, repeats = (row["ours_p80_ms"] - row["ours_p20_ms"]) / row["ours_ms"], row.get("rounds", 1)
     return float(math.sqrt(2) * 1.25 * spread / 1.68 / math.sqrt(repeats))
 
 
@@ -114,7 +127,7 @@ def main(args: CheckArgs) -> int:
     for change in sorted(changes, key=lambda change: change.factor):
         if (verdict := change.verdict(args.least)) != "as before":
             print(f"{verdict}: {change.name}: {change.factor:.2f} times as fast (noise {100 * change.noise:.0f} %)")
-    gone = [name for name in old if name not in new]
+    gone = [] if args.common else [name for name in old if name not in new]
     for name in gone:
         print(f"gone: {name}")
     print(f"{len(changes)} rows compared, {len(slower)} slower, {len(gone)} gone")

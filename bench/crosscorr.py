@@ -70,6 +70,7 @@ BENCH = Benchmark(
         case(4, 32, 2048, 1.0, "bfloat16"),
     ],
     quick=[case(1, 32, 512, 1.0), case(1, 512, 256, 0.005), case(4, 32, 512, 1.0, "bfloat16")],
+    headline=[case(4, 32, 2048, 1.0), case(1, 256, 2048, 0.005), case(1, 64, 8192, 0.005)],
     prepare=prepare,
     oracle=oracle,
     work=work,

@@ -12,6 +12,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -46,6 +47,8 @@ class DataArgs:
 
     images: tuple[Path, ...] = ()
     """Folders of images to load too."""
+    sets: int | None = None
+    """So many sets of images alone: first the generated ones of 512 pixels, then those of 1,024, then yours."""
     quick: bool = False
     """One small generated set, small views and short turns: a check that all of it runs, not a measurement."""
     size: int = 224
@@ -199,7 +202,7 @@ def main(args: DataArgs) -> int:
     with tempfile.TemporaryDirectory() as folder:
         # What is found out about the generated files is of no use to anybody later.
         os.environ["XDG_CACHE_HOME"] = str(Path(folder, "cache"))
-        for name, manifest in sets(args, Path(folder)):
+        for name, manifest in islice(sets(args, Path(folder)), args.sets):
             console.print(f"{name}, {len(manifest)} files")
             setting = Setting(manifest, replace(views, size=args.size), args.batch_size, args.workers, args.device)
             rows += measure(name, setting, args, console)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from bench.memory import peak_memory
 from bench.plot import save_plot
-from bench.roofline import Machine, Work, measure
+from bench.roofline import Machine, Work, measure, share
 from bench.timing import captured, cell, environment, interleaved, quantiles, save
 from fastmoco.errors import UserError
 from fastmoco.ops import dispatch
@@ -56,6 +56,7 @@ class Benchmark:
     """An operation's cases, its oracle and its providers.
 
     prepare: the inputs of a case on a device, the same at every call; a provider may write to those it is given.
+    headline: those of the cases that the page of all benchmarks shows.
     oracle: outputs by name, in float64, from such inputs. Every exact provider returns the same names.
     work: what the case has to move and multiply.
     baseline: the provider that ratios are against.
@@ -66,6 +67,7 @@ class Benchmark:
     baseline: str
     cases: Sequence[Case]
     quick: Sequence[Case]
+    headline: Sequence[Case]
     prepare: Callable[[Case, str], Any]
     oracle: Callable[[Any], Outputs]
     work: Callable[[Case], Work]
@@ -161,7 +163,9 @@ def run_case(bench: Benchmark, case: Case, device: str, machine: Machine, second
             | measured
             | {"ratio": base / measured["p50_ms"] if base and measured["p50_ms"] else None}
             | {name: memory.get(name) for name in ("peak_bytes", "resident_bytes", "memory_method")}
-            | {"floor_ms": floor * 1e3, "bound": bound, "error": error if error != math.inf else None}
+            | {"floor_ms": floor * 1e3, "bound": bound, "share_percent": share(floor * 1e3, measured["p50_ms"])}
+            | machine.rates()
+            | {"error": error if error != math.inf else None}
             | {"tolerance": tolerance, "failure": failures.get(name)}
             | where
         )
@@ -209,7 +213,9 @@ def show(rows: list[dict[str, Any]]) -> None:
 def main(benchmarks: Sequence[Benchmark], module: str, question: str, argv: Sequence[str] | None = None) -> int:
     """Run `benchmarks` as `python -m bench.<module>`; status 1 where a provider failed, parity included."""
     parser = argparse.ArgumentParser(prog=f"python -m bench.{module}", description=question)
-    parser.add_argument("--quick", action="store_true", help="small sizes, in seconds")
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--quick", action="store_true", help="small sizes, in seconds")
+    which.add_argument("--headline", action="store_true", help="only the sizes that the page of all benchmarks shows")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--seconds", type=float, help="of timing a case (4; with --quick 0.2)")
     parser.add_argument("--out", type=Path, help="Markdown file to write; .json and .png are put beside it")
@@ -219,15 +225,11 @@ def main(benchmarks: Sequence[Benchmark], module: str, question: str, argv: Sequ
     seconds = args.seconds or (0.2 if args.quick else 4.0)
     print(question)
     machine = measure(args.device)
-    print(
-        f"measured on {args.device}: products "
-        + ", ".join(f"{rate / 1e9:.0f} GFLOP/s {dtype}" for dtype, rate in machine.flops.items())
-        + f"; copy {machine.bytes / 1e9:.1f} GB/s"
-    )
+    print(f"measured on {args.device}: {machine}")
     command = f"python -m bench.{module} " + " ".join(sys.argv[1:] if argv is None else argv)
     rows: list[dict[str, Any]] = []
     for bench in benchmarks:
-        for case in bench.quick if args.quick else bench.cases:
+        for case in bench.quick if args.quick else bench.headline if args.headline else bench.cases:
             rows += run_case(bench, case, args.device, machine, seconds)
             if args.out is not None:
                 # After every case, so that what was measured survives a crash of a later one.
@@ -245,6 +247,6 @@ def write(rows: list[dict[str, Any]], out: Path, *, title: str, command: str) ->
     known = {"op", "implementation", "dtype"}
     sizes = [name for row in rows for name in list(row)[: list(row).index("pass")] if name not in known]
     columns = ["op", *dict.fromkeys(sizes), "dtype", "implementation", "p20_ms", "p50_ms", "p80_ms", "graph_p50_ms"]
-    columns += ["ratio", "floor_ms", "peak_bytes", "resident_bytes", "error", "failure"]
+    columns += ["ratio", "floor_ms", "share_percent", "bound", "peak_bytes", "resident_bytes", "error", "failure"]
     shown = [name for name in columns if any(row.get(name) is not None for row in rows)]
     save(rows, out, title=title, command=command, columns=shown)

@@ -64,6 +64,7 @@ BENCH = Benchmark(
     baseline="paper, eager",
     cases=[case(n, 65536, 128, dtype) for dtype in DTYPES for n in BATCHES],
     quick=[case(n, 8192, 128, dtype) for dtype in DTYPES for n in (32, 256)],
+    headline=[case(n, 65536, 128, dtype) for dtype in DTYPES for n in (32, 256)],
     prepare=prepare,
     oracle=oracle,
     work=work,

@@ -11,13 +11,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import torch
 import tyro
 from rich.console import Console
 
 from bench.step import StepArgs, Variant, build, views
-from bench.timing import cell, environment, interleaved, save
+from bench.timing import cell, environment, interleaved, quantiles, save
 from fastmoco.plan.cluster import ClusterConfig
 from fastmoco.plan.command import Plan, PlanArgs, make_plan
 from fastmoco.train.recipes import find
@@ -55,8 +54,8 @@ def plan(args: StepArgs, gpu: Literal["a100", "h100", "b200"]) -> Plan:
     )
 
 
-def measured(args: StepArgs, *, cuda_graph: bool, rounds: int) -> tuple[float, float]:
-    """The median milliseconds of a step, and the most bytes allocated, in GB."""
+def measured(args: StepArgs, name: str, *, cuda_graph: bool, rounds: int) -> dict[str, float]:
+    """Milliseconds of a step called `name`, the median and the 20th and 80th percentile, and the most GB allocated."""
     gc.collect()
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
@@ -75,7 +74,13 @@ def measured(args: StepArgs, *, cuda_graph: bool, rounds: int) -> tuple[float, f
     # Before the timing, which takes memory of its own.
     peak = (torch.cuda.max_memory_allocated() - before) / 1e9
     seconds = interleaved({"step": step}, rounds=rounds, device="cuda")["step"]
-    return float(np.median(seconds)) * 1e3, peak
+    spread = quantiles(seconds)
+    return {
+        f"{name}_ms": spread["p50_ms"],
+        f"{name}_p20_ms": spread["p20_ms"],
+        f"{name}_p80_ms": spread["p80_ms"],
+        f"{'graph_' if cuda_graph else ''}peak_gb": peak,
+    }
 
 
 def main(args: PlannedArgs) -> int:
@@ -91,8 +96,9 @@ def main(args: PlannedArgs) -> int:
             said = plan(case, args.gpu)
             row: dict[str, Any] = {"recipe": recipe, "arch": arch, "size": size, "batch": batch}
             row |= {"predicted_ms": said.prediction.step * 1e3, "predicted_gb": sum(said.memory.values()) / 1e9}
-            row["step_ms"], row["peak_gb"] = measured(case, cuda_graph=False, rounds=args.rounds)
-            row["graph_ms"], row["graph_peak_gb"] = measured(case, cuda_graph=True, rounds=args.rounds)
+            row |= measured(case, "step", cuda_graph=False, rounds=args.rounds)
+            row |= measured(case, "graph", cuda_graph=True, rounds=args.rounds)
+            row |= {"rounds": args.rounds}
             console.print("  ".join(f"{name} {cell(row[name])}" for name in COLUMNS), highlight=False)
             rows.append(row | environment("cuda"))
     if args.out is not None:

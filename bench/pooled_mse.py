@@ -61,6 +61,7 @@ BENCH = Benchmark(
     baseline="paper, eager",
     cases=[*(case(32, *stage) for stage in STAGES), case(32, *STAGES[0], "float32"), case(32, 256, 64, 16)],
     quick=[case(4, 64, 28, 16), case(4, 128, 7, 4), case(4, 64, 32, 16, "float32")],
+    headline=[case(32, *STAGES[0]), case(32, *STAGES[0], "float32"), case(32, *STAGES[3])],
     prepare=prepare,
     oracle=oracle,
     work=work,

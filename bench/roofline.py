@@ -1,6 +1,7 @@
-"""What do the operations have to move and multiply, and how long must that take? Writes the table of docs/kernels.md.
+"""What do the operations have to move and multiply, how long must that take, and how near to it are they here?
 
-The one place of the formulas: the benchmarks' floors come from here too, with rates measured in the same run.
+The one place of the formulas: the benchmarks' floors come from here too, with rates measured in the same run. Writes
+the table of docs/kernels.md.
 """
 
 from __future__ import annotations
@@ -50,9 +51,26 @@ class Machine:
         memory = work.bytes / self.bytes
         return max((memory, "memory"), (arithmetic, "arithmetic"))
 
+    def rates(self) -> dict[str, float]:
+        """The measured rates as a row has them: GFLOP/s of products by dtype, GB/s read and written by a copy."""
+        products = {f"gemm_{dtype}_gflops": rate / 1e9 for dtype, rate in self.flops.items()}
+        return products | {"copy_gb_s": self.bytes / 1e9}
+
+    def __str__(self) -> str:
+        products = ", ".join(f"{rate / 1e9:.0f} GFLOP/s {dtype}" for dtype, rate in self.flops.items())
+        return f"products {products}; copy {self.bytes / 1e9:.1f} GB/s"
+
     def predicted(self, work: Work) -> float:
         """Seconds at the floor, every launch after the one before."""
         return self.floor(work)[0] + work.launches * self.launch
+
+
+def share(floor: float | None, measured: float | None) -> float | None:
+    """The per cent of the time `measured` that the floor is; None of what was not measured.
+
+    More than 100 where what is worked on stays in a cache, or is read more than written: a copy does as much of both.
+    """
+    return 100 * floor / measured if floor and measured else None
 
 
 # Data sheet: float32 as three TF32 products (495e12), which keep its accuracy and beat its own units (67e12); 132
@@ -242,10 +260,16 @@ def table(machine: Machine) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Print the table, or put it where the document's markers are."""
+    """Measure the shares here; or print the predictions, and put them where a document's markers are."""
     parser = argparse.ArgumentParser(prog="python -m bench.roofline", description=__doc__)
-    parser.add_argument("--write", type=Path, help="document whose table is to be replaced: docs/kernels.md")
+    parser.add_argument("--predicted", action="store_true", help="print what is predicted of an H100; measure nothing")
+    parser.add_argument("--write", type=Path, help="document whose predictions are to be replaced: docs/kernels.md")
     args = parser.parse_args(argv)
+    if not args.predicted and args.write is None:
+        # Here, as the benchmarks that are run import this module.
+        from bench.shares import report
+
+        return report()
     print(table(H100))
     if args.write is not None:
         before, rest = args.write.read_text().split(BEGIN)

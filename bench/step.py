@@ -187,7 +187,7 @@ def main(args: StepArgs) -> int:
         rows.append(
             {"op": "step", "implementation": name, "arch": args.arch, "size": args.size, "batch": args.batch_size}
             | spread
-            | {"pairs_per_s": pairs, "ratio": ratio, "loss_error": errors[name]}
+            | {"rounds": args.rounds, "pairs_per_s": pairs, "ratio": ratio, "loss_error": errors[name]}
             | environment(args.device)
         )
     console.print(table)

@@ -89,21 +89,29 @@ def save(
     columns: list[str],
     note: str = "Medians of interleaved runs.",
 ) -> None:
-    """Write `rows` as Markdown to `path` (.md), showing `columns`, and whole as a JSON list beside it."""
+    """Write `rows` as Markdown to `path` (.md), showing `columns`, and whole as a JSON list beside it.
+
+    Rows that do not say where they were measured, were so here and now.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
+    here = environment(rows[0]["device"] if rows else "cpu")
+    rows = [row if "time" in row else row | here | row for row in rows]
     write_text(path.with_suffix(".json"), json.dumps(rows, indent=1) + "\n")
     lines = [f"# {title}", "", f"Written by `{command}`.", "", "| " + " | ".join(columns) + " |"]
     lines.append("|" + "---|" * len(columns))
     lines += ["| " + " | ".join(cell(row.get(name)) for name in columns) + " |" for row in rows]
-    where = ", ".join(f"{name} {value}" for name, value in environment(rows[0]["device"] if rows else "cpu").items())
+    where = ", ".join(f"{name} {value}" for name, value in here.items())
     write_text(path, "\n".join([*lines, "", f"{note} Ran on: {where}.", ""]))
 
 
 def cell(value: object) -> str:
-    """A value as a table shows it: three digits of a number, a dash for what was not measured."""
+    """A value as a table shows it: three digits of a number, or all before the point; a dash for None."""
     if value is None:
         return "-"
-    return f"{value:.3g}" if isinstance(value, float) else str(value)
+    if not isinstance(value, float):
+        return str(value)
+    # No exponent where there are more than three digits before the point.
+    return f"{value:.0f}" if 1000 <= abs(value) < 1e6 else f"{value:.3g}"
 
 
 def _seconds(run: Callable[[], object]) -> float:

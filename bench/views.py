@@ -42,6 +42,8 @@ class ViewsArgs:
     """Small views and few rounds: a check that all of it runs, not a measurement."""
     size: int = 224
     """Side of a view whose operations are measured, pixels; recipes have their own."""
+    drawn: int = 16
+    """Views of each recipe, which are timed together."""
     rounds: int = 9
     """Times that each is timed."""
     device: str = "cpu"
@@ -152,7 +154,7 @@ def measure(work: Work, args: ViewsArgs) -> dict[str, Any]:
     for name, values in seconds.items():
         spread = quantiles([value / len(work.records) for value in values])
         row |= {f"{name}_ms": spread["p50_ms"], f"{name}_p20_ms": spread["p20_ms"], f"{name}_p80_ms": spread["p80_ms"]}
-    return row | {"ratio": row["torchvision_ms"] / row["ours_ms"]}
+    return row | {"rounds": args.rounds, "ratio": row["torchvision_ms"] / row["ours_ms"]}
 
 
 def decoders(files: Sequence[Path], pictures: Sequence[np.ndarray]) -> dict[str, Any]:
@@ -180,7 +182,7 @@ def main(args: ViewsArgs) -> int:
         console.print(f"nothing to measure: {dispatch.NATIVE_MISSING}")
         return 1
     if args.quick:
-        args = replace(args, size=48, rounds=1)
+        args = replace(args, size=48, drawn=2, rounds=1)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -190,7 +192,7 @@ def main(args: ViewsArgs) -> int:
             files = sorted(Path(folder).iterdir())
             pictures = [np.array(Image.open(path)) for path in files]
             decoded = decoders(files, pictures)
-        works = [*operations(pictures, args.size), *recipes(pictures, 2 if args.quick else 16)]
+        works = [*operations(pictures, args.size), *recipes(pictures, args.drawn)]
         rows = [*(measure(work, args) for work in works), decoded]
     finally:
         torch.set_num_threads(threads)
@@ -201,7 +203,8 @@ def main(args: ViewsArgs) -> int:
             rows,
             args.out,
             title="A view: milliseconds on one thread, and errors against torchvision in 255ths",
-            command=f"python -m bench.views --size {args.size} --rounds {args.rounds} --device {args.device}",
+            command=f"python -m bench.views --size {args.size} --drawn {args.drawn} --rounds {args.rounds} "
+            f"--device {args.device}",
             columns=COLUMNS,
         )
     wrong = [row["operation"] for row in rows if "ratio" in row and row["ratio"] is None]

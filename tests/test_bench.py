@@ -5,6 +5,7 @@ import json
 import math
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 from torchvision.models import resnet50
 
-from bench import crosscorr, ema, harness, infonce, pooled_mse, roofline
+from bench import crosscorr, ema, harness, infonce, pooled_mse, roofline, shares
 from bench.harness import Benchmark, Outputs, Run, relative_error
 from bench.memory import peak_memory
 from bench.shapes import resnet50_shapes
@@ -32,7 +33,8 @@ SMALL = {
 MEASURE = functools.cache(roofline.measure)
 FIELDS = {
     *("op", "implementation", "dtype", "pass", "p20_ms", "p50_ms", "p80_ms", "graph_p50_ms", "rounds", "ratio"),
-    *("peak_bytes", "resident_bytes", "memory_method", "floor_ms", "bound", "error", "tolerance", "failure"),
+    *("peak_bytes", "resident_bytes", "memory_method", "error", "tolerance", "failure"),
+    *("floor_ms", "bound", "share_percent", "gemm_float32_gflops", "gemm_bfloat16_gflops", "copy_gb_s"),
     *("device", "processor", "threads", "load_1min", "python", "torch", "fastmoco", "time"),
 }
 
@@ -83,6 +85,7 @@ def test_every_row_is_whole(module: ModuleType, tmp_path: Path, capsys: pytest.C
         assert row.keys() >= FIELDS
         assert 0 < row["p20_ms"] <= row["p50_ms"] <= row["p80_ms"] and row["rounds"] >= 3
         assert row["floor_ms"] > 0 and row["bound"] in ("memory", "arithmetic") and row["ratio"] > 0
+        assert row["share_percent"] == pytest.approx(100 * row["floor_ms"] / row["p50_ms"])
         assert row["peak_bytes"] >= 0 and row["failure"] is None
         assert row["error"] is None or row["error"] <= row["tolerance"]
     assert all(row["ratio"] == 1 for row in rows if row["implementation"].startswith("paper"))
@@ -90,6 +93,28 @@ def test_every_row_is_whole(module: ModuleType, tmp_path: Path, capsys: pytest.C
     assert all(row["implementation"] in text for row in rows)
     assert (tmp_path / "rows.png").read_bytes().startswith(b"\x89PNG")
     assert shown.index("off by") < shown.index("p50_ms"), "parity comes before speed"
+
+
+def test_the_sizes_of_the_page_can_be_run_alone(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (case,) = SMALL[pooled_mse]["BENCH"][:1]
+    for bench in (infonce.BENCH, crosscorr.BENCH, pooled_mse.BENCH, ema.EMA, ema.STEP):
+        assert bench.headline and all(shown in bench.cases for shown in bench.headline)
+    monkeypatch.setattr(pooled_mse.BENCH, "headline", [case])
+    options = ["--headline", "--device", "cpu", "--seconds", "0.01", "--out", str(tmp_path / "rows.md")]
+    assert pooled_mse.main(options) == 0
+    rows = json.loads((tmp_path / "rows.json").read_text())
+    assert {row["N"] for row in rows} == {case.sizes["N"]} and {row["dtype"] for row in rows} == {case.dtype}
+
+    monkeypatch.setattr(shares, "measure", MEASURE)
+    assert shares.report([pooled_mse.BENCH], seconds=0.01) == 0
+    *_, rates, headings, line = capsys.readouterr().out.splitlines()
+    assert rates.startswith("measured on ") and "GFLOP/s bfloat16" in rates and "share %" in headings
+    took, floor, share, bound = line.split()[-4:]
+    assert float(share) == pytest.approx(100 * float(floor) / float(took), rel=0.02) and bound == "memory"
+    wrong = {name: harness.Provider(lambda x: lambda: {}) for name in pooled_mse.BENCH.providers}
+    assert shares.report([replace(pooled_mse.BENCH, providers=wrong)], seconds=0.01) == 1
 
 
 def test_a_wrong_provider_gets_no_speed(module: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -213,7 +238,7 @@ def test_the_floor_is_the_slower_of_bytes_and_arithmetic() -> None:
 
 
 def test_the_document_has_the_table_that_the_formulas_give(capsys: pytest.CaptureFixture[str]) -> None:
-    assert roofline.main([]) == 0
+    assert roofline.main(["--predicted"]) == 0
     table = capsys.readouterr().out.strip()
     assert table in (ROOT / "docs/kernels.md").read_text(), "python -m bench.roofline --write docs/kernels.md"
 

@@ -67,13 +67,34 @@ def test_a_row_that_has_gone_fails(tmp_path: Path, capsys: pytest.CaptureFixture
     assert "gone: ema, fastmoco native, 8" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("name", ["infonce", "crosscorr", "pooled_mse", "ema", "step", "views", "data", "e2e"])
+@pytest.mark.parametrize(
+    "name", ["infonce", "crosscorr", "pooled_mse", "ema", "step", "views", "data", "e2e", "dropin"]
+)
 def test_committed_results_are_as_fast_as_themselves(name: str) -> None:
     path = RESULTS / f"{name}.json"
     assert main(CheckArgs(old=path, new=path)) == 0
     ours = [one for one in json.loads(path.read_text()) if is_ours(one) and one.get("ratio") is not None]
     # No two rows are one.
     assert len(read_rows(path)) == len(ours)
+
+
+def test_folders_are_compared_file_by_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rng = np.random.default_rng(3)
+    old, new = tmp_path / "old", tmp_path / "new"
+    for folder, mean in ((old, 1.0), (new, 1.4)):
+        folder.mkdir()
+        (folder / "ema.json").write_text(json.dumps([row(rng.normal(mean, 0.02, 25))]))
+        (folder / "step.json").write_text(json.dumps([row(rng.normal(1.0, 0.02, 25), op="step")]))
+        # Nothing of it is timed.
+        (folder / "parity.json").write_text(json.dumps([{"ours": "ops.infonce", "holds": True}]))
+    assert main(CheckArgs(old=old, new=new)) == 1
+    assert "2 rows compared, 1 slower, 0 gone" in (said := capsys.readouterr().out) and "slower: ema" in said
+    (new / "step.json").unlink()
+    assert main(CheckArgs(old=old, new=new)) == 1 and "gone: step" in capsys.readouterr().out
+    assert main(CheckArgs(old=new, new=new)) == 0
+    (old / "ema.json").write_text((new / "ema.json").read_text())
+    assert main(CheckArgs(old=old, new=new)) == 1 and main(CheckArgs(old=old, new=new, common=True)) == 0
+    assert main(CheckArgs(old=RESULTS, new=RESULTS)) == 0
 
 
 def test_what_is_no_result_is_refused(tmp_path: Path) -> None:

@@ -164,3 +164,20 @@ def test_every_row_is_whole(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     assert shown.index("standard errors") < shown.index("pairs/s"), "parity comes before speed"
     assert all(row["implementation"] in out.read_text() for row in rows)
     assert (tmp_path / "data.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_so_many_sets_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    measured: list[str] = []
+
+    def note(name: str, *rest: object) -> list[dict[str, Any]]:
+        measured.append(name)
+        return []
+
+    monkeypatch.setattr(data, "measure", note)
+    # It is set for the process, to a folder that is gone by then.
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    draw_photographs(tmp_path / "images", 3, 40)
+    for sets, expected in ((1, ["generated 128"]), (None, ["generated 128", "images, 40"])):
+        measured.clear()
+        assert data.main(data.DataArgs(quick=True, images=(tmp_path / "images",), sets=sets)) == 0
+        assert [name[: len(start)] for name, start in zip(measured, expected, strict=True)] == expected

@@ -11,6 +11,7 @@ import pytest
 from bench import parity
 from bench.harness import Missing
 from bench.parity import CHECKS, COLUMNS, LIMIT, ParityArgs, main, row
+from bench.timing import cell, save
 
 
 def test_every_operation_is_its_peers(tmp_path: Path) -> None:
@@ -44,3 +45,19 @@ def test_a_peer_that_is_not_there_is_named() -> None:
 
     line = row(replace(CHECKS[0], theirs=absent))  # type: ignore[arg-type]
     assert line["holds"] is None and line["peer"] == "lightly: lightly is not installed"
+
+
+def test_rows_say_where_they_are_from(tmp_path: Path) -> None:
+    """Those that were given without it too; what they say of themselves stands."""
+    own = {"device": "cpu", "time": "earlier", "threads": 99}
+    save([{"device": "cpu", "value": 1.0}, own], tmp_path / "x.md", title="t", command="c", columns=["value"])
+    first, second = json.loads((tmp_path / "x.json").read_text())
+    assert first.keys() >= {"processor", "threads", "load_1min", "torch", "fastmoco", "time"} and second == own
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"),
+    [(None, "-"), (3, "3"), (0.12345, "0.123"), (1234.5, "1234"), (2e7, "2e+07"), (-1000.4, "-1000")],
+)
+def test_cells_have_no_exponent_where_three_digits_need_none(value: object, shown: str) -> None:
+    assert cell(value) == shown
