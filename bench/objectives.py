@@ -19,7 +19,8 @@ from typing import Any
 import torch
 import tyro
 
-from bench.timing import save
+from bench.timing import environment, save
+from fastmoco.atomic import write_text
 from fastmoco.data.manifest import load_manifest
 from fastmoco.errors import UserError
 from fastmoco.evaluate.features import extract
@@ -46,12 +47,15 @@ OBJECTIVES: dict[str, dict[str, Any]] = {
     "SimCLR + MSE at stages": {"objective": "simclr", "method": "mse", "stage_weight": 1.0},
     "Barlow Twins + Barlow at stages": _TWINS | {"method": "barlow", "stage_weight": 5e-4},
 }
-COLUMNS = ["objective", "stage4", "deviation", "gain", "needed", "holds", "spread", "rankme", "seeds"]
+SCORES = ("kNN", "probe")
+COLUMNS = ["objective", *(f"{name}{end}" for name in SCORES for end in ("", " gain", " needed", " holds"))]
+COLUMNS += ["top1", "spread", "rankme", "seeds"]
 NOTE = (
-    "stage4: AUC on the test images of logistic regression on stage 4 with all training labels, mean of the seeds; "
-    "deviation: the larger of the standard deviations of its seeds and of the random weights'; gain: above the mean of "
-    "random weights; needed: twice the deviation. spread: standard deviation of the embeddings at the end (1 even, 0 "
-    "collapse; of Barlow Twins' projections too). rankme: effective rank of stage 4's features of the test images."
+    "AUCs on the test images of kNN and of logistic regression (probe) on stage 4 with all training labels, k and C "
+    "chosen on validation patients, means of the seeds. gain: above the mean of random weights; needed: twice the "
+    "standard deviation over seeds, the objective's or the random weights', whichever is larger. top1: share of views "
+    "at the end of training that are nearest to their other view; spread: standard deviation of their embeddings (1 "
+    "even, 0 collapse). rankme: effective rank of stage 4's features of the test images."
 )
 
 
@@ -109,75 +113,81 @@ def settings(args: ObjectivesArgs, name: str, seed: int) -> dict[str, Any]:
 
 def compute(args: ObjectivesArgs, name: str, seed: int) -> dict[str, Any]:
     """A row: what objective `name` learned with `seed`."""
-    found: dict[str, Any] = {"op": "objectives", "objective": name, "seed": seed, "device": "cpu"}
+    found: dict[str, Any] = {"op": "objectives", "objective": name, "seed": seed}
     if name == RANDOM:
         encoder = Encoder(args.arch, seed=seed)
     else:
         run = pretrain(configure(args, name, seed))
         last = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
-        found |= {name: last[name] for name in ("loss", "embedding_std", "top1")}
+        found |= {"loss": last["loss"], "top1": last["top1"], "spread": last["embedding_std"]}
         encoder = load_encoder(run / "encoder.safetensors")
     manifest = load_manifest(args.data, args.labels, label=(args.label,), progress=False)
     result = evaluate(
         {"it": encoder}, manifest, label=args.label, size=args.size, baselines=False, precision="bf16", progress=False
     )
     for row in result.rows:
-        if row.method == "probe" and row.test is not None:
-            found[row.features] = row.test.auc
+        if row.features == "stage4" and row.test is not None:
+            found["kNN" if row.method == "knn" else row.method] = row.test.auc
     test = manifest.only_split("test")
     features = extract(encoder, test, size=args.size, batch_size=64, precision="bf16", progress=False)
-    return found | {"rankme": rankme(features["stage4"]), "settings": settings(args, name, seed)}
+    return found | {"rankme": rankme(features["stage4"]), "settings": settings(args, name, seed)} | environment()
 
 
 def summary(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """A line for each objective: its mean over the seeds, against random weights."""
+    """A line for each objective: the means over its seeds, and how far they are above those of random weights."""
     by_name = {name: [row for row in rows if row["objective"] == name] for name in (RANDOM, *OBJECTIVES)}
-    chance = [row["stage4"] for row in by_name[RANDOM]]
+    chance = by_name[RANDOM]
     lines = []
     for name, own in by_name.items():
         if not own:
             continue
-        scores = [row["stage4"] for row in own]
-        line: dict[str, Any] = {"objective": name, "stage4": mean(scores), "seeds": len(scores), "device": "cpu"}
-        line |= {"rankme": mean(row["rankme"] for row in own)}
-        if len(scores) > 1 and len(chance) > 1:
-            line["deviation"] = max(stdev(scores), stdev(chance))
+        line: dict[str, Any] = {"objective": name, "seeds": len(own), "rankme": mean(row["rankme"] for row in own)}
+        for score in SCORES:
+            line[score] = mean(row[score] for row in own)
+            if name == RANDOM or min(len(own), len(chance)) < 2:
+                continue
+            gain = line[score] - mean(row[score] for row in chance)
+            needed = 2 * max(stdev(row[score] for row in some) for some in (own, chance))
+            line |= {f"{score} gain": gain, f"{score} needed": needed, f"{score} holds": gain > needed}
         if name != RANDOM:
-            line["spread"] = mean(row["embedding_std"] for row in own)
-            if "deviation" in line:
-                gain, needed = mean(scores) - mean(chance), 2 * line["deviation"]
-                line |= {"gain": gain, "needed": needed, "holds": gain > needed}
+            line |= {what: mean(row[what] for row in own) for what in ("top1", "spread")}
         lines.append(line)
     return lines
 
 
 def main(args: ObjectivesArgs) -> int:
-    """Compute what is left, write the table; 1 where an objective does not hold."""
+    """Compute what is left, write the table; 1 where an objective is ahead of random weights by neither score."""
     names = [RANDOM, *(name for name in OBJECTIVES if not args.only or any(fnmatchcase(name, p) for p in args.only))]
+    wanted = {
+        (name, seed): json.loads(json.dumps(settings(args, name, seed)))
+        for seed in args.seeds
+        for name in (RANDOM, *OBJECTIVES)
+    }
     file = args.out.with_name(f"{args.out.stem}_rows.json")
-    kept: list[dict[str, Any]] = json.loads(file.read_text()) if file.is_file() else []
-    for seed in args.seeds:
-        for name in names:
-            known = [row for row in kept if (row["objective"], row["seed"]) == (name, seed)]
-            if known and known[0]["settings"] == json.loads(json.dumps(settings(args, name, seed))):
-                continue
+    for name, seed in [(name, seed) for seed in args.seeds for name in names]:
+        if not any(wanted[name, seed] == row["settings"] for row in _kept(file) if row["objective"] == name):
             row = compute(args, name, seed)
             # Another process may have added its own meanwhile.
-            kept = json.loads(file.read_text()) if file.is_file() else []
-            kept = [other for other in kept if (other["objective"], other["seed"]) != (name, seed)] + [row]
-            file.parent.mkdir(parents=True, exist_ok=True)
-            file.write_text(json.dumps(kept, indent=1) + "\n")
-            print(f"{name}, seed {seed}: stage 4 {row['stage4']:.3f}", flush=True)
-    lines = summary(kept)
+            others = [row for row in _kept(file) if (row["objective"], row["seed"]) != (name, seed)]
+            write_text(file, json.dumps([*others, row], indent=1) + "\n")
+            print(f"{name}, seed {seed}: " + ", ".join(f"{score} {row[score]:.3f}" for score in SCORES), flush=True)
+    lines = summary([row for row in _kept(file) if wanted.get((row["objective"], row["seed"])) == row["settings"]])
     save(
         lines,
         args.out,
         title=f"Every objective beside random weights: {args.label}, {args.arch}, {args.size} px, {args.epochs} epochs",
-        command=f"python -m bench.objectives --data IMAGES --labels labels.csv --label {args.label}",
+        command="python -m bench.objectives --data IMAGES --labels labels.csv "
+        f"--label {args.label} --recipe {args.recipe} --arch {args.arch} --size {args.size} --epochs {args.epochs} "
+        f"--seeds {' '.join(map(str, args.seeds))}",
         columns=COLUMNS,
         note=NOTE,
     )
-    return int(any(line.get("holds") is False for line in lines))
+    return int(any(not any(line.get(f"{score} holds", True) for score in SCORES) for line in lines))
+
+
+def _kept(file: Path) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = json.loads(file.read_text()) if file.is_file() else []
+    return rows
 
 
 if __name__ == "__main__":

@@ -70,12 +70,18 @@ def list_recipes(args: list[str]) -> int:
         loss, optim = config.loss, config.optim
         kind = {"none": "none", "mse": f"{loss.stage_weight:g} x MSE", "barlow": f"{loss.stage_weight:g} x Barlow"}
         table.add_row(
-            name, loss.objective, str(config.views.size), str(optim.batch_size), str(optim.epochs), f"{optim.lr:g}",
+            name, _objective(loss), str(config.views.size), str(optim.batch_size), str(optim.epochs), f"{optim.lr:g}",
             optim.schedule, *_of_momentum(loss), config.model.head, kind[loss.stage_loss],
         )  # fmt: skip
     # Wide enough for every column also where the output is a file or a pipe.
-    Console(width=140).print(table)
+    Console(width=150).print(table)
     return 0
+
+
+def _objective(loss: LossConfig) -> str:
+    """The objective, with what is particular to it."""
+    more = {"symmetric": loss.symmetric, f"margin {loss.margin:g}": loss.margin, "mixed": loss.mix_weight}
+    return ", ".join([loss.objective, *(name for name, there in more.items() if there)])
 
 
 def _of_momentum(loss: LossConfig) -> tuple[str, str, str]:

@@ -16,7 +16,7 @@ from fastmoco.ops.crosscorr import crosscorr
 from fastmoco.ops.infonce import infonce_ranked
 from fastmoco.ops.mixed_crosscorr import mixed_crosscorr
 from fastmoco.ops.pooled_mse import pooled_mse
-from fastmoco.ops.precision import wide
+from fastmoco.ops.precision import no_autocast, wide
 
 # Maps by the stage's number less one; where there are not all four, those that a loss is given.
 Stages = Sequence[Tensor] | Mapping[int, Tensor]
@@ -91,7 +91,8 @@ class BarlowTwins(nn.Module):
     def forward(
         self, z1: Tensor, z2: Tensor, mixed: Tensor | None, order: Tensor | None, share: Tensor | None
     ) -> tuple[dict[str, Tensor], Tensor]:
-        with torch.no_grad():
+        # In half precision similarities near 1 would be ties, and look found.
+        with torch.no_grad(), no_autocast(z1):
             similarity = normalize(wide(z1), dim=1) @ normalize(wide(z2), dim=1).T
             rank = (similarity > similarity.diagonal()[:, None]).sum(dim=1)
         if mixed is None:

@@ -104,7 +104,10 @@ def test_processes_share_an_epoch_out(folder: Path) -> None:
 def test_an_epoch_goes_on_where_it_was_left(folder: Path) -> None:
     whole, other = (PairLoader(folder, views=VIEWS, batch_size=6, loader="pillow") for _ in range(2))
     first, second = epochs(whole, 2)
-    assert whole.state_dict() == {"epoch": 2, "batch": 0}
+    state = whole.state_dict()
+    assert (state["epoch"], state["batch"]) == (2, 0)
+    with pytest.raises(UserError, match="saved with seed 7, not 0"):
+        whole.load_state_dict(state | {"seed": 7})
     other.set_epoch(1)
     for number, (_, _, names) in enumerate(other, start=1):
         assert names == second[number - 1][2]

@@ -231,6 +231,11 @@ def test_whatever_can_be_overridden_is_in_a_hash_or_said_to_be_no_setting(tmp_pa
         assert ("drawn.probes.random.s0" in changes) == (name in of_views), name
         assert ("drawn.finetune.scratch.full.s0.b1.d0" in changes) == (name in of_views), name
         assert ("drawn.similarity.random.s0" in changes) == (name == "resize"), name
+    twins = study.pretrain | {"objective": "barlow-twins"}
+    for name in ("barlow_scale", "barlow_off_diagonal", "barlow_correlation"):
+        tables = twins, twins | {name: OTHER[name]}
+        plain, other = (make_cells(dataclasses.replace(study, pretrain=table), PRINTS) for table in tables)
+        assert plain["drawn.pretrain.moco.s0"].hash != other["drawn.pretrain.moco.s0"].hash, name
     for name in sorted(free & NOT_SETTINGS):
         value = getattr(next(p for p in (config.data, config.run) if hasattr(p, name)), name)
         other = tmp_path.as_posix() if name == "stage" else not value if isinstance(value, bool) else value + 1
@@ -272,3 +277,8 @@ def test_the_study_of_the_three_domains_reads(monkeypatch: pytest.MonkeyPatch) -
     ]  # fmt: skip
     assert len(study.named("nih").multilabel) == 14
     assert study.grid.budgets == (0.01, 0.1, 1.0) and study.grid.seeds == (0, 1, 2) and study.probes.draws == 7
+
+
+def test_a_study_does_not_pretrain_by_labels(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"objective: supcon learns from all labels"):
+        read_study(changed(tmp_path, "projector_width = 16", 'projector_width = 16\nobjective = "supcon"'))

@@ -126,7 +126,7 @@ class NTXentLoss(nn.Module):
     gather_distributed: whether those of all processes are.
     margin: subtracted from the similarity of the two views (additive margin; not in lightly).
 
-    Raises ValueError for a temperature of 0, or as `MemoryBankModule` does.
+    Raises ValueError for a temperature of 0, a margin below 0, or as `MemoryBankModule` does.
     """
 
     def __init__(
@@ -142,6 +142,8 @@ class NTXentLoss(nn.Module):
         super().__init__()
         if abs(temperature) < _LEAST_TEMPERATURE:
             raise ValueError(f"Illegal temperature: abs({temperature}) < {_LEAST_TEMPERATURE}")
+        if margin < 0:
+            raise ValueError(f"Illegal margin: {margin} is below 0")
         _require_distributed(gather_distributed)
         self.memory_bank = MemoryBankModule(memory_bank_size, gather_distributed, wrap=wrap, persistent=persistent)
         self.temperature, self.gather_distributed, self.margin = temperature, gather_distributed, margin

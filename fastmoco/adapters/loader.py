@@ -19,6 +19,7 @@ from fastmoco.data.pairs import PairKind, find_pairs
 from fastmoco.data.quarantine import Quarantine
 from fastmoco.data.views import ViewConfig
 from fastmoco.device import find_device
+from fastmoco.errors import UserError
 from fastmoco.train.recipes import find
 
 PairBatch = tuple[list[Tensor], Tensor, list[str]]
@@ -103,12 +104,23 @@ class PairLoader:
             self._done = self._next = (epoch, 0)
 
     def state_dict(self) -> dict[str, int]:
-        """The number of the epoch, and how many of its batches have been given out."""
+        """The number of the epoch, how many of its batches have been given out, and what these depend on."""
         epoch, batch = self._done
-        return {"epoch": epoch + batch // len(self), "batch": batch % len(self)}
+        return {"epoch": epoch + batch // len(self), "batch": batch % len(self)} | self._identity
+
+    @property
+    def _identity(self) -> dict[str, int]:
+        order = self._order
+        return {"images": order.samples, "batch_size": order.batch_size, "seed": order.seed}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Have the next pass be the rest of the epoch in which `state_dict` gave `state`."""
+        """Have the next pass be the rest of the epoch in which `state_dict` gave `state`.
+
+        Raises UserError where that was of a loader of other images, batches or another seed.
+        """
+        for name, value in self._identity.items():
+            if state.get(name, value) != value:
+                raise UserError(f"the loader was saved with {name} {state[name]}, not {value}: give it the same")
         self._done = self._next = (state["epoch"], state["batch"])
 
     def __iter__(self) -> Iterator[PairBatch]:

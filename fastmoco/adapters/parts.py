@@ -47,11 +47,13 @@ def move_average(average: nn.Module, model: nn.Module, momentum: float) -> None:
 
 
 def find_part(who: str, model: nn.Module, name: str) -> nn.Module:
-    """The part of `model` that `named_modules` calls `name`.
+    """The part of `model` that `named_modules` calls `name`, with or without what a wrapper puts before it ("module.").
 
     Raises UserError, which begins with `who` asks and lists names like it, where there is none.
     """
     parts = dict(model.named_modules(remove_duplicate=False))
+    if name and name not in parts and f"module.{name}" in parts:
+        return parts[f"module.{name}"]
     if name not in parts or not name:
         near = difflib.get_close_matches(name, parts, n=3, cutoff=0.4) or [part for part in parts if part][:5]
         raise UserError(f"{who}: the model has no part {name!r}; it has {', '.join(near)}, ...")

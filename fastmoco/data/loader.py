@@ -11,7 +11,7 @@ from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 from functools import partial
 from types import TracebackType
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 import torch
@@ -175,6 +175,8 @@ def make_loader(
         raise UserError(f"the order is of {order.samples} images, but the manifest lists {len(manifest)}")
     if not 0 <= start <= stop or workers < 0:
         raise UserError(f"needs 0 <= start <= stop and workers >= 0, not {start}, {stop}, {workers}")
+    if kind not in get_args(LoaderKind):
+        raise UserError(f"loader: one of {', '.join(get_args(LoaderKind))}, not {kind!r}")
     if kind == "dali":
         require_dali()
     where = torch.device(device)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Container
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 
@@ -85,6 +85,8 @@ def find_pairs(kind: PairKind, manifest: Manifest) -> Pairs | None:
 
     Raises UserError where pairs are to be of patients and the data name none, or none that has two images.
     """
+    if kind not in get_args(PairKind):
+        raise UserError(f"pairs: one of {', '.join(get_args(PairKind))}, not {kind!r}")
     if kind == "image":
         return None
     if manifest.patients is None:

@@ -22,7 +22,7 @@ _WRAPPERS = ("module.", "_orig_mod.", "model.")
 _BACKBONES = ("encoder_q.", "base_encoder.", "backbone.", "encoder.", "")
 # What else such checkpoints hold: key encoders, heads, queues, stage projectors, online classifiers, loss state.
 _OTHERS = (
-    r"encoder_k\.|momentum_|key_|teacher_|student_|backbone_momentum\.|backbone_ema\.|queue|(local_)?projection_head|"
+    r"encoder_k\.|momentum_|key_|teacher_|student_|(backbone|head)_(momentum|ema)\.|queue|(local_)?projection_head|"
     r"projector|prediction_head|predictor|prototypes|local_memory_|p[1-4]\.|bn\.|fc\.|head\.|classifier|online_|"
     r"criterion|loss|knn"
 )

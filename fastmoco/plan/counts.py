@@ -81,9 +81,10 @@ def count(
     # By class, as DeepSpeed does: fastmoco's convolutions are of one of their own, which it does not know.
     linear = [p for part in module.modules() if type(part) is nn.Linear for p in part.parameters(recurse=False)]
     query, key = (channels * times for channels, times in zip(_channels_of(module), module.passes, strict=True))
-    # A projector normalises each of the two views on its own, in both directions.
-    projectors = [2 * c for c in _channels(module.stage_loss)] if module.stage_loss else []
-    twice = 2 * len(projectors)
+    # A projector normalises each of the two views on its own, forward and backward, and once more the other way round.
+    views = 2 * max(loss.keys_per_pair, 1)
+    projectors = [views * c for c in _channels(module.stage_loss)] if module.stage_loss else []
+    twice = views * len(projectors)
     return Counts(
         rows=rows,
         trained=sum(p.numel() for p in trained.values()),
@@ -117,7 +118,7 @@ def _add_shared_losses(
     """Add what every process computes of the losses of all images, beyond those of its own `rows`."""
     together = world * rows
     if loss.barlow_correlation == "global" and loss.method == "barlow":
-        stages, d = len(loss.stages), loss.projector_width
+        stages, d = len(loss.stages) * max(loss.keys_per_pair, 1), loss.projector_width
         more = crosscorr_flops(stages, together, d) - crosscorr_flops(stages, rows, d)
         operations.add(more, 4 * stages * (together - rows) * d * BYTES[precision])
     if loss.barlow_correlation == "global" and loss.objective == "barlow-twins":

@@ -51,9 +51,11 @@ def memory(
     if loss.keys_per_pair:
         parts["queue"] = float(loss.queue_size * model.dim * (2 if loss.queue_dtype == "bf16" else wide))
     if loss.method == "barlow" and loss.barlow_correlation == "global" and world > 1:
-        rows = world * counts.rows
-        parts["gathered projections"] = float(
-            2 * len(loss.stages) * rows * (loss.projector_width * BYTES[precision] + rows * wide)
-        )
+        rows, sets = world * counts.rows, 2 * len(loss.stages) * max(loss.keys_per_pair, 1)
+        parts["gathered projections"] = float(sets * rows * (loss.projector_width * BYTES[precision] + rows * wide))
+    shared = loss.objective in ("simclr", "supcon") or loss.barlow_correlation == "global"
+    if not loss.keys_per_pair and shared and world > 1:
+        rows, views = world * counts.rows, 3 if loss.mix_weight else 2
+        parts["gathered embeddings"] = float(views * rows * (model.dim + rows) * wide)
     parts["context"] = float(CONTEXT)
     return parts

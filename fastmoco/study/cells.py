@@ -227,6 +227,8 @@ def _pretrain_settings(config: Config) -> dict[str, Any]:
     """What of a run's configuration its result depends on, as plain JSON."""
     plain = to_json(config)
     without = _NOT_OF_METHOD[config.loss.method] | NOT_SETTINGS
+    if config.loss.objective == "barlow-twins":
+        without -= _OF_BARLOW - {"projector_width"}
     groups = ("run", "views", "model", "loss", "optim")
     settings = {
         group: {k: v for k, v in plain[group].items() if k not in without and (k not in _LATER or v != _LATER[k])}

@@ -94,7 +94,11 @@ def check_pretrain(recipe: str, method: str, table: Mapping[str, Any], where: st
     config = find(recipe)(Path(), Path())
     # Before the two tables are one, so that a mistake is told with the table that it is in.
     _groups_of(config, _table_of(table, method, where), f"{where}: {method}")
-    apply(config, of_one(table, method, METHODS, where), where)
+    if apply(config, of_one(table, method, METHODS, where), where).loss.objective == "supcon":
+        raise UserError(
+            f"{where}: objective: supcon learns from all labels, so that a study's few would no longer be few; choose "
+            "another"
+        )
 
 
 def check_finetune(table: Mapping[str, Any], where: str) -> None:

@@ -10,11 +10,11 @@ import numpy as np
 
 from fastmoco.data.manifest import Manifest, load_manifest, refuse_inside
 from fastmoco.data.manifest_file import read_manifest_file, write_manifest
-from fastmoco.data.pairs import PairKind
 from fastmoco.data.quarantine import check_there
 from fastmoco.data.stage import stage
 from fastmoco.errors import UserError
 from fastmoco.train.checkpoint import Checkpoint
+from fastmoco.train.classes import names_of
 from fastmoco.train.config import Config
 
 MANIFEST = "manifest.csv"
@@ -55,11 +55,11 @@ def list_images(config: Config, manifest: Manifest, saved: Checkpoint | None) ->
 
 def refuse_others(config: Config, manifest: Manifest, saved: Checkpoint | None) -> None:
     """Raise UserError where `manifest` is not of the images that the run of `saved`, if any, began with."""
-    if saved is not None and saved.meta["data"] != fingerprint(manifest, config.data.pairs):
+    if saved is not None and saved.meta["data"] != fingerprint(manifest, config):
         raise UserError(
             f"--resume: the images under {config.data.data} are not those that the run in {config.run.out} "
-            "began with (files added, removed or of another size, or pairs of other patients); restore them or start "
-            "another run"
+            "began with (files added, removed or of another size, pairs of other patients, or other classes); restore "
+            "them or start another run"
         )
 
 
@@ -82,12 +82,15 @@ def root_of(manifest: Manifest) -> str:
     return str(manifest.root.resolve())
 
 
-def fingerprint(manifest: Manifest, pairs: PairKind = "image") -> str:
-    """A hash of the names and sizes of the images, in their order, and of their patients where these make the pairs."""
+def fingerprint(manifest: Manifest, config: Config | None = None) -> str:
+    """A hash of the names and sizes of the images, in their order, and, where a run of `config` learns from them, of
+    their patients, which make the pairs, or their classes."""
     digest = hashlib.sha256(json.dumps(manifest.files).encode())
     digest.update(np.ascontiguousarray(manifest.sizes).tobytes())
-    if pairs == "patient" and manifest.patients is not None:
+    if config is not None and config.data.pairs == "patient" and manifest.patients is not None:
         digest.update(json.dumps(manifest.patients.tolist()).encode())
+    if config is not None and config.loss.objective == "supcon":
+        digest.update(json.dumps(names_of(manifest).tolist()).encode())
     return digest.hexdigest()
 
 

@@ -86,7 +86,8 @@ class LossConfig:
             if not 0 <= value < math.inf:
                 raise UserError(f"{option} must be 0 or more, not {value}")
             if value and self.objective not in of:
-                raise UserError(f"{option} is for --objective {' or '.join(of)}, not {self.objective}: leave it out")
+                off = f"--no-{name}" if value is True else f"{option} 0"
+                raise UserError(f"{option} is for --objective {' or '.join(of)}, not {self.objective}: give {off}")
         if self.objective != "moco" and self.key_shuffle != "none":
             raise UserError(f"--key-shuffle: --objective {self.objective} has no key encoder; leave it at none")
         if not 0 <= self.ema <= 1:

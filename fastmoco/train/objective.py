@@ -148,7 +148,8 @@ class MomentumContrast(Objective):
         return Output(
             {name: (loss + back.losses[name]) / 2 for name, loss in there.losses.items()},
             there.query,
-            torch.cat([there.key, back.key]),
+            # Image after image, so that the keys of many processes, gathered, have the order of one's.
+            torch.stack([there.key, back.key], dim=1).flatten(0, 1),
             torch.cat([there.rank, back.rank]),
         )
 

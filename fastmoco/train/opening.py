@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -17,6 +16,7 @@ from fastmoco.errors import UserError
 from fastmoco.models.weights import initial_backbone
 from fastmoco.precision import default_precision
 from fastmoco.train.checkpoint import Checkpoint, Store
+from fastmoco.train.classes import describe_classes
 from fastmoco.train.config import Config
 from fastmoco.train.engines.make import engine_name
 from fastmoco.train.folder import BAD_FILES, write_description, writing
@@ -70,25 +70,6 @@ def initial_weights(world: World, config: Config, saved: Checkpoint | None) -> d
     return initial_backbone(config.model.init, config.model.arch)
 
 
-def classes(config: Config, manifest: Manifest) -> Tensor | None:
-    """The class (images,) int64 of every image by the first label, where the objective learns from it; else None.
-
-    Raises UserError where the images have no label, or all of them the same.
-    """
-    if config.loss.objective != "supcon":
-        return None
-    if not manifest.labels:
-        raise UserError(
-            "--objective supcon learns from labels and these images have none: give --labels FILE.csv --label COLUMN, "
-            "or put them into folders by class; or take --objective simclr"
-        )
-    name, values = next(iter(manifest.labels.items()))
-    found = np.unique(values[values >= 0])
-    if len(found) < 2:
-        raise UserError(f"--objective supcon: label {name!r} has {len(found)} class(es) here; it takes at least 2")
-    return torch.from_numpy(values)
-
-
 def refuse_single_images(world: World, config: Config, order: Order) -> None:
     """Raise UserError where BatchNorm has no variance: neither of one image's projection, nor of one 1 x 1 map."""
     needs_two = config.loss.method == "barlow" or config.loss.objective == "barlow-twins" or config.views.size <= 32
@@ -116,6 +97,13 @@ def describe(trainer: Trainer, manifest: Manifest, order: Order, plan: Plan, *, 
     )
     if order.pairs is not None:
         print(f"pairs from two images of a patient: {order.pairs.paired} of the images have another to go with")
+    if config.loss.method == "barlow" and config.loss.stage_weight > 0.01:
+        print(
+            f"warning: --stage-weight {config.loss.stage_weight:g} is for --method mse; of barlow the paper has 5e-5, "
+            "and 5e-4 goes with --barlow-scale 1 --barlow-off-diagonal 0.005"
+        )
+    if trainer.targets is not None:
+        print(describe_classes(manifest, trainer.targets))
     if config.model.norm == "frozen" and config.model.init is None:
         print("warning: --norm frozen without --init normalises nothing: its statistics are mean 0 and variance 1")
     if set_aside:

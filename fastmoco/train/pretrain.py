@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Iterable, Iterator
+from functools import partial
 from itertools import islice
 from pathlib import Path
 
@@ -23,13 +24,14 @@ from fastmoco.errors import UserError
 from fastmoco.models.weights import EXPORTED, save_encoder
 from fastmoco.train.alike import check_settings, check_start
 from fastmoco.train.checkpoint import Checkpoint, Store, non_finite
+from fastmoco.train.classes import classes
 from fastmoco.train.clock import Clock
 from fastmoco.train.config import Config
 from fastmoco.train.folder import BAD_FILES, find_checkpoint, writing
 from fastmoco.train.images import fingerprint, root_of, staged
 from fastmoco.train.metrics import Row
 from fastmoco.train.monitor import knn_row
-from fastmoco.train.opening import classes, describe, initial_weights, listed_images, refuse_single_images, resolve
+from fastmoco.train.opening import describe, initial_weights, listed_images, refuse_single_images, resolve
 from fastmoco.train.record import Record, make_record
 from fastmoco.train.schedules import learning_rate, plan
 from fastmoco.train.set_aside import SetAside
@@ -83,10 +85,8 @@ def _begin(world: World, config: Config, monitor: Monitor) -> _Run:
     # torch seeds each process at random.
     torch.manual_seed(run.seed)
     targets = everywhere(world, lambda: classes(config, manifest))
-    trainer = everywhere(
-        world,
-        lambda: Trainer(config, precision=run.precision, world=world, backbone=backbone, targets=targets),
-    )
+    make = partial(Trainer, config, precision=run.precision, world=world, backbone=backbone, targets=targets)
+    trainer = everywhere(world, make)
     return everywhere(
         world, lambda: _Run(config, store, manifest, trainer, saved, monitor, root=root_of(listed))
     )
@@ -121,7 +121,7 @@ class _Run:
         )  # fmt: skip
         self.plan = plan(config, self.order)
         refuse_single_images(world, config, self.order)
-        self.data = fingerprint(manifest, config.data.pairs)
+        self.data = fingerprint(manifest, config)
         self.start = 0
         # The newest step that the run folder holds a checkpoint of.
         self.saved_at: int | None = None

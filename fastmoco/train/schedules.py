@@ -45,7 +45,9 @@ def plan(config: Config, order: Order) -> Plan:
     warmup = round(optim.warmup_epochs * per_epoch / optim.accumulate)
     if warmup >= total > 1 and order.shard == 0:
         print(f"warning: all {total} steps are warm-up, so --lr {optim.lr:g} is never used in full")
-    if config.loss.queue_size > order.samples and total > per_epoch // optim.accumulate and order.shard == 0:
+    keys = config.loss.keys_per_pair
+    held = config.loss.queue_size // keys if keys else 0
+    if held > order.samples and total > per_epoch // optim.accumulate and order.shard == 0:
         print(
             f"warning: the queue of {config.loss.queue_size:,} keys is longer than the {order.samples:,} images, so "
             "that an image's own old keys are always among its negatives: choose a --queue-size below that"

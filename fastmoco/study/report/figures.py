@@ -10,6 +10,7 @@ from fastmoco.study.report.gather import BASELINES, FULL, Findings
 from fastmoco.study.report.statistics import Statistics
 from fastmoco.study.report.words import share
 from fastmoco.study.work.similarity import STAGES
+from fastmoco.train.curves import LOSS_TITLES
 
 _AUC = "test AUC"
 
@@ -79,11 +80,8 @@ def training(found: Findings) -> list[Block]:
         if record["settings"]["seed"] != seed:
             continue
         rows = record["result"]["curve"]
-        for name, title in (
-            ("infonce", "InfoNCE"),
-            ("top1", "key found first"),
-            ("embedding_std", "spread (0: collapse)"),
-        ):
+        own = [(name, title) for name, title in LOSS_TITLES.items() if name in rows[0]]
+        for name, title in (*own, ("top1", "key found first"), ("embedding_std", "spread (0: collapse)")):
             panels.setdefault(title, []).append(_curve(record["settings"]["method"], rows, "epoch", name))
         stages = [name for name in STAGES if name in rows[0]]
         if stages:

@@ -11,12 +11,13 @@ from fastmoco.study.cells import pretrain_config
 from fastmoco.study.work.context import Context, listed_for_pretraining
 from fastmoco.study.work.encoders import encoder_file, file_hash, keep_query, run_folder
 from fastmoco.study.work.spent import METRICS
+from fastmoco.train.curves import LOSS_TITLES
 from fastmoco.train.metrics import Row, read_rows
 from fastmoco.train.pretrain import pretrain
 
 _POINTS = 100
 _PLACES = 7
-_CURVES = ("loss", "infonce", "stage1", "stage2", "stage3", "stage4", "top1", "top5", "embedding_std")
+_CURVES = ("loss", *LOSS_TITLES, *(f"stage{s}" for s in range(1, 5)), "top1", "top5", "embedding_std")
 
 
 def run(cell: Cell, context: Context, needed: dict[str, Cell]) -> dict[str, Any]:
