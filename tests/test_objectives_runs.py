@@ -101,10 +101,10 @@ def test_a_run_trains_and_its_encoder_loads(name: str, tmp_path: Path) -> None:
 
 def test_classes_are_numbered_by_what_is_there_the_same_for_all_who_read_the_list(tmp_path: Path) -> None:
     names = np.array(["b", "a", "c", "b", "", "c"])
-    sizes = np.full((6, 2), 40)
+    sizes = np.full((6, 2), 40, dtype=np.int32)
     _, numbers = np.unique(names, return_inverse=True)
     listed = Manifest(
-        root=tmp_path, files=[f"{i}.png" for i in range(6)], sizes=sizes, labels={"kind": numbers},
+        root=tmp_path, files=[f"{i}.png" for i in range(6)], sizes=sizes, stamps=sizes, labels={"kind": numbers},
         class_names={"kind": ["", "a", "b", "c"]}, splits=np.array(["t", "x", "t", "t", "t", "t"]),
     )  # fmt: skip
     config = config_of("supcon", tmp_path)
