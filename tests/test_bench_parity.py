@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from bench import parity
 from bench.harness import Missing
-from bench.parity import CHECKS, COLUMNS, LIMIT, ParityArgs, main, row
+from bench.parity import CHECKS, COLUMNS, LIMIT, ParityArgs, difference, main, row
 from bench.timing import cell, save
 
 
@@ -37,6 +39,22 @@ def test_what_differs_is_said(
     monkeypatch.setattr(parity, "CHECKS", (wrong,))
     assert main(ParityArgs(out=tmp_path / "x.md")) == 1
     assert "ops.crosscorr" in (said := capsys.readouterr().out) and "DIFFERS" in said
+
+
+@pytest.mark.parametrize("number", [math.nan, math.inf])
+def test_what_is_not_finite_differs_infinitely(number: float) -> None:
+    right, wrong = torch.ones(2, 3), torch.ones(2, 3)
+    wrong[1, 2] = number
+    # `max` passes over a NaN that does not stand first.
+    for found, expected in (([right, wrong], [right, right]), ([right, right], [right, wrong])):
+        assert difference(found, expected) == math.inf
+
+
+def test_a_gradient_that_is_not_finite_does_not_hold() -> None:
+    check = next(check for check in CHECKS if check.ours == "ops.crosscorr")
+    # The root of 0 adds nothing to the value, and NaN to the gradient.
+    line = row(replace(check, own=lambda a, b: check.own(a, b) + (b - b.detach()).sum().sqrt()))
+    assert line["value"] <= LIMIT and line["gradient"] == math.inf and line["holds"] is False
 
 
 def test_a_peer_that_is_not_there_is_named() -> None:
