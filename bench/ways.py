@@ -99,7 +99,7 @@ class Way:
 
 EAGER, LIGHTLY, OURS = "eager reference, torchvision PIL", "lightly's example", "fastmoco"
 # For fairness: as EAGER is used, it loads slowly where a processor multiplies denormals slowly.
-FLUSHED = f"{EAGER}, denormals flushed"
+FLUSHED = "eager reference, denormals flushed"
 WAYS = {
     EAGER: Way(eager_steps, "torchvision, PIL"),
     FLUSHED: Way(eager_steps, "torchvision, PIL, denormals flushed"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import replace
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ import torch
 from bench import parity
 from bench.harness import Missing
 from bench.parity import CHECKS, COLUMNS, LIMIT, ParityArgs, difference, main, row
-from bench.timing import cell, save
+from bench.timing import cell, environment, save
 
 
 def test_every_operation_is_its_peers(tmp_path: Path) -> None:
@@ -71,6 +72,17 @@ def test_rows_say_where_they_are_from(tmp_path: Path) -> None:
     save([{"device": "cpu", "value": 1.0}, own], tmp_path / "x.md", title="t", command="c", columns=["value"])
     first, second = json.loads((tmp_path / "x.json").read_text())
     assert first.keys() >= {"processor", "threads", "load_1min", "torch", "fastmoco", "time"} and second == own
+
+
+def test_versions_are_those_installed_imported_or_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    def version(name: str) -> str:
+        if name == "triton":
+            raise metadata.PackageNotFoundError(name)
+        return f"{name} 9.9"
+
+    monkeypatch.setattr(metadata, "version", version)
+    where = environment()
+    assert where["lightly"] == "lightly 9.9" and "triton" not in where and where["torch"] == torch.__version__
 
 
 @pytest.mark.parametrize(
