@@ -35,7 +35,7 @@ lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-# On two cores that do nothing else less than ten minutes, and half an hour; the page is $(BENCH)/README.md.
+# On two cores that do nothing else about ten minutes, and half an hour; the page is $(BENCH)/README.md.
 bench: BENCH ?= build/bench
 bench: $(STAMP)
 	@$(BIN)/python -m bench.suite --out $(BENCH)

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import math
 import random
 import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import numpy as np
@@ -17,7 +15,8 @@ import torch
 import tyro
 
 from bench.example import LOADING, OURS, PARTS, Example, Laps, lightlys
-from bench.step import LOSS_TOLERANCE
+from bench.loaders import endless
+from bench.step import FLOAT32_TOLERANCE, LOSS_TOLERANCE, PLAIN, Variant, as_run
 from bench.timing import environment, save
 from fastmoco.adapters.loader import PairLoader
 from fastmoco.errors import UserError
@@ -31,6 +30,11 @@ class Change:
     loading: bool = False
     arithmetic: bool = False
 
+    @property
+    def variant(self) -> Variant:
+        """The arithmetic of the backbone."""
+        return as_run("cpu") if self.arithmetic else PLAIN
+
 
 LIGHTLY, ALL = "lightly", "our operations, loading and arithmetic"
 # Each has the changes of those before it.
@@ -42,8 +46,10 @@ VARIANTS = {
 }
 # Times as fast as lightly's loop that is asked for of all changes together.
 TARGET = 2.0
-COLUMNS = ["implementation", "pairs_per_s", "slow_pairs_per_s", "fast_pairs_per_s", "ratio", "gain", "step", *PARTS]
-COLUMNS += ["loss_error"]
+# At the start of a turn, so that what was loaded ahead during others' turns is used up.
+UNTIMED = 2
+COLUMNS = ["implementation", "precision", "pairs_per_s", "slow_pairs_per_s", "fast_pairs_per_s"]
+COLUMNS += ["ratio", "ratio_low", "ratio_high", "gain", "step", *PARTS, "loss_error"]
 BANK, TEMPERATURE, MOMENTUM, LR = 4096, 0.1, 0.99, 0.06
 
 
@@ -65,10 +71,10 @@ class LoopArgs:
 
 @dataclass(kw_only=True)
 class DropInArgs(LoopArgs):
-    """Train by turns with lightly's parts and with ours, on the same images; the first steps of each are left out."""
+    """Train by turns with lightly's parts and with ours, on the same images."""
 
     steps: int = 6
-    """Steps in a turn."""
+    """Timed steps in a turn."""
     turns: int = 4
     """Turns of each."""
     out: Path = Path("docs/results/dropin.md")
@@ -76,7 +82,7 @@ class DropInArgs(LoopArgs):
 
 
 class Loop:
-    """A training that goes on a few steps at a time: its losses, seconds of each timed turn, and of each part of them.
+    """A training that goes on a few steps at a time: its losses, seconds of each turn, and of each part of them.
 
     `seed` decides weights, negatives, order and views. `normalize`: whether lightly's transforms end with ImageNet's
     mean and deviation, as they do by default; ours leave values in [0, 1].
@@ -101,40 +107,32 @@ class Loop:
         self.laps = Laps()
         self._batches = _endless(_our_loader(args, seed) if change.loading else _lightly_loader(args, normalize))
 
-    def steps(self, count: int) -> None:
+    def steps(self, count: int, laps: Laps | None = None) -> None:
         """Do `count` steps."""
+        laps = laps or Laps()
         for _ in range(count):
-            self.laps.start()
+            laps.start()
             (x0, x1), _, _ = next(self._batches)
-            self.laps.end(LOADING)
-            self.losses.append(float(self.example.step(x0, x1, self.laps)))
+            laps.end(LOADING)
+            self.losses.append(float(self.example.step(x0, x1, laps)))
 
-    def turn(self, count: int, *, timed: bool) -> None:
-        """Do `count` steps; unless `timed`, whatever they took is forgotten."""
+    def turn(self, count: int) -> None:
+        """Do UNTIMED steps, and `count` that are timed."""
+        self.steps(UNTIMED)
         start = time.perf_counter()
-        self.steps(count)
-        if timed:
-            self.seconds.append(time.perf_counter() - start)
-        else:
-            self.laps = Laps()
+        self.steps(count, self.laps)
+        self.seconds.append(time.perf_counter() - start)
 
 
 def _lightly_loader(args: LoopArgs, normalize: bool) -> Any:
-    """lightly's dataset and MoCo v2 transforms, in torch's loader: as its example has them."""
+    """lightly's dataset and MoCo v2 transforms, in torch's loader: as its example has them, but that no epoch ends."""
     from lightly.data import LightlyDataset
     from lightly.transforms import MoCoV2Transform
     from lightly.transforms.utils import IMAGENET_NORMALIZE
 
     transform = MoCoV2Transform(input_size=args.size, normalize=IMAGENET_NORMALIZE if normalize else None)
     dataset = LightlyDataset(str(args.data), transform=transform)
-    return torch.utils.data.DataLoader(
-        dataset,
-        batch_size=args.batch_size,
-        shuffle=True,
-        drop_last=True,
-        num_workers=args.workers,
-        persistent_workers=args.workers > 0,
-    )
+    return endless(dataset, args.batch_size, args.workers)
 
 
 def _our_loader(args: LoopArgs, seed: int) -> PairLoader:
@@ -155,20 +153,26 @@ def first_losses(loops: dict[str, Loop], args: LoopArgs) -> dict[str, float]:
     losses = {name: float(loop.example.backward(x0, x1)) for name, loop in loops.items()}
     errors = {name: abs(loss - losses[LIGHTLY]) / abs(losses[LIGHTLY]) for name, loss in losses.items()}
     for name, error in errors.items():
-        verdict = "" if error <= LOSS_TOLERANCE else ": PARITY FAILS, no speed is shown"
-        print(f"first loss, {name}: {losses[name]:.6f}, off by {error:.1e} (limit {LOSS_TOLERANCE:g}){verdict}")
+        limit = VARIANTS[name].variant.tolerance
+        verdict = "" if error <= limit else ": PARITY FAILS, no speed is shown"
+        print(f"first loss, {name}: {losses[name]:.6f}, off by {error:.1e} (limit {limit:g}){verdict}")
     return errors
 
 
-def described(loop: Loop, args: DropInArgs) -> dict[str, Any]:
-    """Pairs a second, and milliseconds and share of each part of a step."""
-    speeds = [args.steps * args.batch_size / seconds for seconds in loop.seconds]
+def described(loop: Loop, base: Loop, args: DropInArgs) -> dict[str, Any]:
+    """Pairs a second, times as fast as `base` in turns of the same round, and milliseconds and share of each part of a
+    step."""
+    slow, speed, fast = np.percentile([args.steps * args.batch_size / spent for spent in loop.seconds], (20, 50, 80))
+    ratios = [theirs / own for theirs, own in zip(base.seconds, loop.seconds, strict=True)]
     count, whole = args.steps * args.turns, sum(loop.seconds)
     parts = {part: {"ms": 1e3 * spent / count, "share": spent / whole} for part, spent in loop.laps.seconds.items()}
     return {
-        "pairs_per_s": median(speeds),
-        "slow_pairs_per_s": min(speeds),
-        "fast_pairs_per_s": max(speeds),
+        "pairs_per_s": float(speed),
+        "slow_pairs_per_s": float(slow),
+        "fast_pairs_per_s": float(fast),
+        "ratio": float(np.median(ratios)),
+        "ratio_low": min(ratios),
+        "ratio_high": max(ratios),
         "step": f"{1e3 * whole / count:.0f} ms",
         **{part: f"{of['ms']:.0f} ms, {of['share']:.0%}" for part, of in parts.items()},
         "parts": parts,
@@ -180,21 +184,21 @@ def main(args: DropInArgs) -> int:
     """Train by turns, print and write the table; status 1 where a first loss disagrees."""
     loops = {name: Loop(args, change) for name, change in VARIANTS.items()}
     errors = first_losses(loops, args)
-    for name in [name for name, error in errors.items() if not error <= LOSS_TOLERANCE]:
+    for name in [name for name, error in errors.items() if not error <= VARIANTS[name].variant.tolerance]:
         del loops[name]
-    for number in range(args.turns + 1):
+    for _ in range(args.turns):
         for loop in loops.values():
-            loop.turn(args.steps, timed=number > 0)
+            loop.turn(args.steps)
     rows: list[dict[str, Any]] = []
     for name, error in errors.items():
         row: dict[str, Any] = {"op": "dropin", "implementation": name, "arch": args.arch, "size": args.size}
         row |= {"batch": args.batch_size, "workers": args.workers, "turns": args.turns, "loss_error": error}
-        rows.append(row | (described(loops[name], args) if name in loops else {}) | environment())
-    before = lightlys_speed = rows[0].get("pairs_per_s", math.nan)
+        row |= {"precision": str(VARIANTS[name].variant)}
+        rows.append(row | (described(loops[name], loops[LIGHTLY], args) if name in loops else {}) | environment())
+    before = 1.0
     for row in (row for row in rows if "pairs_per_s" in row):
-        row["ratio"], row["gain"] = row["pairs_per_s"] / lightlys_speed, row["pairs_per_s"] / before
-        before = row["pairs_per_s"]
-        print(f"{row['implementation']}: {before:.1f} pairs/s, {row['ratio']:.2f} times lightly's")
+        row["gain"], before = row["ratio"] / before, row["ratio"]
+        print(f"{row['implementation']}: {row['pairs_per_s']:.1f} pairs/s, {row['ratio']:.2f} times lightly's")
         print(f"  a step {row['step']}: " + "; ".join(f"{part} {row[part]}" for part in PARTS))
     verdict = judged(rows[-1].get("ratio"))
     print(verdict)
@@ -202,15 +206,26 @@ def main(args: DropInArgs) -> int:
         rows,
         args.out,
         title=f"lightly's MoCo loop, {args.arch}, {args.size} px, batches of {args.batch_size}",
-        command="python -m bench.dropin --data IMAGES",
+        command=command("dropin", args),
         columns=COLUMNS,
-        note=f"{verdict}\n\nBy turns of {args.steps} steps; the median, the slowest and the fastest of {args.turns}. "
-        "ratio: times as fast as lightly; gain: as the row above, which is one change less. A step and its parts: "
-        "milliseconds, and share of the step. loading is the time spent waiting for images: what loads meanwhile takes "
-        "processor time from the other parts, and goes on for a few batches while others have their turn. loss_error: "
-        f"relative difference of the first loss of the same views from lightly's (limit {LOSS_TOLERANCE:g}).",
+        note=f"{verdict}\n\n"
+        f"By turns of {UNTIMED} untimed and {args.steps} timed steps; slow and fast are the 20th and the "
+        f"80th percentile of {args.turns}. precision: of the backbones; lightly's example is float32, ours bfloat16 "
+        "where the processor has it. ratio: times as fast as lightly in the turn of the same round, the median, the "
+        "lowest and the highest; gain: the ratio over that of the row above, which is one change less. A step and its "
+        "parts: milliseconds, and share of the step. loading is the time spent waiting for images: what loads "
+        "meanwhile takes processor time from the other parts, and goes on for a few batches while others have their "
+        "turn. Our loader starts each epoch anew, lightly's has no end. loss_error: relative difference of the first "
+        "loss of the same views from lightly's "
+        f"(limit {FLOAT32_TOLERANCE:g} in float32, {LOSS_TOLERANCE:g} in bfloat16).",
     )
     return 1 if any("pairs_per_s" not in row for row in rows) else 0
+
+
+def command(module: str, args: LoopArgs) -> str:
+    """What was run, with every option that it had but the names of the user's folders."""
+    options = {name.replace("_", "-"): value for name, value in vars(args).items() if name not in ("data", "out")}
+    return " ".join([f"python -m bench.{module} --data IMAGES", *(f"--{name} {options[name]}" for name in options)])
 
 
 def judged(ratio: float | None) -> str:

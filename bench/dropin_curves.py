@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,16 +10,17 @@ from typing import Any
 import numpy as np
 import tyro
 
-from bench.dropin import ALL, LIGHTLY, VARIANTS, Loop, LoopArgs
+from bench.dropin import ALL, LIGHTLY, VARIANTS, Loop, LoopArgs, command
 from bench.plot import save_curves
 from bench.timing import environment, save
 from fastmoco.errors import UserError
 
 # As it is, with its imports changed, and with all three lines changed.
 COMPARED = (LIGHTLY, "our operations", ALL)
-# Standard deviations of the seeds within which means count as the same.
+# Standard deviations of lightly's own seeds within which means count as the same.
 DEVIATIONS = 2.0
 COLUMNS = ["implementation", "seeds", "steps", "loss_at_end", "deviation", "difference", "limit", "within"]
+COLUMNS += ["by_seed"]
 
 
 @dataclass(kw_only=True)
@@ -35,23 +35,25 @@ class CurvesArgs(LoopArgs):
     """Markdown file to write; a JSON file and a plot of the same name are put beside it."""
 
 
-def verdict(ours: np.ndarray, theirs: np.ndarray) -> dict[str, float | bool]:
+def verdict(ours: np.ndarray, theirs: np.ndarray) -> dict[str, Any]:
     """Whether curves (seeds, steps) end as others do: their mean losses over the last third of the steps.
 
-    `difference`: of the two means over the seeds. `limit`: DEVIATIONS times the pooled standard deviation of the seeds,
-    the root of the mean of both variances (n - 1 in the divisor). `within`: whether the difference is finite and no
-    larger. `loss_at_end` and `deviation` are those of `ours` alone.
+    `difference`: of the two means over the seeds. `limit`: DEVIATIONS times the standard deviation of `theirs` over the
+    seeds (n - 1 in the divisor), so that a spread of ours does not widen it. `within`: whether the difference is finite
+    and no larger. `differences`: of the same seed, seed by seed; `by_seed` says them. `loss_at_end` and `deviation` are
+    those of `ours` alone.
     """
-    ends = [curves[:, -(curves.shape[1] // 3) :].mean(1) for curves in (ours, theirs)]
-    variances = [float(end.var(ddof=1)) for end in ends]
-    difference = float(ends[0].mean() - ends[1].mean())
-    limit = DEVIATIONS * math.sqrt(sum(variances) / 2)
+    own, other = (curves[:, -(curves.shape[1] // 3) :].mean(1) for curves in (ours, theirs))
+    difference, limit = float(own.mean() - other.mean()), DEVIATIONS * float(other.std(ddof=1))
+    differences = (own - other).tolist()
     return {
-        "loss_at_end": float(ends[0].mean()),
-        "deviation": math.sqrt(variances[0]),
+        "loss_at_end": float(own.mean()),
+        "deviation": float(own.std(ddof=1)),
         "difference": difference,
         "limit": limit,
         "within": bool(abs(difference) <= limit),
+        "differences": differences,
+        "by_seed": ", ".join(f"{value:+.4f}" for value in differences),
     }
 
 
@@ -79,22 +81,22 @@ def main(args: CurvesArgs) -> int:
         row |= verdict(curves[name], curves[LIGHTLY]) | {"losses": losses}
         rows.append(row | environment())
     same = all(row["within"] for row in rows)
-    said = "The losses agree within the spread of the seeds." if same else "The losses DO NOT AGREE within the spread."
+    said = f"The losses {'agree' if same else 'DO NOT AGREE'} within the spread of lightly's seeds."
     for row in rows[1:]:
         found = f"differs by {row['difference']:+.4f} from lightly's, limit {row['limit']:.4f}"
         print(f"{row['implementation']}: mean loss of the last third {row['loss_at_end']:.4f} {found}")
+        print(f"  by seed: {row['by_seed']}")
     print(said)
     save(
         rows,
         args.out,
         title=f"Loss curves of lightly's MoCo loop, {args.arch}, {args.size} px, batches of {args.batch_size}",
-        command=f"python -m bench.dropin_curves --data IMAGES --arch {args.arch} --seeds {args.seeds} "
-        f"--steps {args.steps}",
+        command=command("dropin_curves", args),
         columns=COLUMNS,
         note=f"{said}\n\nloss_at_end: mean loss of the last third of the steps, averaged over the seeds; deviation: "
-        f"of the seeds' own. limit: {DEVIATIONS:g} times the standard deviation of the seeds, pooled over lightly's "
-        "and the row's. A seed decides weights, negatives, order and views. lightly's transforms leave out "
-        "ImageNet's normalisation here, so that all views lie in [0, 1].",
+        f"of the seeds' own. limit: {DEVIATIONS:g} times lightly's standard deviation over the seeds. by_seed: the "
+        "differences from lightly of the same seed. A seed decides weights, negatives, order and views. lightly's "
+        "transforms leave out ImageNet's normalisation here, so that all views lie in [0, 1].",
     )
     print(save_curves(curves, args.out.with_suffix(".png"), title="Loss: mean over seeds, standard deviation shaded"))
     return 0 if same else 1

@@ -10,12 +10,10 @@ installed (lightning, pandas, timm with huggingface_hub). What is missing has a 
 from __future__ import annotations
 
 import json
-import math
 import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +22,6 @@ import torch
 import torchvision
 import tyro
 from safetensors.torch import load_file
-from torch import Tensor
 
 from bench.foreign_parts import NAMED, TIMM, features, installed, shaken
 from bench.foreign_peers import PEERS
@@ -57,13 +54,6 @@ class ForeignArgs:
     """Libraries to take."""
 
 
-def apart(found: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
-    """The largest difference, each tensor's as a share of the largest number expected in it; infinite where a number of
-    either is not finite."""
-    finite = all(bool(tensor.isfinite().all()) for tensor in (*found, *expected))
-    return difference(found, expected) if finite else math.inf
-
-
 def theirs_here(name: str, peers: Path) -> list[dict[str, Any]]:
     """A line for each file that the library `name` wrote; one with a note alone where it is not there or failed."""
     with tempfile.TemporaryDirectory() as folder:
@@ -94,7 +84,7 @@ def read(name: str, made: dict[str, Any], folder: Path) -> dict[str, Any]:
     with torch.no_grad():
         found = encoder(made["images"])
     own = [*found.stages, found.embedding]
-    query, *key = (apart(own, expected) for expected in made["features"])
+    query, *key = (difference(own, expected) for expected in made["features"])
     line |= {"arch": encoder.arch, "keys read": f"{len(query_backbone(state, file))} of {len(state)}"}
     line |= {"difference": query, "key encoder": key[0] if key else None}
     # Were the key encoder as near, nothing would say which of the two was read.
@@ -119,6 +109,7 @@ def _exported(arch: str, reader: str) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder, torch.no_grad():
         file = Path(folder) / EXPORTED
         save_encoder(file, encoder.eval(), {})
+        exported = load_file(file)
         if reader == "timm":
             from timm import create_model
 
@@ -126,11 +117,11 @@ def _exported(arch: str, reader: str) -> dict[str, Any]:
         else:
             model, parts = torchvision.models.get_model(arch, weights=None), NAMED
             model.fc = torch.nn.Identity()
-            model.load_state_dict(load_file(file))
+            model.load_state_dict(exported)
         wanted = encoder(images)
-    value = apart(features(model, parts, images), [*wanted.stages, wanted.embedding])
-    keys = len(model.state_dict())
-    return line | {"keys read": f"{keys} of {keys}", "difference": value, "holds": value <= LIMIT}
+    value = difference(features(model, parts, images), [*wanted.stages, wanted.embedding])
+    read = len(model.state_dict().keys() & exported.keys())
+    return line | {"keys read": f"{read} of {len(exported)}", "difference": value, "holds": value <= LIMIT}
 
 
 def _line(reader: str, peer: str) -> dict[str, Any]:
@@ -156,8 +147,8 @@ def main(args: ForeignArgs) -> int:
         columns=COLUMNS,
         note="difference: the largest of the four stages and the pooled feature, each as a share of its largest "
         "number, in evaluation mode on random images, after training steps on random pictures and noise on the "
-        "weights; limit 1e-5. key encoder: the same difference to the momentum network in the same file, which must "
-        "not be the one that is read. A dash: none, or not here.",
+        f"weights; limit {LIMIT:g}. key encoder: the same difference to the momentum network in the same file, which "
+        "must not be the one that is read. A dash: none, or not here.",
     )
     return int(any(line["holds"] is False for line in rows))
 

@@ -171,7 +171,8 @@ def of_solo_learn(peers: Path) -> Iterator[Made]:
 def of_paper(peers: Path) -> Iterator[Made]:
     folder = peers / "intermdiate_layer_matter_ssl"
     number = commit(folder)
-    installed("pandas"), installed("pytorch-lightning")
+    installed("pandas")
+    lightning_version = installed("pytorch-lightning")
     sys.path.insert(0, str(folder / "breast_cancer_histopathology"))
     lightning: Any = importlib.import_module("pytorch_lightning")
     # Names that its modules import from Lightning 1.1 and lightning-bolts; of them one is called.
@@ -205,8 +206,8 @@ def of_paper(peers: Path) -> Iterator[Made]:
         )
         trainer.use_ddp = trainer.use_ddp2 = False
         trainer.fit(model, data)
-        note = "Lightning 2.6 for 1.1; lightning-bolts, which only scores there, left out; no validation; "
-        note += "learning rate 1e-4"
+        note = f"Lightning {lightning_version} for 1.1; lightning-bolts, which only scores there, left out; "
+        note += "no validation; learning rate 1e-4"
         yield Made(
             Path(saving.best_model_path), number, f"ssl_mocov2_{kind}.py", model.encoder_q, model.encoder_k, note=note
         )

@@ -157,17 +157,15 @@ def _worked(
     worker_init: Callable[[int], None] | None = None,
 ) -> Iterator[Iterator[Pair]]:
     """`dataset` in torch's DataLoader with worker processes; without end."""
-    sampler = RandomSampler(dataset, replacement=True, num_samples=_ENDLESS)  # type: ignore[arg-type]
-    loader = DataLoader(
-        dataset,
-        batch_size=setting.batch_size,
-        sampler=sampler,
-        drop_last=True,
-        num_workers=setting.workers,
-        worker_init_fn=worker_init,
-        pin_memory=setting.device != "cpu",
+    batches = iter(
+        endless(
+            dataset,
+            setting.batch_size,
+            setting.workers,
+            worker_init_fn=worker_init,
+            pin_memory=setting.device != "cpu",
+        )
     )
-    batches = iter(loader)
 
     def pairs() -> Iterator[Pair]:
         for batch in batches:
@@ -175,6 +173,13 @@ def _worked(
             yield q.to(setting.device, non_blocking=True), k.to(setting.device, non_blocking=True)
 
     yield pairs()
+
+
+def endless(dataset: Dataset[Any], batch_size: int, workers: int, **options: Any) -> DataLoader[Any]:
+    """torch's DataLoader over epoch after epoch in random order, of which it knows nothing: no batch waits for workers
+    that start anew."""
+    sampler = RandomSampler(dataset, num_samples=_ENDLESS)  # type: ignore[arg-type]
+    return DataLoader(dataset, batch_size=batch_size, sampler=sampler, drop_last=True, num_workers=workers, **options)
 
 
 def _flush_denormals(_: int) -> None:

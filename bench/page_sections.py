@@ -50,9 +50,10 @@ SECTIONS = (
         "Share of the roofline",
         page_lines.OPERATIONS,
         "The floor is the slower of the fewest bytes at the rate of a copy and the products at the rate of large "
-        "square ones, both measured in the same run; the share is the floor's of the time. It is above 100 where "
-        "data stays in a cache or is read more than written, as a copy does as much of both. `python -m "
-        "bench.roofline` measures this alone.",
+        "square ones, to which on CPUs the exponentials are added at their own rate, all measured in the same run; the "
+        "share is the floor's of the time. A copy counts as read and write of two places, so it is above 100 where "
+        "data stays in a cache, is updated in place or is read more than written. `python -m bench.roofline` measures "
+        "this alone.",
         ("operation", "sizes", "floor, ms", "ms", "share, %", "bound by"),
         page_lines.shares,
     ),
@@ -60,7 +61,7 @@ SECTIONS = (
         "What the machine can do",
         page_lines.OPERATIONS,
         "The rates that these floors are from.",
-        ("measured", "products float32, GFLOP/s", "products bfloat16, GFLOP/s", "copy, GB/s"),
+        ("measured", "products float32, GFLOP/s", "products bfloat16, GFLOP/s", "copy, GB/s", "exponentials, G/s"),
         page_lines.rates,
     ),
     Section(
@@ -74,14 +75,18 @@ SECTIONS = (
         "Loading",
         ("data",),
         "Pairs of MoCo v2's views of 224 pixels from JPEGs of 512: times as fast as torchvision's transforms of PIL "
-        "images, processor time and memory with all workers, seconds to the first batch.",
+        "images, processor time and memory with all workers, seconds to the first batch. The weights of torchvision's "
+        "blur are in part denormal, which some processors multiply a hundred times as slowly; with denormals flushed, "
+        "which nobody's example does, its speed is a row of its own.",
         ("loader", "pairs/s", "torchvision, PIL", "CPU ms a pair", "MB", "first batch, s"),
         page_lines.loading,
     ),
     Section(
         "A training step",
         ("step",),
-        "Both forwards, backward, SGD, moving average and queue of the paper's Barlow method, ResNet-50 at 64 pixels.",
+        "Both forwards, backward, SGD, moving average and queue of the paper's Barlow method, ResNet-50 at 64 pixels; "
+        "the paper's in float32 as its code has it, ours in bfloat16 where the processor has it, and in float32 beside "
+        "it.",
         ("step", "ms", "pairs/s", "times as fast", "first loss off by"),
         page_lines.step,
     ),
@@ -89,15 +94,18 @@ SECTIONS = (
         "From files to updated weights: speed, processor time and memory",
         ("e2e",),
         "Loader and training at work at once: times as fast as an eager reference, the paper's step fed by "
-        "torchvision's PIL pipeline, and as lightly's example; processor time and memory of each with all that it "
-        "started.",
-        ("encoder", "implementation", "pairs/s", "eager", "lightly", "CPU ms a pair", "MB"),
+        "torchvision's PIL pipeline, as the same with denormals flushed, and as lightly's example; processor time and "
+        "memory of each with all that it started. fastmoco trains channels-last in bfloat16 where the processor has "
+        "it, the others in float32 as their examples do. The eager reference is slow here in part for denormal weights "
+        "of torchvision's blur: the ratio to it with denormals flushed stands beside, targets are to it as it is used.",
+        ("encoder", "implementation", "pairs/s", "eager", "eager, flushed", "lightly", "CPU ms a pair", "MB"),
         page_lines.end_to_end,
     ),
     Section(
         "lightly's loop with our parts",
         ("dropin",),
-        "lightly's own MoCo loop, as it is and with a few lines changed ([adapters](../../docs/adapters.md)).",
+        "lightly's own MoCo loop, as it is and with a few lines changed ([adapters](../../docs/adapters.md)): float32, "
+        "but bfloat16 with our arithmetic where the processor has it.",
         ("loop", "pairs/s", "times as fast"),
         page_lines.drop_in,
     ),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -53,7 +54,10 @@ class ParityArgs:
 
 
 def difference(found: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
-    """The largest, each tensor's as a share of the largest number expected in it."""
+    """The largest, each tensor's as a share of the largest number expected in it; infinite where a number of either is
+    not finite."""
+    if not all(bool(tensor.isfinite().all()) for tensor in (*found, *expected)):
+        return math.inf
     return max(float((a - b).abs().max()) / (float(b.abs().max()) or 1.0) for a, b in zip(found, expected, strict=True))
 
 

@@ -40,11 +40,12 @@ def restart_peak() -> None:
 def peak_bytes() -> int:
     """The most memory in use at once since `restart_peak`, by the kernel's own count, which disturbs nothing.
 
-    The sum, over this process and its descendants, of each one's greatest resident set (VmHWM), where a page that n
-    processes share, as they do now, counts once among them: every worker of a forked pool would otherwise count the
-    libraries again. An upper bound, as the processes' peaks need not fall together.
+    This process's greatest resident set (VmHWM), libraries included, and of each descendant what it has for itself
+    (Private_Clean, Private_Dirty) and what it had freed since its own peak (VmHWM - VmRSS): a worker of a forked pool
+    shares its libraries with this process, which counts them. What other processes map makes no difference. An upper
+    bound but for what descendants share with each other alone, as the processes' peaks need not fall together.
     """
-    return sum(_peak_bytes(pid) for pid in (os.getpid(), *descendants()))
+    return _kilobytes(f"/proc/{os.getpid()}/status").get("VmHWM", 0) * 1024 + sum(map(_own_peak_bytes, descendants()))
 
 
 def _cpu_ticks(pid: int) -> int:
@@ -57,10 +58,10 @@ def _cpu_ticks(pid: int) -> int:
     return sum(int(field) for field in stat.rpartition(")")[2].split()[11:15])
 
 
-def _peak_bytes(pid: int) -> int:
+def _own_peak_bytes(pid: int) -> int:
     rollup, status = _kilobytes(f"/proc/{pid}/smaps_rollup"), _kilobytes(f"/proc/{pid}/status")
-    resident, own = rollup.get("Rss", 0), rollup.get("Pss", 0)
-    return (max(status.get("VmHWM", 0), resident) - resident + own) * 1024
+    own = rollup.get("Private_Clean", 0) + rollup.get("Private_Dirty", 0)
+    return (own + status.get("VmHWM", 0) - status.get("VmRSS", 0)) * 1024
 
 
 def _kilobytes(path: str) -> dict[str, int]:

@@ -52,13 +52,14 @@ class Machine:
         return max((memory, "memory"), (arithmetic, "arithmetic"))
 
     def rates(self) -> dict[str, float]:
-        """The measured rates as a row has them: GFLOP/s of products by dtype, GB/s read and written by a copy."""
+        """The rates as a row has them: GFLOP/s of products by dtype, GB/s read and written by a copy, and 10^9
+        exponentials a second, which of a GPU are its data sheet's."""
         products = {f"gemm_{dtype}_gflops": rate / 1e9 for dtype, rate in self.flops.items()}
-        return products | {"copy_gb_s": self.bytes / 1e9}
+        return products | {"copy_gb_s": self.bytes / 1e9, "exponentials_g_s": self.exponentials / 1e9}
 
     def __str__(self) -> str:
         products = ", ".join(f"{rate / 1e9:.0f} GFLOP/s {dtype}" for dtype, rate in self.flops.items())
-        return f"products {products}; copy {self.bytes / 1e9:.1f} GB/s"
+        return f"products {products}; copy {self.bytes / 1e9:.1f} GB/s; exponentials {self.exponentials / 1e9:.2g} G/s"
 
     def predicted(self, work: Work) -> float:
         """Seconds at the floor, every launch after the one before."""
@@ -68,7 +69,8 @@ class Machine:
 def share(floor: float | None, measured: float | None) -> float | None:
     """The per cent of the time `measured` that the floor is; None of what was not measured.
 
-    More than 100 where what is worked on stays in a cache, or is read more than written: a copy does as much of both.
+    More than 100 where what is worked on stays in a cache, is written where it was read (a copy, which the rate is of,
+    reads and writes at two places), or is read more than written: a copy does as much of both.
     """
     return 100 * floor / measured if floor and measured else None
 

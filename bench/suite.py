@@ -28,6 +28,8 @@ IMAGES = "IMAGES"
 RECORD = Path("logs", "suite.json")
 # A machine that is busy with other work takes longer; one that takes so many times as long measures nothing.
 PATIENCE = 10.0
+# What is said of `make bench`, in seconds.
+PROMISED = 600.0
 
 
 @dataclass(frozen=True)
@@ -50,14 +52,14 @@ class Part:
 
 PARTS = (
     Part("parity", "", "", (5, 5)),
-    Part("infonce", "--headline --seconds 1", "--seconds 2", (25, 110)),
-    Part("crosscorr", "--headline --seconds 1", "--seconds 2", (25, 110)),
-    Part("pooled_mse", "--headline --seconds 0.5", "--seconds 2", (20, 50)),
-    Part("ema", "--seconds 1", "--seconds 2", (16, 20)),
+    Part("infonce", "--device cpu --headline --seconds 1", "--device cpu --seconds 2", (25, 110)),
+    Part("crosscorr", "--device cpu --headline --seconds 1", "--device cpu --seconds 2", (25, 110)),
+    Part("pooled_mse", "--device cpu --headline --seconds 0.5", "--device cpu --seconds 2", (20, 50)),
+    Part("ema", "--device cpu --seconds 1", "--device cpu --seconds 2", (16, 20)),
     Part("views", "--drawn 4 --rounds 3", "", (35, 300)),
     Part("data", "--sets 1 --seconds 0.5 --rounds 2", "--seconds 1.5 --rounds 4", (75, 400)),
     Part("step", "--rounds 4", "", (30, 60)),
-    Part("e2e", "--sizes 64 --seconds 1 --rounds 2", "", (110, 360)),
+    Part("e2e", "--sizes 64 --seconds 1 --rounds 2", "", (140, 480)),
     Part("dropin", f"--data {IMAGES} --turns 3 --steps 4", f"--data {IMAGES}", (45, 80), needs=("lightly",)),
     Part("scaling", "--rounds 2", "", (60, 200)),
     Part("startup", "--images 1000 --rounds 2", "--rounds 5", (60, 150)),
@@ -69,7 +71,7 @@ class SuiteArgs:
     """Run every benchmark, then write the page; exit status 1 where one failed or the page's layout is another."""
 
     full: bool = False
-    """All sizes and repeats, some half an hour; without it less than ten minutes on two cores."""
+    """All sizes and repeats, some half an hour; without it about ten minutes on two cores."""
     out: Path = Path("build/bench")
     """Folder for the results, the page (README.md) and what each part printed (logs)."""
     parts: tuple[str, ...] = ()
@@ -159,6 +161,21 @@ def chosen(names: Sequence[str]) -> list[Part]:
     return parts
 
 
+def total(outcomes: Sequence[Outcome], *, full: bool) -> str:
+    """How long all took, and whether that is longer than is said of it."""
+    seconds = sum(outcome.seconds for outcome in outcomes)
+    said = f"measured in {minutes(seconds)}"
+    if full or seconds <= PROMISED:
+        return said
+    return f"{said}: LONGER than the {PROMISED / 60:.0f} minutes that it should take; is the machine busy?"
+
+
+def older(outcomes: Sequence[Outcome], out: Path) -> list[str]:
+    """The parts whose results in `out` are of an earlier run, as this one left them out."""
+    measured = {outcome.step for outcome in outcomes}
+    return [part.name for part in PARTS if part.name not in measured and (out / f"{part.name}.json").is_file()]
+
+
 def main(args: SuiteArgs) -> int:
     """Run the suite."""
     unknown = set(args.parts) - {part.name for part in PARTS}
@@ -172,6 +189,9 @@ def main(args: SuiteArgs) -> int:
         print(f"parity FAILED, so no speed is shown: {out / 'logs' / 'parity.log'}")
         return 1
     different = page.main(page.PageArgs(results=out))
+    print(total(outcomes, full=args.full))
+    if names := older(outcomes, out):
+        print(f"of an earlier run, not measured now: {', '.join(names)}")
     for name in failed:
         print(f"FAILED {name}: {out / 'logs' / f'{name}.log'}")
     return int(bool(failed or different))

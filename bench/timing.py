@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import functools
 import json
 import os
 import platform
-import sys
 import time
 from collections.abc import Callable, Mapping
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -71,9 +72,11 @@ def environment(device: str = "cpu") -> dict[str, Any]:
     if torch.device(device).type == "cuda":
         where |= {"gpu": torch.cuda.get_device_name(device), "cuda": torch.version.cuda}
     where |= {"load_1min": round(os.getloadavg()[0], 2), "python": platform.python_version()}
-    for name in ("torch", "triton", "lightly"):
-        if name in sys.modules:
-            where[name] = str(sys.modules[name].__version__)
+    where["torch"] = str(torch.__version__)
+    for name in ("triton", "lightly"):
+        # Imported or not: what was measured may have been in other processes.
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            where[name] = metadata.version(name)
     return where | {
         "fastmoco": __version__,
         "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 
 from bench.example import Example, lightlys
 from bench.loaders import LOADERS, Pair, Setting, fastmoco_loader
-from bench.step import StepArgs, Variant, build, build_paper
+from bench.step import PLAIN, StepArgs, Variant, as_run, build, build_paper
 from bench.turns import Missing, Turn, take_turn
 from fastmoco.data.dali import dali_installed
 from fastmoco.data.loader import Batch
-from fastmoco.precision import cpu_has_bf16
 
 # A step that changes the weights, and so little that none of the ways runs into other numbers than another.
 LR = 1e-4
@@ -23,7 +23,7 @@ Steps = tuple[Callable[[Pair], float], Callable[[Pair], object]]
 
 def eager_steps(args: StepArgs) -> Steps:
     """The paper's, `bench.paper`: eager, float32, NCHW, torch's SGD."""
-    trainer = build(args, Variant("fp32", channels_last=False))
+    trainer = build(args, PLAIN)
     paper, optim = build_paper(trainer), trainer.config.optim
     parameters = [p for module in (paper.query, *paper.projectors) for p in module.parameters()]
     sgd = torch.optim.SGD(parameters, lr=LR, momentum=optim.sgd_momentum, weight_decay=optim.weight_decay)
@@ -39,11 +39,11 @@ def eager_steps(args: StepArgs) -> Steps:
 
 
 def lightly_steps(args: StepArgs) -> Steps:
-    """lightly's example, of the same weights, negatives and constants; its SGD is plain, as it has it.
+    """lightly's example, of the same weights, negatives and constants; its SGD has neither momentum nor weight decay.
 
     Raises Missing where lightly is not installed, and for a method with stage losses, which it has not.
     """
-    trainer = build(args, Variant("fp32", channels_last=False))
+    trainer = build(args, PLAIN)
     loss = trainer.config.loss
     if loss.method != "moco":
         raise Missing(f"lightly's example has no stage losses, which --recipe {args.recipe} has")
@@ -71,9 +71,8 @@ def lightly_steps(args: StepArgs) -> Steps:
 
 
 def fastmoco_steps(args: StepArgs) -> Steps:
-    """fastmoco's as a run has it: channels-last, in bfloat16 where the device multiplies it."""
-    fast = args.device != "cpu" or cpu_has_bf16()
-    trainer = build(args, Variant("bf16" if fast else "fp32", channels_last=True))
+    """fastmoco's, in the arithmetic that a run has."""
+    trainer = build(args, as_run(args.device))
 
     def advance(pair: Pair, lr: float) -> float:
         q, k = (view.contiguous(memory_format=torch.channels_last) for view in pair)
@@ -89,12 +88,23 @@ def _wide(pair: Pair, device: str) -> Pair:
     return q, k
 
 
+@dataclass(frozen=True)
+class Way:
+    """How the steps are made, the loader that feeds them, and their arithmetic on a device."""
+
+    steps: Callable[[StepArgs], Steps]
+    loader: str
+    variant: Callable[[str], Variant] = lambda device: PLAIN
+
+
 EAGER, LIGHTLY, OURS = "eager reference, torchvision PIL", "lightly's example", "fastmoco"
-# The steps and the loader of each way.
-WAYS: dict[str, tuple[Callable[[StepArgs], Steps], str]] = {
-    EAGER: (eager_steps, "torchvision, PIL"),
-    LIGHTLY: (lightly_steps, "lightly"),
-    OURS: (fastmoco_steps, "fastmoco dali" if dali_installed() else "fastmoco pillow"),
+# For fairness: as EAGER is used, it loads slowly where a processor multiplies denormals slowly.
+FLUSHED = "eager reference, denormals flushed"
+WAYS = {
+    EAGER: Way(eager_steps, "torchvision, PIL"),
+    FLUSHED: Way(eager_steps, "torchvision, PIL, denormals flushed"),
+    LIGHTLY: Way(lightly_steps, "lightly"),
+    OURS: Way(fastmoco_steps, "fastmoco dali" if dali_installed() else "fastmoco pillow", as_run),
 }
 
 
@@ -102,11 +112,10 @@ class Training:
     """A step fed by a loader, at work in its own process. Raises Missing where there is no such way here."""
 
     def __init__(self, way: str, args: StepArgs, setting: Setting) -> None:
-        make, loader = WAYS[way]
-        self._setting, self._open = setting, LOADERS[loader]
+        self._setting, self._open = setting, LOADERS[WAYS[way].loader]
         # The draws of torchvision's transforms, and of lightly's.
         torch.manual_seed(0)
-        self._backward, self._step = make(args)
+        self._backward, self._step = WAYS[way].steps(args)
 
     def first_losses(self, count: int) -> list[float]:
         """The losses of the first of fastmoco's views by the weights that every way starts from, before any step.

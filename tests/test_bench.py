@@ -35,6 +35,7 @@ FIELDS = {
     *("op", "implementation", "dtype", "pass", "p20_ms", "p50_ms", "p80_ms", "graph_p50_ms", "rounds", "ratio"),
     *("peak_bytes", "resident_bytes", "memory_method", "error", "tolerance", "failure"),
     *("floor_ms", "bound", "share_percent", "gemm_float32_gflops", "gemm_bfloat16_gflops", "copy_gb_s"),
+    "exponentials_g_s",
     *("device", "processor", "threads", "load_1min", "python", "torch", "fastmoco", "time"),
 }
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from bench.check import CheckArgs, is_ours, main, noise, read_rows
+from bench.check import CheckArgs, compare, expected_spread, is_ours, main, read_rows, row_noise
 from bench.timing import quantiles
 from fastmoco.errors import UserError
 
@@ -28,21 +29,54 @@ def checked(folder: Path, old: list[dict[str, Any]], new: list[dict[str, Any]]) 
     return main(CheckArgs(old=folder / "old.json", new=folder / "new.json"))
 
 
+@pytest.mark.parametrize("repeats", [2, 3, 4, 9, 25])
+def test_the_spread_of_a_few_values_is_expected(repeats: int) -> None:
+    values = np.random.default_rng(repeats).normal(size=(20000, repeats))
+    low, high = np.percentile(values, (20, 80), axis=1)
+    assert expected_spread(repeats) == pytest.approx(float((high - low).mean()), rel=0.06)
+
+
 def test_the_noise_is_that_of_medians() -> None:
     """Of many runs of a benchmark, drawn, ratios deviate by what each run says of itself."""
     rng = np.random.default_rng(0)
-    runs = [(rng.normal(1.0, 0.1, 25), rng.normal(3.0, 0.3, 25)) for _ in range(400)]
-    rows = [row(own, float(np.median(other))) for own, other in runs]
-    said = np.mean([noise(one) for one in rows])
-    seen = np.std(np.log([one["ratio"] for one in rows]))
+    runs = [(rng.normal(1.0, 0.1, 25), rng.normal(3.0, 0.6, 25)) for _ in range(400)]
+    ratios = [np.median(other) / np.median(own) for own, other in runs]
+    said = np.mean([row_noise(row(own), row(other)).deviation for own, other in runs])
+    seen = np.std(np.log(ratios))
     assert 0.8 * seen < said < 1.25 * seen
+
+
+@pytest.mark.parametrize("repeats", [2, 3, 4])
+def test_equal_speeds_are_slower_in_less_than_one_of_a_hundred_rows(repeats: int, tmp_path: Path) -> None:
+    """Drawn, with noise in the rows and more in their baseline, from files as benchmarks write them."""
+    rng, path = np.random.default_rng(repeats), tmp_path / "x.json"
+
+    def drawn() -> dict[str, Any]:
+        rows = []
+        for number in range(2000):
+            base, own = (np.exp(rng.normal(0, deviation, repeats)) for deviation in (0.2, 0.05))
+            theirs = row(base, N=number, implementation="paper") | {"ratio": 1.0}
+            rows += [theirs, row(own, float(np.median(base)), N=number)]
+        path.write_text(json.dumps(rows))
+        return read_rows(path)
+
+    changes = compare(drawn(), drawn())
+    assert len(changes) == 2000
+    assert sum(change.verdict(0.0) == "slower" for change in changes) < 20
+    # One file's noise is known, and something: much slower is told where there are more than two repeats.
+    if repeats > 2:
+        slow = {name: replace(one, ratio=one.ratio / 20) for name, one in read_rows(path).items()}
+        told = [change.verdict(0.0) == "slower" for change in compare(drawn(), slow)]
+        assert np.mean(told) > 0.5
+
+
+def test_what_ran_once_has_no_known_noise(tmp_path: Path) -> None:
+    assert checked(tmp_path, [row(np.ones(1))], [row(np.full(1, 2.0))]) == 0
 
 
 def test_as_fast_as_before_is_seldom_slower(tmp_path: Path) -> None:
     rng = np.random.default_rng(1)
-    results = [
-        checked(tmp_path, [row(rng.normal(1.0, 0.1, 9))], [row(rng.normal(1.0, 0.1, 9))]) for _ in range(200)
-    ]
+    results = [checked(tmp_path, [row(rng.normal(1.0, 0.1, 9))], [row(rng.normal(1.0, 0.1, 9))]) for _ in range(200)]
     assert sum(results) <= 6
 
 

@@ -122,6 +122,43 @@ def test_the_peak_outlasts_what_was_freed() -> None:
     assert after - before >= 79 << 20 and abs(forgotten - before) <= 2 << 20
 
 
+class Parent:
+    """A process with a child that holds 30 MiB."""
+
+    def __init__(self) -> None:
+        self.started, self.ended = multiprocessing.Event(), multiprocessing.Event()
+        self.child = multiprocessing.Process(target=held, args=(self.started, self.ended), daemon=True)
+        self.child.start()
+        self.started.wait()
+
+    def peak(self) -> int:
+        restart_peak()
+        return peak_bytes()
+
+    def end(self) -> None:
+        self.ended.set()
+        self.child.join()
+
+
+def held(started: Any, ended: Any) -> None:
+    kept = np.ones(30 << 20, dtype=np.uint8)
+    started.set()
+    ended.wait()
+    del kept
+
+
+def test_an_idle_process_beside_changes_no_peak() -> None:
+    with Contestant(Parent) as parent:
+        alone = parent.ask("peak")
+        with Contestant(Pupil, True):
+            beside = parent.ask("peak")
+        parent.ask("end")
+        childless = parent.ask("peak")
+    assert abs(beside - alone) <= 1 << 20
+    # The child's own, and not the libraries that it has from its parent.
+    assert 30 << 20 <= alone - childless < 60 << 20
+
+
 class Answers:
     """A loader whose views have these statistics, and lie so far from the definition."""
 

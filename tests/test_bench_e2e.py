@@ -4,68 +4,116 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
-from bench import e2e
-from bench.e2e import LOSSES, Case, E2eArgs, cases, disagreements, judged, ratios
-from bench.step import LOSS_TOLERANCE, StepArgs
-from bench.turns import Missing
-from bench.ways import EAGER, LIGHTLY, OURS, WAYS, Steps, eager_steps, fastmoco_steps, lightly_steps
+from bench import e2e, ways
+from bench.e2e import BASES, LOSSES, Case, E2eArgs, cases, disagreements, judged, ratios
+from bench.loaders import Pair
+from bench.step import FLOAT32_TOLERANCE, LOSS_TOLERANCE, PLAIN, StepArgs, as_run
+from bench.turns import Missing, Turn
+from bench.ways import EAGER, FLUSHED, LIGHTLY, OURS, WAYS, Steps, eager_steps, fastmoco_steps, lightly_steps
+
+Make = Callable[[StepArgs], Steps]
 
 
-def assert_trains(steps: Steps, args: StepArgs) -> list[float]:
-    """Two losses of random views by the first weights, after which steps change the loss."""
+@pytest.fixture(autouse=True)
+def learns(monkeypatch: pytest.MonkeyPatch) -> None:
+    """At a rate at which a few steps show in the loss."""
+    monkeypatch.setattr(ways, "LR", 0.03)
+
+
+def random_views(args: StepArgs) -> list[Pair]:
     generator = torch.Generator().manual_seed(0)
-    shape = (4, args.batch_size, 3, args.size, args.size)
-    q, k, other_q, other_k = torch.rand(shape, generator=generator).half()
-    backward, step = steps
-    first = [backward((q, k)), backward((other_q, other_k))]
-    again = backward((q, k))
+    q, k, other_q, other_k = torch.rand((4, args.batch_size, 3, args.size, args.size), generator=generator).half()
+    return [(q, k), (other_q, other_k)]
+
+
+def assert_trains(make: Make, args: StepArgs) -> list[float]:
+    """Two losses of random views by the first weights, before steps lead elsewhere than all of them but the optimiser's
+    part does."""
+    views, other = random_views(args)
+    (backward, step), (backward_alone, _) = make(args), make(args)
+    first = [backward(views), backward(other)]
+    assert [backward_alone(views), backward_alone(other)] == first
     for _ in range(3):
-        step((q, k))
-    # The queue has these very keys by now; all that is asked is that the step is one.
-    assert math.isfinite(after := backward((q, k))) and after != again
+        step(views)
+        backward_alone(views)
+    after, without = backward(other), backward_alone(other)
+    assert math.isfinite(after) and abs(after - without) > 1e-3 * without
     return first
+
+
+def after_steps(make: Make, args: StepArgs) -> float:
+    """A loss of random views by the weights after three steps with others."""
+    views, other = random_views(args)
+    backward, step = make(args)
+    for _ in range(3):
+        step(views)
+    return backward(other)
 
 
 def test_the_steps_change_the_weights_and_the_first_losses_agree() -> None:
     pytest.importorskip("lightly", reason="lightly is not installed")
     args = StepArgs(recipe="mocov2", arch="resnet18", size=32, batch_size=4, queue_size=64)
-    eager = assert_trains(eager_steps(args), args)
+    eager = assert_trains(eager_steps, args)
     # The same arithmetic in the same precision: equal but for the order of sums.
-    assert assert_trains(lightly_steps(args), args) == pytest.approx(eager, rel=1e-5)
-    assert assert_trains(fastmoco_steps(args), args) == pytest.approx(eager, rel=LOSS_TOLERANCE)
+    assert assert_trains(lightly_steps, args) == pytest.approx(eager, rel=1e-5)
+    assert assert_trains(fastmoco_steps, args) == pytest.approx(eager, rel=as_run("cpu").tolerance)
+
+
+def test_our_steps_lead_where_the_eager_references_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The optimiser has its settings, momentum and weight decay, in both; lightly's example has others."""
+    pytest.importorskip("lightly", reason="lightly is not installed")
+    args = StepArgs(recipe="mocov2", arch="resnet18", size=32, batch_size=4, queue_size=64)
+    eager = after_steps(eager_steps, args)
+    # In one precision: how much bfloat16 adds is not what is asked.
+    monkeypatch.setattr(ways, "as_run", lambda device: PLAIN)
+    assert after_steps(fastmoco_steps, args) == pytest.approx(eager, rel=FLOAT32_TOLERANCE)
+    assert after_steps(lightly_steps, args) != pytest.approx(eager, rel=1e-2)
 
 
 def test_stage_losses_are_not_lightlys() -> None:
     args = StepArgs(recipe="histology-mse", arch="resnet18", size=64, batch_size=8, queue_size=64)
     with pytest.raises(Missing, match="no stage losses, which --recipe histology-mse has"):
         lightly_steps(args)
-    first = assert_trains(eager_steps(args), args)
-    assert assert_trains(fastmoco_steps(args), args) == pytest.approx(first, rel=LOSS_TOLERANCE)
+    first = assert_trains(eager_steps, args)
+    assert assert_trains(fastmoco_steps, args) == pytest.approx(first, rel=LOSS_TOLERANCE)
 
 
 def test_a_loss_that_is_off_is_said() -> None:
     said: list[str] = []
-    losses = {EAGER: [8.0, 4.0], LIGHTLY: [8.0, 4.05], OURS: [8.4, 4.0]}
-    errors = disagreements(losses, said.append)
-    assert list(errors.values()) == pytest.approx([0, 0.0125, 0.05])
-    assert ["PARITY FAILS" in line for line in said] == [False, False, True]
+    losses = {EAGER: [8.0, 4.0], LIGHTLY: [8.0, 4.05], OURS: [8.08, 4.0]}
+    limits = {EAGER: FLOAT32_TOLERANCE, LIGHTLY: FLOAT32_TOLERANCE, OURS: LOSS_TOLERANCE}
+    errors = disagreements(losses, limits, said.append)
+    assert list(errors.values()) == pytest.approx([0, 0.0125, 0.01])
+    # What is in float32 is held to float32.
+    assert ["PARITY FAILS" in line for line in said] == [False, True, False]
     for odd in ([math.nan, 4.0], [8.0, math.nan]):
-        assert disagreements({EAGER: [8.0, 4.0], OURS: odd}, said.append)[OURS] == math.inf
+        assert disagreements({EAGER: [8.0, 4.0], OURS: odd}, limits, said.append)[OURS] == math.inf
+
+
+def taken(*speeds: float) -> list[Turn]:
+    return [Turn(pairs=round(10 * speed), seconds=10.0, waited=0, cpu=1, first=1, peak=1) for speed in speeds]
+
+
+def test_ratios_are_of_turns_side_by_side() -> None:
+    # The machine is half as fast in the second round.
+    turns = {EAGER: taken(4, 2, 4), LIGHTLY: taken(5, 2, 5), OURS: taken(12, 6, 16)}
+    row = ratios(turns, OURS)
+    assert (row["ratio"], row["ratio_low"], row["ratio_high"]) == (3, 3, 4)
+    assert row["ratio_lightly"] == 3 and row["ratio_flushed"] is row["ratio_flushed_low"] is None
+    assert set(ratios(turns, EAGER).values()) >= {1.0, None}
 
 
 def test_targets_are_judged_by_what_was_timed() -> None:
-    figures = {EAGER: {"pairs_per_s": 4.0}, LIGHTLY: {"pairs_per_s": 5.0}, OURS: {"pairs_per_s": 11.0}}
-    row = ratios(figures, OURS)
-    assert row == {"ratio": 2.75, "ratio_lightly": 2.2}
+    row = ratios({EAGER: taken(4), LIGHTLY: taken(5), OURS: taken(11)}, OURS)
     assert judged(row, Case("resnet50", 224, 16)) == {"target": "2.5x eager, 2x lightly", "met": "yes"}
     assert judged(row, Case("resnet18", 224, 16)) == {"target": "3x eager, 2x lightly", "met": "no: eager"}
-    alone = ratios({EAGER: {"pairs_per_s": 4.0}, OURS: {"pairs_per_s": 12.0}}, OURS)
-    assert alone == {"ratio": 3.0, "ratio_lightly": None}
+    alone = ratios({EAGER: taken(4), OURS: taken(12)}, OURS)
     assert judged(alone, Case("resnet50", 64, 32)) == {"target": "3x eager", "met": "yes"}
 
 
@@ -90,9 +138,12 @@ def test_every_row_is_whole(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
         assert 0 < row["slow_pairs_per_s"] <= row["pairs_per_s"] <= row["fast_pairs_per_s"]
         assert 0 <= row["waiting"] < 1 and row["cpu_ms_per_pair"] > 0 and row["peak_mb"] > 50
         assert row["loss_error"] <= LOSS_TOLERANCE and len(row["every_turn"]) == row["turns"] == 2
-        assert row["ratio"] > 0 and row["ratio_lightly"] > 0 and ("met" in row) == (row["implementation"] == OURS)
+        assert all(0 < row[f"{name}_low"] <= row[name] <= row[f"{name}_high"] for name in BASES)
+        assert ("met" in row) == (row["implementation"] == OURS)
+        assert row["precision"] == str(as_run("cpu") if row["implementation"] == OURS else PLAIN)
     assert rows[0]["implementation"] == EAGER and rows[0]["ratio"] == 1 and rows[0]["loss_error"] == 0
-    assert rows[1]["implementation"] == LIGHTLY and rows[1]["ratio_lightly"] == 1
+    assert rows[1]["implementation"] == FLUSHED and rows[1]["ratio_flushed"] == 1
+    assert rows[2]["implementation"] == LIGHTLY and rows[2]["ratio_lightly"] == 1
     assert shown.index("first losses") < shown.index("pairs/s"), "parity comes before speed"
     assert shown.count("off by") == len(WAYS) and LOSSES == 2
     assert all(row["implementation"] in out.read_text() for row in rows)

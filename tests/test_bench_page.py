@@ -12,9 +12,10 @@ from typing import Any
 import pytest
 
 from bench import page
+from bench.e2e import E2eArgs, cases
 from bench.page import BEGIN, COMMITTED, END, README, PageArgs, block, main, masked, with_block
 from bench.page import page as made
-from bench.page_lines import Results
+from bench.page_lines import HEADLINE_FILES, OURS, Results, called, headline
 from bench.page_sections import SECTIONS
 from fastmoco.errors import UserError
 
@@ -104,10 +105,35 @@ def test_the_figures_are_those_of_the_rows() -> None:
     own = {row["implementation"]: row for row in rows if row["N"] == 32 and row["dtype"] == "float32"}
     native = own["fastmoco native"]
     to_lightly = own["lightly NTXentLoss"]["p50_ms"] / native["p50_ms"]
-    line = f"| InfoNCE, N 32, K 65536, D 128, float32 | {native['ratio']:.3g} | {to_lightly:.3g} |"
+    line = f"| InfoNCE, N 32, K 65536, D 128, float32 | {native['ratio']:.3g} |  | {to_lightly:.3g} |"
     assert line in README.read_text()
     share = 100 * native["floor_ms"] / native["p50_ms"]
     assert f"| {native['floor_ms']:.3g} | {native['p50_ms']:.3g} | {share:.3g} | {native['bound']} |" in text
+
+
+def test_a_row_of_another_recipe_batch_or_queue_is_a_dash(tmp_path: Path) -> None:
+    args, (case, *_) = E2eArgs(), cases(E2eArgs())
+    row = {"implementation": OURS, "arch": case.arch, "size": case.size, "recipe": args.recipe}
+    row |= {"batch": case.batch_size, "K": args.queue_size, "ratio": 12.3}
+    line = f"| from files to weights: {called(case)} |"
+    for number, other in enumerate(({}, {"recipe": "histology-mse"}, {"batch": 1}, {"K": 64})):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        (folder / "e2e.json").write_text(json.dumps([row | other]))
+        assert f"{line} {'-' if other else '12.3'} | - | - |" in block(Results(folder))
+
+
+def test_the_machines_named_are_those_of_every_file_that_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    read: set[str] = set()
+    rows = Results.rows
+
+    def note(self: Results, name: str) -> list[dict[str, Any]]:
+        read.add(name)
+        return rows(self, name)
+
+    monkeypatch.setattr(Results, "rows", note)
+    list(headline(Results(COMMITTED)))
+    assert read == set(HEADLINE_FILES)
 
 
 def test_links_of_the_committed_page_lead_somewhere() -> None:

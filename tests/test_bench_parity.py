@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import replace
+from importlib import metadata
 from pathlib import Path
 
 import pytest
+import torch
 
 from bench import parity
 from bench.harness import Missing
-from bench.parity import CHECKS, COLUMNS, LIMIT, ParityArgs, main, row
-from bench.timing import cell, save
+from bench.parity import CHECKS, COLUMNS, LIMIT, ParityArgs, difference, main, row
+from bench.timing import cell, environment, save
 
 
 def test_every_operation_is_its_peers(tmp_path: Path) -> None:
@@ -39,6 +42,22 @@ def test_what_differs_is_said(
     assert "ops.crosscorr" in (said := capsys.readouterr().out) and "DIFFERS" in said
 
 
+@pytest.mark.parametrize("number", [math.nan, math.inf])
+def test_what_is_not_finite_differs_infinitely(number: float) -> None:
+    right, wrong = torch.ones(2, 3), torch.ones(2, 3)
+    wrong[1, 2] = number
+    # `max` passes over a NaN that does not stand first.
+    for found, expected in (([right, wrong], [right, right]), ([right, right], [right, wrong])):
+        assert difference(found, expected) == math.inf
+
+
+def test_a_gradient_that_is_not_finite_does_not_hold() -> None:
+    check = next(check for check in CHECKS if check.ours == "ops.crosscorr")
+    # The root of 0 adds nothing to the value, and NaN to the gradient.
+    line = row(replace(check, own=lambda a, b: check.own(a, b) + (b - b.detach()).sum().sqrt()))
+    assert line["value"] <= LIMIT and line["gradient"] == math.inf and line["holds"] is False
+
+
 def test_a_peer_that_is_not_there_is_named() -> None:
     def absent() -> None:
         raise Missing("lightly is not installed")
@@ -53,6 +72,17 @@ def test_rows_say_where_they_are_from(tmp_path: Path) -> None:
     save([{"device": "cpu", "value": 1.0}, own], tmp_path / "x.md", title="t", command="c", columns=["value"])
     first, second = json.loads((tmp_path / "x.json").read_text())
     assert first.keys() >= {"processor", "threads", "load_1min", "torch", "fastmoco", "time"} and second == own
+
+
+def test_versions_are_those_installed_imported_or_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    def version(name: str) -> str:
+        if name == "triton":
+            raise metadata.PackageNotFoundError(name)
+        return f"{name} 9.9"
+
+    monkeypatch.setattr(metadata, "version", version)
+    where = environment()
+    assert where["lightly"] == "lightly 9.9" and "triton" not in where and where["torch"] == torch.__version__
 
 
 @pytest.mark.parametrize(

@@ -28,7 +28,7 @@ from bench import (
 )
 from bench import step as training_step
 from bench.gpu import Outcome, Step
-from bench.suite import PARTS, Part, SuiteArgs, expected, main
+from bench.suite import PARTS, Part, SuiteArgs, expected, main, total
 
 TYRO = {
     "parity": parity.ParityArgs,
@@ -98,10 +98,21 @@ def test_without_parity_no_speed_is_measured(ran: list[str], tmp_path: Path) -> 
     assert main(SuiteArgs(out=tmp_path)) == 1 and ran == ["parity"]
 
 
-def test_some_parts_alone_have_parity_first(ran: list[str], tmp_path: Path) -> None:
+def test_some_parts_alone_have_parity_first(ran: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(SuiteArgs(out=tmp_path)) == 0 and "of an earlier run" not in capsys.readouterr().out
+    ran.clear()
     assert main(SuiteArgs(out=tmp_path, parts=("ema",))) == 0
     assert ran[:2] == ["parity", "ema"]
+    # What is left from before is not taken for new.
+    assert "of an earlier run, not measured now: step\n" in capsys.readouterr().out
     assert main(SuiteArgs(out=tmp_path, parts=("emma",))) == 2
+
+
+def test_more_than_ten_minutes_is_told() -> None:
+    outcomes = [Outcome(name, "passed", seconds, "") for name, seconds in (("ema", 500.0), ("step", 99.0))]
+    assert total(outcomes, full=False) == "measured in 9:59"
+    outcomes.append(Outcome("e2e", "failed (1)", 2.0, ""))
+    assert "10:01: LONGER" in total(outcomes, full=False) and total(outcomes, full=True) == "measured in 10:01"
 
 
 def test_what_took_its_time_before_is_expected_to(tmp_path: Path) -> None:
@@ -139,8 +150,11 @@ def test_every_part_understands_its_options(
     if part.name in HARNESS:
 
         def measure(device: str) -> None:
+            assert device == "cpu", "the page is of one device"
             raise Parsed
 
+        # Where there is a GPU, it is what they would take.
+        monkeypatch.setattr("torch.cuda.is_available", lambda: True)
         monkeypatch.setattr(harness, "measure", measure)
         with pytest.raises(Parsed):
             HARNESS[part.name].main(options)

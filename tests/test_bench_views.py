@@ -49,6 +49,15 @@ def test_what_is_too_far_off_gets_no_time(monkeypatch: pytest.MonkeyPatch, capsy
     assert shown.count("PARITY FAILS") == 2 and "brightness" in shown
 
 
+def test_without_the_extension_it_is_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(dispatch, "native", None)
+    monkeypatch.setattr(dispatch, "NATIVE_MISSING", "it was not built")
+    assert main(ViewsArgs(quick=True, out=tmp_path / "x.md")) == 0 and not list(tmp_path.iterdir())
+    assert capsys.readouterr().out == "views: left out, it was not built\n"
+
+
 def test_errors_are_in_255ths() -> None:
     assert apart(np.array([0.0, 1.0]), np.array([0.0, 1 - 2 / 255])) == pytest.approx((2.0, 1.0))
     assert apart(None, np.zeros(2)) == (None, None)
