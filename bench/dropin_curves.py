@@ -10,13 +10,18 @@ from typing import Any
 import numpy as np
 import tyro
 
-from bench.dropin import ALL, LIGHTLY, VARIANTS, Loop, LoopArgs, command
+from bench.dropin import ALL, LIGHTLY, VARIANTS, Change, Loop, LoopArgs, command
 from bench.plot import save_curves
 from bench.timing import environment, save
 from fastmoco.errors import UserError
 
-# As it is, with its imports changed, and with all three lines changed.
-COMPARED = (LIGHTLY, "our operations", ALL)
+# As it is, with its imports changed, with our arithmetic on its views, and with all three lines changed.
+COMPARED = {
+    LIGHTLY: VARIANTS[LIGHTLY],
+    "our operations": VARIANTS["our operations"],
+    "our operations and arithmetic": Change(operations=True, arithmetic=True),
+    ALL: VARIANTS[ALL],
+}
 # Standard deviations of lightly's own seeds within which means count as the same.
 DEVIATIONS = 2.0
 COLUMNS = ["implementation", "seeds", "steps", "loss_at_end", "deviation", "difference", "limit", "within"]
@@ -59,7 +64,7 @@ def verdict(ours: np.ndarray, theirs: np.ndarray) -> dict[str, Any]:
 
 def curve(args: CurvesArgs, name: str, seed: int) -> list[float]:
     """The losses of one training."""
-    loop = Loop(args, VARIANTS[name], seed=seed, normalize=False)
+    loop = Loop(args, COMPARED[name], seed=seed, normalize=False)
     loop.steps(args.steps)
     return loop.losses
 
@@ -96,7 +101,9 @@ def main(args: CurvesArgs) -> int:
         note=f"{said}\n\nloss_at_end: mean loss of the last third of the steps, averaged over the seeds; deviation: "
         f"of the seeds' own. limit: {DEVIATIONS:g} times lightly's standard deviation over the seeds. by_seed: the "
         "differences from lightly of the same seed. A seed decides weights, negatives, order and views. lightly's "
-        "transforms leave out ImageNet's normalisation here, so that all views lie in [0, 1].",
+        "transforms leave out ImageNet's normalisation here, so that all views lie in [0, 1]. Their blur is Pillow's, "
+        "over the whole of the Gaussian; ours, and torchvision's, is cut to a tenth of the view's side, so that a "
+        "blurred view is somewhat sharper and pairs are somewhat easier.",
     )
     print(save_curves(curves, args.out.with_suffix(".png"), title="Loss: mean over seeds, standard deviation shaded"))
     return 0 if same else 1

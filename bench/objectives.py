@@ -99,7 +99,9 @@ def configure(args: ObjectivesArgs, name: str, seed: int) -> Config:
         views=replace(config.views, size=args.size),
         model=replace(config.model, arch=args.arch),
     )
-    return apply(config, {"epochs": args.epochs, "warmup_epochs": args.epochs / 8} | OBJECTIVES[name], name)
+    own = dict(OBJECTIVES[name])
+    config = replace(config, loss=replace(config.loss, method=own.pop("method", "moco")))
+    return apply(config, {"epochs": args.epochs, "warmup_epochs": args.epochs / 8} | own, name)
 
 
 def settings(args: ObjectivesArgs, name: str, seed: int) -> dict[str, Any]:

@@ -64,6 +64,7 @@ def _both(world: World) -> tuple[Any, ...]:
     return _gradients(world), *_in_lightning(world)
 
 
+@pytest.mark.system
 def test_processes_train_alike_under_ddp() -> None:
     ((wrapped, alone), weights, steps), ((wrapped_there, alone_there), weights_there, steps_there) = in_world(2, _both)
     torch.testing.assert_close(wrapped, wrapped_there, rtol=0, atol=0)

@@ -16,6 +16,7 @@ from bench.foreign_parts import NAMED, features, shaken
 from fastmoco.models.encoder import Encoder
 
 
+@pytest.mark.system
 def test_files_are_made_and_hold(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(foreign, "ours_there", lambda peers: [])
     out = tmp_path / "x.md"

@@ -93,7 +93,13 @@ def order_within(parts: int) -> Tensor:
 
 @pytest.mark.parametrize(
     ("name", "method"),
-    [(name, "none") for name in OBJECTIVES] + [("simclr", "mse"), ("symmetric", "barlow"), ("mixed", "barlow")],
+    [
+        ("symmetric", "barlow"),
+        ("simclr", "mse"),
+        ("supcon", "none"),
+        ("mixed", "barlow"),
+        *(pytest.param(name, "none", marks=pytest.mark.system) for name in OBJECTIVES if name != "supcon"),
+    ],
 )
 def test_over_two_processes_it_is_that_of_one(name: str, method: str) -> None:
     order = order_within(2)
