@@ -143,7 +143,8 @@ def summary(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     for name, own in by_name.items():
         if not own:
             continue
-        line: dict[str, Any] = {"objective": name, "seeds": len(own), "rankme": mean(row["rankme"] for row in own)}
+        line: dict[str, Any] = {"objective": name, "seeds": len(own), "device": "cpu"}
+        line["rankme"] = mean(row["rankme"] for row in own)
         for score in SCORES:
             line[score] = mean(row[score] for row in own)
             if name == RANDOM or min(len(own), len(chance)) < 2:
