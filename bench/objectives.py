@@ -43,7 +43,7 @@ OBJECTIVES: dict[str, dict[str, Any]] = {
     "SimCLR, additive margin": {"objective": "simclr", "margin": 0.1},
     "supervised contrastive": {"objective": "supcon"},
     "Barlow Twins": _TWINS,
-    "Barlow Twins, mixed samples": _TWINS | {"mix_weight": 5.0},
+    "Barlow Twins, mixed samples": _TWINS | {"mix_weight": 1.0},
     "SimCLR + MSE at stages": {"objective": "simclr", "method": "mse", "stage_weight": 1.0},
     "Barlow Twins + Barlow at stages": _TWINS | {"method": "barlow", "stage_weight": 5e-4},
 }
