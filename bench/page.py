@@ -41,6 +41,9 @@ MORE = """## More results
 - [demo](../../docs/results/demo.md): the demo with three seeds.
 - [The paper's study](../../docs/results/study/report/report.md) on tissue, fundus photographs and X-rays, three seeds;
   [what matters on small sets](../../docs/results/search.md), with what did not help.
+- [foreign](../../docs/results/foreign.md): checkpoints written by eight libraries' own code, read here, and ours there;
+  [dropin_curves](../../docs/results/dropin_curves.md): the losses of lightly's loop and of ours.
+- [objectives](../../docs/results/objectives.md): what each objective learns on tissue patches, beside random weights.
 - [engines](../../docs/results/engines.md): two processes beside one on real images, under DDP and ZeRO 0 to 3.
 - [plan](../../docs/results/plan.md): the plan's formulas beside published runs on 8 to 2,528 GPUs.
 - [One H100](../../docs/results/gpu): the operations, the step and the views, and the plan beside them
