@@ -114,7 +114,7 @@ def test_an_epoch_goes_on_where_it_was_left(folder: Path) -> None:
         if number == 2:
             break
     state = other.state_dict()
-    assert state == {"epoch": 1, "batch": 2}
+    assert state.items() >= {"epoch": 1, "batch": 2}.items()
     whole.load_state_dict(state)
     # As Lightning does, of the epoch that goes on.
     whole.set_epoch(1)
