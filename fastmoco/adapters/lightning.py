@@ -86,6 +86,8 @@ class MomentumCallback(Callback):
         self._steps = 1
         # The step of the optimiser that was followed last, counted from 1.
         self._followed = 0
+        # Looked up once a run: a step has no time to search the module by name.
+        self._found: list[tuple[nn.Module, nn.Module]] = []
 
     @property
     def state_key(self) -> str:
@@ -105,7 +107,8 @@ class MomentumCallback(Callback):
         if stage != "fit":
             return
         fresh = trainer.global_step == 0
-        for (name, average_name), (network, average) in zip(self.pairs, self._networks(pl_module), strict=True):
+        self._found = [*self._networks(pl_module)]
+        for (name, average_name), (network, average) in zip(self.pairs, self._found, strict=True):
             _check_alike(name, network, average_name, average)
             if fresh and self.start == "copy":
                 start_average(average, network)
@@ -128,18 +131,18 @@ class MomentumCallback(Callback):
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
         """Follow the step that a checkpoint was written right after, by a callback that came before this one."""
-        self._follow(trainer, pl_module)
+        self._follow(trainer)
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Follow the optimiser's step, where this batch had one."""
-        self._follow(trainer, pl_module)
+        self._follow(trainer)
 
-    def _follow(self, trainer: Any, pl_module: Any) -> None:
+    def _follow(self, trainer: Any) -> None:
         if trainer.global_step <= self._followed:
             return
         self._followed = trainer.global_step
         self.updater.update_tau(min(self._followed - 1, self._steps), self._steps)
-        for network, average in self._networks(pl_module):
+        for network, average in self._found:
             self.updater.update(network, average)
             if self.buffers == "copy":
                 _copy_buffers(average, network)
