@@ -66,7 +66,7 @@ tried() { "$@" || { sleep 2 && "$@"; } || { sleep 4 && "$@"; }; }
 # train RECIPE OPTIONS: pretrain, or go on, to the end. A signal (the time is nearly up, or the node is wanted) is passed
 # on; the run saves and ends, and the job is put back into the queue, as it is after an accident. Returns srun's status.
 train() {
-    local asked=0 signalled=0 status srun job state exits first=""
+    local asked=0 status srun job state exits first=""
     # What srun says of tasks that ended by themselves, which it prints as everything else.
     exits=$(mktemp) || exits=/dev/null
     # Not by a function: a signal must reach srun itself, not a shell around it. What passes its words on outlives it.
@@ -75,7 +75,7 @@ train() {
         exec sed -u -n "p; /^srun: error: .*: Exited with exit code [0-9]*\$/w $exits" >&2
     ) &
     srun=$!
-    trap 'asked=1 signalled=1; kill -USR1 "$srun" || :' USR1 TERM
+    trap 'asked=1; kill -USR1 "$srun" || :' USR1 TERM
     # A trapped signal ends the waiting, not what is waited for.
     while :; do
         asked=0 status=0
@@ -83,8 +83,9 @@ train() {
         ((asked && status > 128)) || break
     done
     trap '' USR1 TERM
-    # Where one task fails, srun ends the others by SIGTERM, and has the higher of both as its status.
-    if ((status == 143 && !signalled)); then
+    # Where one task fails, or has saved and ended before the others, srun ends those by SIGTERM, and has the higher of
+    # both as its status.
+    if ((status == 143)); then
         for _ in {1..20}; do
             first=$(sed -n '1s/.* //p' "$exits")
             [[ -n $first ]] && break

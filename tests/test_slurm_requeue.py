@@ -149,6 +149,13 @@ class Stage:
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
         )  # fmt: skip
 
+    def signal(self, number: signal.Signals) -> None:
+        """Send the script `number`, once the step has made the file `ready`."""
+        while not (self.folder / "ready").exists():
+            assert self.process.poll() is None, self.end()
+            time.sleep(0.02)
+        self.process.send_signal(number)
+
     def end(self) -> tuple[int, str, str]:
         """Exit status of the script, what it printed, and what scontrol was told."""
         said = self.process.communicate(timeout=60)[0]
@@ -206,11 +213,16 @@ def test_the_script_passes_signals_on_and_waits_for_the_run_to_save(tmp_path: Pa
     # Saving takes a second, in which the script must neither end nor decide.
     saves = f"trap 'sleep 1; touch {tmp_path}/run/saved; exit {ASKED}' USR1\ntouch {tmp_path}/ready\n"
     stage = Stage(tmp_path, saves + "while :; do sleep 0.05; done")
-    while not (tmp_path / "ready").exists():
-        assert stage.process.poll() is None, stage.end()
-        time.sleep(0.02)
-    stage.process.send_signal(number)
+    stage.signal(number)
     status, said, told = stage.end()
     assert (status, told) == (ASKED, "requeue 7\n"), said
     assert (stage.run / "saved").exists()
     assert "status 138 (SIGUSR1), at step 0 of the training; requeued for the first time" in said
+
+
+def test_a_task_that_saved_and_ended_before_the_others_says_what_asked_it_to(tmp_path: Path) -> None:
+    ends = "trap \"echo 'srun: error: n1: task 1: Exited with exit code 138' >&2; exit 143\" USR1\n"
+    stage = Stage(tmp_path, f"{ends}touch {tmp_path}/ready\nwhile :; do sleep 0.05; done")
+    stage.signal(signal.SIGUSR1)
+    status, printed, told = stage.end()
+    assert (status, told) == (ASKED, "requeue 7\n"), printed
