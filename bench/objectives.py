@@ -28,6 +28,7 @@ from fastmoco.evaluate.measures import rankme
 from fastmoco.evaluate.run import evaluate
 from fastmoco.models.encoder import Encoder
 from fastmoco.models.weights import load_encoder
+from fastmoco.precision import Precision
 from fastmoco.study.overrides import apply
 from fastmoco.train.config import Arch, Config
 from fastmoco.train.pretrain import pretrain
@@ -49,13 +50,14 @@ OBJECTIVES: dict[str, dict[str, Any]] = {
 }
 SCORES = ("kNN", "probe")
 COLUMNS = ["objective", *(f"{name}{end}" for name in SCORES for end in ("", " gain", " needed", " holds"))]
-COLUMNS += ["top1", "spread", "rankme", "seeds"]
+COLUMNS += ["top1", "spread", "rankme", "precision", "seeds"]
 NOTE = (
     "AUCs on the test images of kNN and of logistic regression (probe) on stage 4 with all training labels, k and C "
     "chosen on validation patients, means of the seeds. gain: above the mean of random weights; needed: twice the "
     "standard deviation over seeds, the objective's or the random weights', whichever is larger. top1: share of views "
     "at the end of training that are nearest to their other view; spread: standard deviation of their embeddings (1 "
-    "even, 0 collapse). rankme: effective rank of stage 4's features of the test images."
+    "even, 0 collapse). rankme: effective rank of stage 4's features of the test images. precision: of the training, "
+    "of its seeds in their order; features are bfloat16's throughout."
 )
 
 
@@ -81,6 +83,9 @@ class ObjectivesArgs:
     """Seeds of weights and draws."""
     only: tuple[str, ...] = ()
     """Objectives whose name matches one of these patterns; all if not given."""
+    precision: Precision = "bf16"
+    """Arithmetic of the training; fp32 is the faster where the processor has no bfloat16. Rows are kept whatever
+    theirs was."""
     runs: Path = Path("build/objectives")
     """Folder of the runs."""
     out: Path = Path("docs/results/objectives.md")
@@ -95,7 +100,7 @@ def configure(args: ObjectivesArgs, name: str, seed: int) -> Config:
     config = replace(
         config,
         data=replace(config.data, labels=args.labels, label=(args.label,), split="train", workers=1),
-        run=replace(config.run, seed=seed, resume=True, precision="bf16", knn_every=0, checkpoint_every=10**6),
+        run=replace(config.run, seed=seed, resume=True, precision=args.precision, knn_every=0, checkpoint_every=10**6),
         views=replace(config.views, size=args.size),
         model=replace(config.model, arch=args.arch),
     )
@@ -121,7 +126,8 @@ def compute(args: ObjectivesArgs, name: str, seed: int) -> dict[str, Any]:
     else:
         run = pretrain(configure(args, name, seed))
         last = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
-        found |= {"loss": last["loss"], "top1": last["top1"], "spread": last["embedding_std"]}
+        found |= {"precision": args.precision, "loss": last["loss"], "top1": last["top1"]}
+        found["spread"] = last["embedding_std"]
         encoder = load_encoder(run / "encoder.safetensors")
     manifest = load_manifest(args.data, args.labels, label=(args.label,), progress=False)
     result = evaluate(
@@ -153,6 +159,8 @@ def summary(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
             needed = 2 * max(stdev(row[score] for row in some) for some in (own, chance))
             line |= {f"{score} gain": gain, f"{score} needed": needed, f"{score} holds": gain > needed}
         if name != RANDOM:
+            precisions = [row.get("precision", "bf16") for row in sorted(own, key=lambda row: row["seed"])]
+            line["precision"] = ", ".join(precisions if len(set(precisions)) > 1 else precisions[:1])
             line |= {what: mean(row[what] for row in own) for what in ("top1", "spread")}
         lines.append(line)
     return lines
@@ -181,7 +189,7 @@ def main(args: ObjectivesArgs) -> int:
         title=f"Every objective beside random weights: {args.label}, {args.arch}, {args.size} px, {args.epochs} epochs",
         command="python -m bench.objectives --data IMAGES --labels labels.csv "
         f"--label {args.label} --recipe {args.recipe} --arch {args.arch} --size {args.size} --epochs {args.epochs} "
-        f"--seeds {' '.join(map(str, args.seeds))}",
+        f"--seeds {' '.join(map(str, args.seeds))} --precision {args.precision}",
         columns=COLUMNS,
         note=NOTE,
     )

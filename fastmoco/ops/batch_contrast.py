@@ -45,7 +45,21 @@ def ntxent(
     """
     _check("ntxent", z1, z2)
     z1, z2 = normalize(wide(z1), dim=1), normalize(wide(z2), dim=1)
-    all1, all2 = (z1, z2) if everyone is None else (normalize(wide(z), dim=1) for z in everyone)
+    of_all = (z1, z2) if everyone is None else tuple(normalize(wide(z), dim=1) for z in everyone)
+    return _ntxent(z1, z2, of_all, first, temperature, margin, implementation)
+
+
+def _ntxent(
+    z1: Tensor,
+    z2: Tensor,
+    everyone: tuple[Tensor, ...],
+    first: int,
+    temperature: float,
+    margin: float,
+    implementation: str | None,
+) -> Ranked:
+    """`ntxent` of unit vectors."""
+    all1, all2 = everyone
     own = torch.arange(first, first + len(z1), device=z1.device)
     # Neither its own row is a negative of a view nor the other view of its image, the positive.
     skip = torch.stack([own, own + len(all1)], dim=1)
@@ -72,7 +86,7 @@ def supcon(
     if targets.shape != z1.shape[:1] or targets.dtype != torch.int64:
         raise ValueError(f"supcon: targets must be ({len(z1)},) int64, not {tuple(targets.shape)} {targets.dtype}")
     z1, z2 = normalize(wide(z1), dim=1), normalize(wide(z2), dim=1)
-    found = ntxent(z1, z2, temperature=temperature, implementation=implementation)
+    found = _ntxent(z1, z2, (z1, z2), 0, temperature, 0.0, implementation)
     group = _groups(targets)
     counts = torch.zeros_like(group).index_add_(0, group, torch.ones_like(group))[group, None]
     both = torch.zeros_like(z1).index_add(0, group, z1 + z2)[group]
