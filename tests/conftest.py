@@ -3,6 +3,7 @@
 import importlib.util
 import os
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -31,6 +32,12 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     """Says so at the end: the header is not printed by `make test`, which is quiet."""
     if collect_ignore_glob:
         terminalreporter.write_line(f"Triton is not installed, so left out: {', '.join(collect_ignore_glob)}")
+
+
+def pytest_collection_finish() -> None:
+    """Starts what processes of tests are forked from before anything else starts another such server."""
+    if worlds := sys.modules.get("worlds"):
+        worlds.start_server()
 
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import multiprocessing.forkserver
 import os
 import pickle
 import socket
@@ -23,6 +24,19 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
+def start_server() -> None:
+    """Start the server that the processes are forked from, unless it runs.
+
+    Torch, and DeepSpeed where there is one, are imported once, by it: with what DeepSpeed would import as an engine is
+    made, seconds in each process. A process has one such server, of the imports that its first user wants: conftest.py
+    sees to it that this is the first.
+    """
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    preload = ["worlds", "fastmoco.train.trainer", "deepspeed", "torch._inductor.compile_fx"]
+    multiprocessing.get_context("forkserver").set_forkserver_preload(preload)
+    multiprocessing.forkserver.ensure_running()
+
+
 def in_world(
     size: int, function: Callable[..., Any], *args: Any, timeout: float = 900.0, bridge: Bridge | None = None
 ) -> list[Any]:
@@ -33,11 +47,7 @@ def in_world(
     `function` is one of a module's own, its arguments and results can be pickled. AssertionError, with the tracebacks,
     where any process fails.
     """
-    # Torch, and DeepSpeed where there is one, are imported once, by the server that all processes are forked from: with
-    # what DeepSpeed would import as an engine is made, seconds in each process.
     context = multiprocessing.get_context("forkserver")
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    context.set_forkserver_preload(["worlds", "fastmoco.train.trainer", "deepspeed", "torch._inductor.compile_fx"])
     results = context.Queue()
     # As bytes, both ways: handed over themselves, tensors would be memory of the process that made them.
     task = pickle.dumps((function, args))
