@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,34 +15,14 @@ import torch.nn.functional as F
 import tyro
 from torch import Tensor, nn
 
-from bench import paper
 from bench.harness import Missing
+from bench.parity_checks import CHECKS, Check, Loss
 from bench.timing import save
-from fastmoco.adapters import lightly as under_lightly
-from fastmoco.adapters import solo as under_solo
-from fastmoco.ops.crosscorr import crosscorr
 from fastmoco.ops.ema import ema_update_
-from fastmoco.ops.infonce import infonce
-from fastmoco.ops.pooled_mse import pooled_mse
 
 COLUMNS = ["ours", "peer", "sizes", "value", "gradient", "limit", "holds"]
 # As a share of the largest number: sums of hundreds to thousands in float32, in another order.
 LIMIT = 1e-5
-
-Loss = Callable[..., Tensor]
-
-
-@dataclass(frozen=True)
-class Check:
-    """`ours` against `theirs`, which makes the peer's function or raises Missing; both take tensors of `shapes`, which
-    stand in unit length where `unit`, and give a loss."""
-
-    ours: str
-    peer: str
-    shapes: tuple[tuple[int, ...], ...]
-    own: Loss
-    theirs: Callable[[], Loss]
-    unit: bool = False
 
 
 @dataclass(kw_only=True)
@@ -59,77 +39,6 @@ def difference(found: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
     if not all(bool(tensor.isfinite().all()) for tensor in (*found, *expected)):
         return math.inf
     return max(float((a - b).abs().max()) / (float(b.abs().max()) or 1.0) for a, b in zip(found, expected, strict=True))
-
-
-def _from_lightly(make: Callable[[Any], Loss]) -> Callable[[], Loss]:
-    def build() -> Loss:
-        try:
-            import lightly.loss
-        except ModuleNotFoundError as error:
-            raise Missing("lightly is not installed") from error
-        return make(lightly.loss)
-
-    return build
-
-
-def _with_bank(module: Any) -> Loss:
-    """lightly's and ours alike: the negatives are the third input."""
-
-    def loss(a: Tensor, b: Tensor, bank: Tensor) -> Tensor:
-        criterion = module.NTXentLoss(0.2, tuple(bank.shape))
-        criterion.memory_bank.bank = bank.detach().clone()
-        value: Tensor = criterion(a, b)
-        return value
-
-    return loss
-
-
-def _logits(query: Tensor, key: Tensor, bank: Tensor) -> Tensor:
-    """solo-learn's and MoCo's form: all logits, cross entropy."""
-    return paper.info_nce(query, key, bank.detach(), 0.1)
-
-
-def _solo_barlow(z1: Tensor, z2: Tensor) -> Tensor:
-    c = paper.cross_correlation(z1, z2)
-    return 0.025 * paper.barlow(c, 1.0, 5e-3)
-
-
-CHECKS = (
-    Check(
-        "adapters.lightly.NTXentLoss, memory bank", "lightly", ((32, 128), (32, 128), (4096, 128)),
-        _with_bank(under_lightly), _from_lightly(_with_bank), unit=True,
-    ),
-    Check(
-        "adapters.lightly.NTXentLoss, within the batch", "lightly", ((64, 128), (64, 128)),
-        under_lightly.NTXentLoss(0.5), _from_lightly(lambda module: module.NTXentLoss(0.5)),
-    ),
-    Check(
-        "adapters.lightly.BarlowTwinsLoss", "lightly", ((64, 512), (64, 512)),
-        under_lightly.BarlowTwinsLoss(), _from_lightly(lambda module: module.BarlowTwinsLoss()),
-    ),
-    Check(
-        "adapters.solo.mocov2plus_loss_func", "its formula in torch", ((32, 128), (32, 128), (4096, 128)),
-        lambda q, k, bank: under_solo.mocov2plus_loss_func(q, k, bank.detach().T), lambda: _logits, unit=True,
-    ),
-    Check(
-        "adapters.solo.barlow_loss_func", "its formula in torch", ((64, 512), (64, 512)),
-        under_solo.barlow_loss_func, lambda: _solo_barlow,
-    ),
-    Check(
-        "ops.infonce", "the paper's code", ((32, 128), (32, 128), (65536, 128)),
-        lambda q, k, bank: infonce(q, k, bank.detach(), temperature=0.07),
-        lambda: lambda q, k, bank: paper.info_nce(q, k, bank.detach(), 0.07), unit=True,
-    ),
-    Check(
-        "ops.crosscorr", "the paper's code", ((32, 2048), (32, 2048)),
-        lambda a, b: crosscorr(a, b, scale=5e-5 / 32),
-        lambda: lambda a, b: 5e-5 * paper.barlow(paper.cross_correlation(a, b), 1 / 32, 1.0),
-    ),
-    Check(
-        "ops.pooled_mse", "the paper's code", ((8, 64, 37, 29), (8, 64, 37, 29)),
-        lambda a, b: pooled_mse(a, b, grid=16), lambda: lambda a, b: paper.stage_mse(a, b, 16),
-    ),
-)  # fmt: skip
 
 
 def tensors(check: Check) -> list[Tensor]:

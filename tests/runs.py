@@ -19,6 +19,7 @@ from fastmoco.ops import dispatch
 from fastmoco.train.config import Config
 from fastmoco.train.recipes import find
 from fastmoco.train.trainer import Trainer
+from objectives import TARGETS
 
 # On a GPU these wait for it: they bring a number to the host, or have a shape that depends on one. The last stands for
 # Tensor.tolist and Tensor.numpy, the only ones to call it.
@@ -105,7 +106,8 @@ def shared_trainer(world: World, method: str, **changes: Any) -> Trainer:
     else:
         settings["engine"] = engine
     config = small_config(Path(), Path(), method=method, **settings)
-    t = Trainer(config, precision=config.run.precision, world=world)
+    targets = TARGETS if config.loss.objective == "supcon" else None
+    t = Trainer(config, precision=config.run.precision, world=world, targets=targets)
     # Residual branches start at zero, and with them most gradients: not a test.
     start = {name: value.clone() for name, value in t.engine.state().items()}
     generator = torch.Generator().manual_seed(9)

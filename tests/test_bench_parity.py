@@ -10,11 +10,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
+from torch.nn.functional import normalize
 
-from bench import parity
+from bench import paper, parity, parity_checks
 from bench.harness import Missing
-from bench.parity import CHECKS, COLUMNS, LIMIT, ParityArgs, difference, main, row
+from bench.parity import COLUMNS, LIMIT, ParityArgs, difference, main, row
+from bench.parity_checks import CHECKS, Check, Loss
 from bench.timing import cell, environment, save
+from fastmoco.ops import definitions
 
 
 def test_every_operation_is_its_peers(tmp_path: Path) -> None:
@@ -30,10 +34,44 @@ def test_every_operation_is_its_peers(tmp_path: Path) -> None:
     assert all(name in text for name in COLUMNS)
 
 
+def check_of(ours: str) -> Check:
+    return next(check for check in CHECKS if check.ours == ours)
+
+
+def with_a_push_between(query0: Tensor, key1: Tensor, query1: Tensor, key0: Tensor, bank: Tensor) -> Tensor:
+    """The keys of the first direction are among the negatives of the second."""
+    query0, key1, query1, key0 = (normalize(z, dim=1) for z in (query0, key1, query1, key0))
+    pushed = torch.cat([key1, bank[len(key1) :]]).detach()
+    return (paper.info_nce(query0, key1, bank.detach(), 0.2) + paper.info_nce(query1, key0, pushed, 0.2)) / 2
+
+
+def one_way(view1: Tensor, view2: Tensor, bank: Tensor) -> Tensor:
+    moco = parity_checks._symmetric_moco()
+    return moco._one_way(view1, view2, normalize(bank.detach(), dim=1), None).losses["infonce"]
+
+
+@pytest.mark.parametrize(
+    ("ours", "other"),
+    [
+        ("ops.ntxent, margin", lambda a, b: definitions.supcon(a, b, torch.arange(len(a)), temperature=0.2)[0]),
+        ("ops.supcon", lambda a, b: definitions.supcon(a, b, torch.arange(len(a)), temperature=0.1)[0]),
+        *(
+            (f"ops.mixed_crosscorr, {form}", lambda *z: definitions.mixed_crosscorr(*z, torch.arange(len(z[0])), 0.3))
+            for form in ("N x N", "D x D")
+        ),
+        ("adapters.lightly.NTXentLoss.symmetric", with_a_push_between),
+        ("train.objective.MomentumContrast, symmetric", one_way),
+    ],
+)
+def test_a_row_tells_its_objective_from_its_neighbour(ours: str, other: Loss) -> None:
+    check = check_of(ours)
+    assert row(replace(check, theirs=lambda: other))["holds"] is False
+
+
 def test_what_differs_is_said(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    check = next(check for check in CHECKS if check.ours == "ops.crosscorr")
+    check = check_of("ops.crosscorr")
     for scale in (1.0001, 1.0):
         wrong = replace(check, own=lambda a, b, scale=scale: scale * check.own(a, b) + (a - a.detach()).sum() * 1e-3)
         assert row(wrong)["holds"] is False
@@ -52,7 +90,7 @@ def test_what_is_not_finite_differs_infinitely(number: float) -> None:
 
 
 def test_a_gradient_that_is_not_finite_does_not_hold() -> None:
-    check = next(check for check in CHECKS if check.ours == "ops.crosscorr")
+    check = check_of("ops.crosscorr")
     # The root of 0 adds nothing to the value, and NaN to the gradient.
     line = row(replace(check, own=lambda a, b: check.own(a, b) + (b - b.detach()).sum().sqrt()))
     assert line["value"] <= LIMIT and line["gradient"] == math.inf and line["holds"] is False

@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-import gc
-import importlib.util
-import os
-import zlib
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -14,6 +9,16 @@ import pytest
 import torch
 from torch import Tensor
 
+from engine_steps import (
+    NAMES,
+    Cases,
+    alone,
+    assert_gradients_are_scaled,
+    compare,
+    engine,
+    needs_deepspeed,
+    trained_in_turn,
+)
 from fastmoco.distributed.world import World
 from fastmoco.errors import UserError
 from fastmoco.train.checkpoint import Checkpoint
@@ -21,115 +26,13 @@ from fastmoco.train.engines.loss_scale import LossScale
 from runs import shared_batch, shared_trainer
 from worlds import in_world
 
-# Under CI nothing is passed over.
-needs_deepspeed = pytest.mark.skipif(
-    importlib.util.find_spec("deepspeed") is None and not os.environ.get("CI"), reason="no DeepSpeed here"
-)
-NAMES = ["ddp", "zero0", "zero1", "zero2", "zero3"]
-
-
-def engine(name: str, *more: Any, slow: bool = False) -> Any:
-    """A case of an engine; with `slow` one for the system's tests, since each takes some seconds."""
-    marks = [needs_deepspeed] if "zero" in name else []
-    return pytest.param(name, *more, marks=[*marks, pytest.mark.system] if slow else marks)
-
-
 # Whole curves of every one are in test_engines_system.py.
 THREE = [engine("ddp"), engine("zero1"), engine("zero3")]
 METHODS = ("moco", "mse", "barlow")
-STEPS = 3
-
-
-# As many as the largest tensor here has elements.
-SIGNS = torch.randint(0, 2, (3_000_000,), generator=torch.Generator().manual_seed(0)).double() * 2 - 1
-
-
-def sketch(tensor: Tensor) -> Tensor:
-    """What tells a tensor from another: elements spread over all of it, and a sum of all with random signs; float64.
-
-    Whole networks are too much to hand from process to process.
-    """
-    flat = tensor.detach().double().flatten()
-    places = torch.linspace(0, len(flat) - 1, min(len(flat), 2000)).long()
-    return torch.cat([flat[places], (SIGNS[: len(flat)] @ flat)[None]])
-
-
-def checksum(tensor: Tensor) -> Tensor:
-    return torch.tensor(zlib.crc32(tensor.detach().contiguous().numpy().tobytes()))
-
-
-def trained(world: World, method: str, changes: dict[str, Any]) -> dict[str, Tensor]:
-    """Everything there is after three steps, and the losses and, where the engine shows them, gradients of each.
-
-    Sketches, and checksums of what is kept.
-    """
-    t = shared_trainer(world, method, **changes)
-    found: dict[str, Tensor] = {}
-    step = t.engine.step
-
-    def looked_at(lr: float, *, ema: float) -> None:
-        number = len([name for name in found if name.startswith("loss.")])
-        if hasattr(t.engine, "gradients"):
-            found.update({f"gradient{number}.{name}": sketch(g) for name, g in t.engine.gradients.items()})
-        step(lr, ema=ema)
-        found[f"loss.{number}"] = torch.zeros(())
-
-    t.engine.step = looked_at  # type: ignore[method-assign]
-    accumulate = t.config.optim.accumulate
-    for number in range(STEPS):
-        t.step([shared_batch(world, accumulate * number + i) for i in range(accumulate)], lr=0.05)
-    rows = t.history.read()
-    parts = t.module.loss_names
-    found |= {f"loss.{i}": torch.tensor([row[name] for name in parts]).double() for i, row in enumerate(rows)}
-    kept = t.engine.state() | {"queue": t.queue.bank}
-    found |= {name: sketch(value) for name, value in kept.items()}
-    found |= {f"checksum.{name}": checksum(value) for name, value in kept.items()}
-    found |= {f"sent.{kind}": torch.tensor(count) for kind, count in world.sent.items()}
-    # Its own step, which is looked at, holds the trainer: one after the other they would fill the memory.
-    t.engine.step = step  # type: ignore[method-assign]
-    return found
-
-
-def compare(expected: dict[str, Tensor], actual: dict[str, Tensor], tolerance: float, *more: str) -> None:
-    names = [name for name in expected if not name.startswith(("sent.", "checksum.")) and name in actual]
-    kinds = {name.split(".")[0].rstrip("0123456789") for name in names}
-    assert {"loss", "module", "momentum", "queue", *more} <= kinds
-    for name in names:
-        error = (expected[name] - actual[name]).abs().max().item()
-        size = max(1.0, expected[name].abs().max().item())
-        assert error <= tolerance * size, f"{name}: {error:.3g} off, of {size:.3g}"
-
-
-Cases = list[tuple[str, dict[str, Any]]]
-
-
-def trained_in_turn(world: World, cases: Cases) -> list[dict[str, Tensor]]:
-    """`trained` for each case; processes take longer to start than to train."""
-    found = []
-    for method, changes in cases:
-        world.sent.clear()
-        found.append(trained(world, method, changes))
-        gc.collect()
-    return found
-
-
-@pytest.fixture(scope="module")
-def alone() -> Callable[[Cases], list[dict[str, Tensor]]]:
-    """What one process makes of each case, worked out once."""
-    known: dict[str, dict[str, Tensor]] = {}
-
-    def find(cases: Cases) -> list[dict[str, Tensor]]:
-        for method, changes in cases:
-            if (key := f"{method} {changes}") not in known:
-                known[key] = trained(World(), method, changes)
-                gc.collect()
-        return [known[f"{method} {changes}"] for method, changes in cases]
-
-    return find
 
 
 @pytest.mark.parametrize("size", [2, *(pytest.param(size, marks=pytest.mark.system) for size in (3, 4))])
-def test_processes_are_one_process_to_nine_digits(size: int, alone: Callable[[Cases], list[dict[str, Tensor]]]) -> None:
+def test_processes_are_one_process_to_nine_digits(size: int) -> None:
     """Losses, gradients, weights, momentum, average and queue, on every rank; keys shuffled over all of them."""
     cases: Cases = [
         (method, {"precision": "fp64", "norm": norm, "key_shuffle": "global"})
@@ -147,7 +50,7 @@ def test_processes_are_one_process_to_nine_digits(size: int, alone: Callable[[Ca
 
 
 @pytest.mark.parametrize("engine", [engine("ddp"), engine("zero3")])
-def test_each_engine_trains_as_one_process(engine: str, alone: Callable[[Cases], list[dict[str, Tensor]]]) -> None:
+def test_each_engine_trains_as_one_process(engine: str) -> None:
     """Each method, and micro-batches, whose gradients are summed before they are sent."""
     methods = METHODS if engine == "ddp" else ("mse", "barlow")
     cases: Cases = [(method, {"precision": "fp32", "norm": "sync"}) for method in methods]
@@ -196,10 +99,10 @@ def _after_checkpoint(world: World, engine: str, saved: Checkpoint | None, preci
 )
 def test_a_checkpoint_of_any_engine_goes_on_with_any_other(engine: str, precision: str) -> None:
     """Written by one process and by three, read by three and by one: each time as if nothing had changed hands."""
-    alone = _after_checkpoint(World(), "auto", None, precision)
-    assert alone is not None
-    expected = _after_checkpoint(World(), "auto", alone, precision)
-    shared, *_ = in_world(3, _after_checkpoint, engine, alone, precision)
+    first = _after_checkpoint(World(), "auto", None, precision)
+    assert first is not None
+    expected = _after_checkpoint(World(), "auto", first, precision)
+    shared, *_ = in_world(3, _after_checkpoint, engine, first, precision)
     assert expected is not None and shared is not None
     back = _after_checkpoint(World(), "auto", shared, precision)
     again, *_ = in_world(3, _after_checkpoint, engine, shared, precision)
@@ -252,37 +155,9 @@ def test_a_loss_that_is_not_finite_on_one_rank_stops_all_at_that_step(engine: st
         assert finite == [True, False, True]
 
 
-Halves = list[tuple[float, float, bool]]
-
-
-def _in_half(world: World, engine: str, scales: list[float]) -> Halves:
-    return [_one_step_in_half(world, engine, scale) for scale in scales]
-
-
-def _one_step_in_half(world: World, engine: str, scale: float) -> tuple[float, float, bool]:
-    """One alone: processors have no backward of a convolution in half precision, and take seconds."""
-    t = shared_trainer(world, "moco", engine=engine, precision="fp16", norm="sync")
-    state = {name: value.clone() for name, value in t.engine.state().items()}
-    t.engine.load(state | {"scaler.scale": torch.tensor(scale)})
-    t.step([shared_batch(world, 0)], lr=0.05)
-    moved = not torch.equal(t.engine.state()["module.query.head.2.weight"], state["module.query.head.2.weight"])
-    return t.history.read()[0]["infonce"], t.engine.state()["scaler.scale"].item(), moved
-
-
 @pytest.mark.parametrize("engine", ["auto", *(engine(name, slow=True) for name in ("ddp", "zero1", "zero3"))])
 def test_float16_gradients_are_scaled_and_a_step_that_overflows_is_left_out(engine: str) -> None:
-    """A scale of 2^10 does no harm; one near the largest float32 makes every gradient infinite, and is halved."""
-    scales = [2.0**10, 2.0**126]
-    plain = shared_trainer(World(), "moco", precision="fp32", norm="sync")
-    plain.step([shared_batch(World(), 0)], lr=0.05)
-    expected = plain.history.read()[0]["infonce"]
-    ranks = [_in_half(World(), engine, scales)] if engine == "auto" else in_world(2, _in_half, engine, scales)
-    for sound, overflowing in ranks:
-        loss, after, moved = sound
-        assert abs(loss - expected) < 2e-2
-        assert moved and after == scales[0]
-        loss, after, moved = overflowing
-        assert np.isfinite(loss) and not moved and after == scales[1] / 2
+    assert_gradients_are_scaled(engine, "moco", {})
 
 
 def test_the_loss_scale_grows_after_enough_good_steps() -> None:

@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from objectives import OBJECTIVES, TARGETS
 from torch import Tensor
 from torch.nn.functional import normalize
 
@@ -21,6 +20,7 @@ from fastmoco.plan.traffic import flows
 from fastmoco.train.config import LossConfig, ModelConfig
 from fastmoco.train.objective import MomentumContrast, Objective, Output
 from fastmoco.train.objectives import make_objective
+from objectives import OBJECTIVES, TARGETS, order_within
 from parity import assert_states_close
 from worlds import in_world
 
@@ -85,12 +85,6 @@ def step(world: World, name: str, method: str, whole: Tensor) -> tuple[dict[str,
     buffers = {f"buffer {key}": value for key, value in made.named_buffers() if ".running_" in key}
     keys = {"rows key": output.key} if len(output.key) else {}
     return found | buffers | {"rows query": output.query} | keys, sent
-
-
-def order_within(parts: int) -> Tensor:
-    """An order of all rows that keeps each to its process."""
-    part = BATCH // parts
-    return torch.cat([rank * part + draw_order(0, 0, rank, part) for rank in range(parts)])
 
 
 @cache

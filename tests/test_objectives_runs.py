@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from objectives import OBJECTIVES, TARGETS
 
 from fastmoco.data.loader import Batch
 from fastmoco.data.manifest import Manifest
@@ -24,15 +23,16 @@ from fastmoco.train.images import fingerprint
 from fastmoco.train.joint import draw_share
 from fastmoco.train.pretrain import pretrain
 from fastmoco.train.trainer import Trainer
+from objectives import OBJECTIVES, TARGETS, changes_of
 from runs import NoSync, draw_images, references_only, small_config
 
 EACH = pytest.mark.parametrize("name", OBJECTIVES)
 
 
 def config_of(name: str, out: Path, data: Path = Path(), **changes: Any) -> Any:
-    own = {key: value for key, value in OBJECTIVES[name].items()}
-    head = {"head": "projector"} if "barlow" in own.get("objective", "") else {}
-    return small_config(data, out, method="mse" if changes.pop("stages", False) else "moco", **(own | head | changes))
+    return small_config(
+        data, out, method="mse" if changes.pop("stages", False) else "moco", **(changes_of(name) | changes)
+    )
 
 
 def trainer(name: str, **changes: Any) -> Trainer:
