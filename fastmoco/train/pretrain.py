@@ -62,7 +62,6 @@ def pretrain(config: Config) -> Path:
     asks to stop (stop.py) once the state is saved.
     """
     launch, seconds = find_launch(), config.run.watchdog
-    # The watchdog, which says who stands where, comes before a collective's own timeout.
     with (
         StopRequest() as stop,
         joined(config.run.device, launch=launch, timeout=max(300.0, 2 * seconds)) as world,
