@@ -21,7 +21,8 @@ from fastmoco.train import pretrain as module
 from fastmoco.train.config import Config
 from fastmoco.train.metrics import read_rows
 from fastmoco.train.opening import initial_weights
-from fastmoco.train.pretrain import NonFiniteLoss, Stopped, pretrain
+from fastmoco.train.pretrain import Stopped, pretrain
+from fastmoco.train.saving import NonFiniteLoss
 from fastmoco.train.stored import to_json
 from fastmoco.train.trainer import Trainer
 from runs import draw_images, small_config
