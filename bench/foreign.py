@@ -85,7 +85,7 @@ def read(name: str, made: dict[str, Any], folder: Path) -> dict[str, Any]:
         found = encoder(made["images"])
     own = [*found.stages, found.embedding]
     query, *key = (difference(own, expected) for expected in made["features"])
-    line |= {"arch": encoder.arch, "keys read": f"{len(query_backbone(state, file))} of {len(state)}"}
+    line |= {"arch": encoder.arch, "keys read": f"{len(query_backbone(state, file).tensors)} of {len(state)}"}
     line |= {"difference": query, "key encoder": key[0] if key else None}
     # Were the key encoder as near, nothing would say which of the two was read.
     return line | {"holds": query <= LIMIT and all(other > 100 * LIMIT for other in key)}

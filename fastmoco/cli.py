@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import tyro
 
 import fastmoco
+from fastmoco.arguments import read_arguments
 from fastmoco.commands import Command, run
 from fastmoco.errors import UserError
 
@@ -98,35 +99,35 @@ def evaluate(args: list[str]) -> int:
     """Score a pretrained encoder with kNN and linear probes on every stage."""
     from fastmoco.evaluate.run import EvaluateArgs, evaluate_command
 
-    return evaluate_command(tyro.cli(EvaluateArgs, prog="fastmoco evaluate", args=args))
+    return evaluate_command(read_arguments(EvaluateArgs, prog="fastmoco evaluate", args=args))
 
 
 def finetune(args: list[str]) -> int:
     """Train a classifier on a pretrained encoder, with all labels or a few."""
     from fastmoco.evaluate.finetune_command import FinetuneArgs, finetune_command
 
-    return finetune_command(tyro.cli(FinetuneArgs, prog="fastmoco finetune", args=args))
+    return finetune_command(read_arguments(FinetuneArgs, prog="fastmoco finetune", args=args))
 
 
 def embed(args: list[str]) -> int:
     """Write the features of every image to a file."""
     from fastmoco.evaluate.embed import EmbedArgs, embed_command
 
-    return embed_command(tyro.cli(EmbedArgs, prog="fastmoco embed", args=args))
+    return embed_command(read_arguments(EmbedArgs, prog="fastmoco embed", args=args))
 
 
 def compare(args: list[str]) -> int:
     """Say how alike two encoders are, or the stages of one, by CKA."""
     from fastmoco.evaluate.compare_command import CompareArgs, compare_command
 
-    return compare_command(tyro.cli(CompareArgs, prog="fastmoco compare", args=args))
+    return compare_command(read_arguments(CompareArgs, prog="fastmoco compare", args=args))
 
 
 def export(args: list[str]) -> int:
     """Write a run's query encoder as safetensors in torchvision's key layout."""
     from fastmoco.models.weights import EXPORTED, load_encoder, run_folder, save_encoder
 
-    options = tyro.cli(ExportArgs, prog="fastmoco export", args=args)
+    options = read_arguments(ExportArgs, prog="fastmoco export", args=args)
     encoder = load_encoder(options.run)
     if options.out is not None and options.out.is_dir():
         raise UserError(f"--out {options.out} is a folder: name a file")
@@ -185,7 +186,7 @@ def demo(args: list[str]) -> int:
     """Draw tissue patches, pretrain on them, and show what was gained."""
     from fastmoco.demo import DemoArgs, run_demo
 
-    return run_demo(tyro.cli(DemoArgs, prog="fastmoco demo", args=args))
+    return run_demo(read_arguments(DemoArgs, prog="fastmoco demo", args=args))
 
 
 COMMANDS: dict[str, Command] = {

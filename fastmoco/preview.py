@@ -7,6 +7,7 @@ from pathlib import Path
 
 import tyro
 
+from fastmoco.arguments import read_arguments
 from fastmoco.data.dali import dali_installed
 from fastmoco.data.preview import examples, save_preview
 from fastmoco.data.views import ViewConfig
@@ -48,7 +49,7 @@ def preview_command(args: list[str]) -> int:
         raise UserError("name a recipe first: fastmoco data preview RECIPE --data FOLDER (see fastmoco recipes)")
     name = args[0]
     config = find(name)(tyro.MISSING, Path())
-    options = tyro.cli(
+    options = read_arguments(
         PreviewArgs,
         prog=f"fastmoco data preview {name}",
         description=f"Draw what training with the recipe {name} will see. Every field of its views can be overridden.",

@@ -255,7 +255,8 @@ def infonce(
     fixed_maximum: bool,
     key_gradient: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Loss (), rank (N,) int64, lse (N,), dquery (N, D), dkey (N, D) or (0, D), as `fastmoco.ops.infonce.reference`.
+    """Loss (), rank (N,) int64, lse (N,), dquery (N, D), dkey (N, D) or (0, D), as
+    `fastmoco.ops.infonce_reference.reference`.
 
     `query` and `key` of any floating dtype up to float32, any D. A float32 bank is multiplied in three
     TF32 products, to float32's accuracy; for a bfloat16 or float16 bank the queries and the weights are rounded to its

@@ -29,9 +29,7 @@ class Job:
         self.outputs = [folder / f"output{rank}" for rank in range(size)]
         environ = {"WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1"}
         environ |= {"MASTER_PORT": str(free_port()), "XDG_CACHE_HOME": str(folder / "cache")}
-        # What takes long to import is imported once, by the process that all are forked from.
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["jobs", "fastmoco.cli", "fastmoco.train.pretrain"])
         self.processes = [
             context.Process(target=_run, args=(rank, environ, args, self.outputs[rank], prepare))
             for rank in range(size)

@@ -83,6 +83,23 @@ def test_pairs_may_be_of_two_images_of_a_patient(folder: Path, tmp_path: Path) -
         PairLoader(folder, pairs="patient", **options)
 
 
+def test_a_split_alone_may_be_taken(folder: Path, tmp_path: Path) -> None:
+    files = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*.png"))[:7]
+    with (tmp_path / "l.csv").open("w", newline="") as stream:
+        rows = [(name, "val" if index % 3 == 1 else "fit", "fit") for index, name in enumerate(files)]
+        csv.writer(stream).writerows([("file", "split", "fold"), *rows])
+    options = {"labels": tmp_path / "l.csv", "views": VIEWS, "batch_size": 1, "loader": "pillow"}
+
+    def given_out(**split: str) -> set[str]:
+        (batches,) = epochs(PairLoader(folder, **options, **split), 1)
+        return {name for *_, names in batches for name in names}
+
+    assert given_out(split="val") == {files[1], files[4]}
+    assert given_out(split="fit", split_column="fold") == given_out() == set(files)
+    with pytest.raises(UserError, match="--split train: no image is in it; the splits are fit, val"):
+        given_out(split="train")
+
+
 def _share(world: World, folder: Path, made: PairLoader) -> list[tuple[Tensor, Tensor, list[str]]]:
     found = epochs(PairLoader(folder, views=VIEWS, batch_size=6, loader="pillow"), 1)[0]
     # Lightning's processes meet later than a loader that is given to `fit` was made.

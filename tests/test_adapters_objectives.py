@@ -27,6 +27,13 @@ def projections(seed: int, n: int = 6, d: int = 5) -> tuple[Tensor, Tensor]:
     return first.requires_grad_(), (2 * first.detach() + torch.randn(n, d, generator=generator)).requires_grad_()
 
 
+@pytest.mark.parametrize("margin", [-0.1, 2.1, float("nan")])
+def test_margins_are_from_0_to_2(margin: float) -> None:
+    with pytest.raises(ValueError, match="Illegal margin"):
+        NTXentLoss(0.3, margin=margin)
+    assert NTXentLoss(0.3, margin=2.0).margin == 2.0
+
+
 def test_margins_are_of_the_positives_within_a_batch_and_against_a_bank() -> None:
     z0, z1 = projections(0)
     expected, _ = definitions.supcon(z0, z1, torch.arange(6), temperature=0.3, margin=0.2)

@@ -88,6 +88,24 @@ def test_a_step_of_torchvisions_networks(network: str, step: Callable[..., None]
     step(model, stages, capture, size=32, channels_last=network == "swin")
 
 
+@pytest.mark.parametrize("kind", ["mse", "barlow"])
+def test_maps_with_the_channels_last_are_not_taken_for_others(kind: Any) -> None:
+    model, stages = small_swin().train(), NETWORKS["swin"][1]
+
+    def losses(**options: Any) -> Tensor:
+        stage_losses = StageLosses(model, stages=stages, kind=kind, projector_width=24, size=32, **options)
+        model(pictures(0))
+        model(pictures(1))
+        found: Tensor = stage_losses()
+        return found
+
+    message = r"features.1 gives maps \(\d, 8, 8, 16\) whose channels are the last.*over 16 say: give channels_last"
+    with pytest.raises(UserError, match=message):
+        losses()
+    for known in (True, False):
+        assert losses(channels_last=known).isfinite()
+
+
 @pytest.mark.parametrize("kind", ["tokens", "last"])
 def test_barlow_of_two_calls_of_one_network(kind: str) -> None:
     torch.manual_seed(0)

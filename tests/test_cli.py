@@ -109,6 +109,30 @@ def test_mistakes(
     assert fastmoco(monkeypatch, "pretrain", "mocov2-small", "--data", images, *out, *QUICK) == 0
 
 
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--temperature", "-1"], "--temperature must be above 0, not -1.0"),
+        (["--margin", "3"], "--margin must be from 0 to 2, not 3.0"),
+        (["--workers", "-1"], "--workers must be 0 or more, not -1"),
+        (["--batch-size", "1"], "--batch-size 1 has no other images: give --objective simclr at least 2"),
+    ],
+)
+def test_values_out_of_range_are_told_in_one_line(
+    options: list[str], said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert fastmoco(monkeypatch, "pretrain", "simclr", "--data", "X", "--out", "Y", *options) == 2
+    assert capsys.readouterr() == ("", f"error: {said}\n")
+
+
+def test_arguments_of_another_type_are_shown_once(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert fastmoco(monkeypatch, "pretrain", "simclr", "--data", "X", "--out", "Y", "--margin", "much") == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.count("much") == 1 and "--margin" in err
+
+
 def test_damaged_and_foreign_checkpoints(
     images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from fastmoco.cli import export
 from fastmoco.errors import UserError
 from fastmoco.models.encoder import Encoder
-from fastmoco.models.foreign import read_checkpoint
+from fastmoco.models.foreign import query_backbone, read_checkpoint, state_dict_of
 from fastmoco.models.weights import EXPORTED, QUERY, load_encoder, write_weights
 
 State = dict[str, Tensor]
@@ -174,6 +174,21 @@ def test_each_library_gives_its_query_encoder(name: str, encoders: tuple[nn.Modu
         expected = nn.Sequential(*list(model.children())[:-1])(x).flatten(1)
     assert found.arch == "resnet18"
     torch.testing.assert_close(features, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_it_is_said_whose_layout_it_is_and_what_was_left_out(encoders: tuple[nn.Module, nn.Module]) -> None:
+    every = layouts(*encoders)
+
+    def found(name: str) -> str:
+        return str(query_backbone(state_dict_of(every[name], Path("x")), Path("x")))
+
+    assert found("barlowtwins, published") == "120 tensors in the layout of torchvision"
+    assert found("moco").startswith(
+        "120 tensors in the layout of MoCo (encoder_q.*); left out 126: encoder_q.fc, encoder_k, queue"
+    )
+    assert found("lightly, example").endswith(
+        "(backbone.*); left out 125: backbone_momentum, projection_head, projection_head_momentum, criterion"
+    )
 
 
 def test_objects_in_a_checkpoint_are_passed_over_and_no_code_of_theirs_runs(

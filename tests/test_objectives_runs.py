@@ -148,7 +148,8 @@ def test_supervised_contrast_wants_labels(tmp_path: Path) -> None:
         ({"objective": "simclr", "symmetric": True}, "--symmetric is for --objective moco, not simclr"),
         ({"objective": "barlow-twins", "margin": 0.1}, "--margin is for --objective moco or simclr"),
         ({"mix_weight": 1.0}, "--mix-weight is for --objective barlow-twins, not moco"),
-        ({"margin": -0.1}, "--margin must be 0 or more"),
+        ({"margin": -0.1}, "--margin must be from 0 to 2, not -0.1"),
+        ({"objective": "simclr", "margin": 2.1}, "--margin must be from 0 to 2, not 2.1"),
         ({"objective": "simclr", "key_shuffle": "global"}, "has no key encoder"),
     ],
 )

@@ -21,7 +21,8 @@ from fastmoco.train import pretrain as module
 from fastmoco.train.config import Config
 from fastmoco.train.metrics import read_rows
 from fastmoco.train.opening import initial_weights
-from fastmoco.train.pretrain import NonFiniteLoss, Stopped, pretrain
+from fastmoco.train.pretrain import Stopped, pretrain
+from fastmoco.train.saving import NonFiniteLoss
 from fastmoco.train.stored import to_json
 from fastmoco.train.trainer import Trainer
 from runs import draw_images, small_config
@@ -233,11 +234,19 @@ def test_weights_that_overflow_are_not_saved(images: Path, tmp_path: Path, monke
         pretrain(small_config(images, tmp_path / "run"))
 
 
-def test_pretraining_from_an_earlier_run(images: Path, tmp_path: Path) -> None:
+def test_pretraining_from_an_earlier_run(
+    images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     pretrain(small_config(images, tmp_path / "a", steps=2))
     config = small_config(images, tmp_path / "b", steps=1, init=str(tmp_path / "a"))
     expected = fastmoco.load_encoder(tmp_path / "a").backbone.state_dict()
-    trainer = Trainer(config, precision="fp32", world=World(), backbone=initial_weights(World(), config, None))
+    capsys.readouterr()
+    backbone = initial_weights(World(), config, None)
+    file = tmp_path / "a" / "checkpoints" / "step-000000002.safetensors"
+    said = f"starting from {file}: resnet18, 120 tensors in the layout of fastmoco, at step 2 (query.*); left out "
+    assert capsys.readouterr().out.startswith(said)
+    trainer = Trainer(config, precision="fp32", world=World(), backbone=backbone)
+    assert initial_weights(World(1, 2), config, None) is not None and capsys.readouterr().out == ""
     for encoder in (trainer.module.query, trainer.module.key):
         assert all(torch.equal(value, expected[name]) for name, value in encoder.backbone.state_dict().items())
     with pytest.raises(UserError, match="holds a resnet18, not --arch resnet34"):

@@ -80,8 +80,11 @@ def test_architectures_are_told_from_their_keys(arch: str) -> None:
 def test_a_torchvision_file_loads(tmp_path: Path) -> None:
     model = torchvision.models.resnet18()
     torch.save(model.state_dict(), tmp_path / "r.pth")
-    state = initial_backbone(str(tmp_path / "r.pth"), "resnet18")
+    state, said = initial_backbone(str(tmp_path / "r.pth"), "resnet18")
     assert torch.equal(state["conv1.weight"], model.conv1.weight)
+    assert said == (
+        f"starting from {tmp_path / 'r.pth'}: resnet18, 120 tensors in the layout of torchvision; left out 2: fc"
+    )
     with pytest.raises(UserError, match="holds a resnet18, not --arch resnet50"):
         initial_backbone(str(tmp_path / "r.pth"), "resnet50")
 
@@ -94,7 +97,8 @@ def test_init_from_torchvision_takes_its_published_file(tmp_path: Path, monkeypa
     cached.parent.mkdir(parents=True)
     model = torchvision.models.resnet18()
     torch.save(model.state_dict(), cached)
-    state = initial_backbone("torchvision", "resnet18")
+    state, said = initial_backbone("torchvision", "resnet18")
+    assert f"starting from {cached.name}: resnet18, 120 tensors in the layout of torchvision" in said
     assert torch.equal(state["layer4.1.bn2.weight"], model.layer4[1].bn2.weight)
     assert not any(name.startswith("fc.") for name in state)
 

@@ -32,7 +32,7 @@ def start_server() -> None:
     sees to it that this is the first.
     """
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    preload = ["worlds", "fastmoco.train.trainer", "deepspeed", "torch._inductor.compile_fx"]
+    preload = ["worlds", "fastmoco.cli", "fastmoco.train.pretrain", "deepspeed", "torch._inductor.compile_fx"]
     multiprocessing.get_context("forkserver").set_forkserver_preload(preload)
     multiprocessing.forkserver.ensure_running()
 

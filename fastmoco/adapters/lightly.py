@@ -124,9 +124,9 @@ class NTXentLoss(nn.Module):
     temperature: divides the similarities.
     memory_bank_size: (K, D) of the bank, 0 for none: then the other images of the batch are the negatives.
     gather_distributed: whether those of all processes are.
-    margin: subtracted from the similarity of the two views (additive margin; not in lightly).
+    margin: subtracted from the similarity of the two views, from 0 to 2 (additive margin; not in lightly).
 
-    Raises ValueError for a temperature of 0, a margin below 0, or as `MemoryBankModule` does.
+    Raises ValueError for a temperature of 0, a margin out of its range, or as `MemoryBankModule` does.
     """
 
     def __init__(
@@ -142,8 +142,8 @@ class NTXentLoss(nn.Module):
         super().__init__()
         if abs(temperature) < _LEAST_TEMPERATURE:
             raise ValueError(f"Illegal temperature: abs({temperature}) < {_LEAST_TEMPERATURE}")
-        if margin < 0:
-            raise ValueError(f"Illegal margin: {margin} is below 0")
+        if not 0 <= margin <= 2:
+            raise ValueError(f"Illegal margin: {margin} is not from 0 to 2")
         _require_distributed(gather_distributed)
         self.memory_bank = MemoryBankModule(memory_bank_size, gather_distributed, wrap=wrap, persistent=persistent)
         self.temperature, self.gather_distributed, self.margin = temperature, gather_distributed, margin

@@ -31,6 +31,7 @@ class PairLoader:
     """Random pairs of views of the images of `data`, batch after batch; going over it is an epoch, another each time.
 
     data, labels, label: images, and a CSV file with a label column, as `fastmoco pretrain` takes them.
+    split: take only the images whose split column, `split_column`, holds this; all if not given.
     recipe: whose views, such as mocov2 or histology-mse-small; `views` in its place says them one by one.
     size: side of the views in pixels; as the recipe says if not given.
     batch_size: images in a batch, over all processes of torch.distributed, which share an epoch out evenly.
@@ -42,8 +43,8 @@ class PairLoader:
 
     An epoch's images and draws depend on `seed` and the epoch's number alone. `set_epoch` sets that of the next, where
     training is resumed; `state_dict` and `load_state_dict` keep the place in it too. Lightning calls them by itself.
-    Targets and file names are those of the first view. Raises UserError as `load_manifest` does, and where a batch
-    cannot be shared out or filled, or pairs are to be of patients that have no two images.
+    Targets and file names are those of the first view. Raises UserError as `load_manifest` does, and where no
+    image is of the split, a batch cannot be shared out or filled, or pairs are to be of patients without two images.
     """
 
     def __init__(
@@ -52,7 +53,9 @@ class PairLoader:
         *,
         labels: str | Path | None = None,
         label: str | None = None,
+        split: str | None = None,
         patient_column: str = "patient",
+        split_column: str = "split",
         recipe: str = "mocov2",
         views: ViewConfig | None = None,
         size: int | None = None,
@@ -69,14 +72,16 @@ class PairLoader:
     ) -> None:
         chosen = find(recipe)(Path(data), Path()).views if views is None else views
         self.views = chosen if size is None else replace(chosen, size=size)
-        self._manifest = load_manifest(
+        manifest = load_manifest(
             Path(data),
             None if labels is None else Path(labels),
             label=() if label is None else (label,),
             patient_column=patient_column,
+            split_column=split_column,
             decoder="dali" if loader == "dali" or (loader == "auto" and dali_installed()) else "pillow",
             progress=progress,
         )
+        self._manifest = manifest if split is None else manifest.only_split(split)
         here = world()
         self._order = Order(
             len(self._manifest), batch_size, seed, drop_last=drop_last, shard=here.rank, shards=here.size,

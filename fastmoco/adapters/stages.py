@@ -18,6 +18,9 @@ from fastmoco.losses import StageBarlow, StageMSE
 
 RESNET = ("layer1", "layer2", "layer3", "layer4")
 
+# Layers over a map's second dimension, its channels unless they are the last.
+_OVER_SECOND = (nn.modules.conv._ConvNd, nn.modules.batchnorm._NormBase, nn.GroupNorm)
+
 
 class StageLosses(nn.Module):
     """Losses of the outputs of parts of `model`, for two views of the same images; called without arguments once both
@@ -29,13 +32,16 @@ class StageLosses(nn.Module):
     kind: mse, the mean squared error of both views' means over places (or over the cells of a `grid` x `grid` of each
         map), or barlow, the cross-correlation of projections of those means (Zbontar et al. 2021).
     weight: of each stage's loss: 1 (mse) or 0.0005 (barlow) if not given.
-    channels_last: whether maps are (N, H, W, C), as a Swin transformer's.
+    channels_last: whether maps are (N, H, W, C), as a Swin transformer's. Where it is not given they are taken to be
+        (N, C, H, W), unless a part shows that they are not: layers over the last dimension (LayerNorm, Linear) and none
+        over the second (convolutions, BatchNorm), of which one is as wide as the map's last dimension and none as its
+        second. That is an error then. Of other parts, such as those that mix both kinds of layers, it cannot be told.
     off_diagonal, scale, projector_width: of barlow, whose projectors are this module's parameters, to be trained. For
         their widths an empty picture of `size` pixels goes through `model` once.
 
     `losses` holds the stages' parts of the last sum, by name, without gradient. The networks are not parts of this
     module, and copies of them are not listened to. Raises UserError for a stage that `model` has not, and, called,
-    where a view is missing or the outputs do not fit.
+    where a view is missing, the outputs do not fit or their channels are seen to be the last.
     """
 
     def __init__(
@@ -47,7 +53,7 @@ class StageLosses(nn.Module):
         kind: Literal["mse", "barlow"] = "mse",
         weight: float | None = None,
         grid: int = 1,
-        channels_last: bool = False,
+        channels_last: bool | None = None,
         off_diagonal: float = 0.005,
         scale: float = 1.0,
         projector_width: int = 2048,
@@ -59,6 +65,7 @@ class StageLosses(nn.Module):
         if not stages or len(set(stages)) != len(stages):
             raise UserError(f"StageLosses: stages are different names, at least one, not {list(stages)}")
         self.stages, self.channels_last, self.losses = tuple(stages), channels_last, dict[str, Tensor]()
+        self._last = {stage: _widths_over_last(find_part("StageLosses", model, stage)) for stage in stages}
         places = range(1, len(stages) + 1)
         self.loss: StageMSE | StageBarlow
         if kind == "mse":
@@ -97,6 +104,12 @@ class StageLosses(nn.Module):
     def _map(self, stage: str, output: Any) -> Tensor:
         """(N, C, H, W) of what a stage gave."""
         if isinstance(output, Tensor) and output.ndim == 4:
+            last = self._last[stage]
+            if self.channels_last is None and output.shape[3] in last and output.shape[1] not in last:
+                raise UserError(
+                    f"StageLosses: {stage} gives maps {tuple(output.shape)} whose channels are the last, as its layers "
+                    f"over {output.shape[3]} say: give channels_last=True (or False, if they are {output.shape[1]})"
+                )
             return output.permute(0, 3, 1, 2) if self.channels_last else output
         if isinstance(output, Tensor) and output.ndim == 3:
             return output.transpose(1, 2).unsqueeze(-1)
@@ -119,6 +132,15 @@ class StageLosses(nn.Module):
         if missing:
             raise UserError(f"StageLosses: nothing went through {', '.join(missing)} as the model was called")
         return [self._map(stage, outputs[0]).shape[1] for stage, outputs in seen.items()]
+
+
+def _widths_over_last(part: nn.Module) -> set[int]:
+    """The widths of a part's layers over the last dimension; none where it has others, over the second."""
+    layers = list(part.modules())
+    if any(isinstance(layer, _OVER_SECOND) for layer in layers):
+        return set()
+    norms = {layer.normalized_shape[-1] for layer in layers if isinstance(layer, nn.LayerNorm)}
+    return norms | {layer.out_features for layer in layers if isinstance(layer, nn.Linear)}
 
 
 class _Seen(dict[str, deque[Any]]):

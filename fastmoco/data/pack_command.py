@@ -5,8 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-import tyro
-
+from fastmoco.arguments import read_arguments
 from fastmoco.data.manifest import Manifest
 from fastmoco.data.manifest_file import SHARD_INDEX, read_manifest_file
 from fastmoco.data.members import compare
@@ -34,7 +33,7 @@ class PackArgs(Source):
 
 def pack_command(args: list[str]) -> int:
     """Pack, or check. Returns the exit status: 1 where --check finds something wrong, otherwise 0."""
-    options = tyro.cli(PackArgs, prog="fastmoco data pack", args=args)
+    options = read_arguments(PackArgs, prog="fastmoco data pack", args=args)
     if options.check:
         return _check(options)
     shard_bytes = parse_bytes(options.shard_size, "--shard-size")

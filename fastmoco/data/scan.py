@@ -7,8 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePath
 from typing import Literal
 
-import tyro
-
+from fastmoco.arguments import read_arguments
 from fastmoco.data.manifest import Manifest, trusted_list
 from fastmoco.data.manifest_file import SHARD_INDEX, write_manifest
 from fastmoco.data.sizes import show_count
@@ -30,7 +29,7 @@ class ScanArgs(Source):
 
 def scan_command(args: list[str]) -> int:
     """Print what was found. Returns the exit status: 1 with --strict and a file left out, otherwise 0."""
-    options = tyro.cli(ScanArgs, prog="fastmoco data scan", args=args)
+    options = read_arguments(ScanArgs, prog="fastmoco data scan", args=args)
     if options.out is not None and not options.out.parent.is_dir():
         raise UserError(f"--out {options.out}: no such folder")
     manifest = options.manifest(options.decoder)

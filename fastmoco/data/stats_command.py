@@ -6,11 +6,11 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-import tyro
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from fastmoco.arguments import read_arguments
 from fastmoco.atomic import write_text
 from fastmoco.data.source import Source
 from fastmoco.data.stats import statistics, summary
@@ -27,7 +27,7 @@ class StatsArgs(Source):
 
 def stats_command(args: list[str]) -> int:
     """Print the table and write the file. Returns the exit status, 0."""
-    options = tyro.cli(StatsArgs, prog="fastmoco data stats", args=args)
+    options = read_arguments(StatsArgs, prog="fastmoco data stats", args=args)
     found = statistics(options.manifest(), workers=options.threads())
     table = Table(title=str(options.images()), show_header=False)
     table.add_column(no_wrap=True)

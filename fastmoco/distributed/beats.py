@@ -46,13 +46,16 @@ class Hub:
     """Rank 0's end: hears all, and tells all the verdict. Without `others` there is nothing to connect to.
 
     own: gives what this process has to say of itself at that moment. token: what a connection has to say first, so that
-    no stranger is taken for a rank.
+    no stranger is taken for a rank. clock: the seconds that `roll` counts in.
     """
 
-    def __init__(self, own: Callable[[], Pulse], roll: Roll, token: int, *, others: bool = True) -> None:
+    def __init__(
+        self, own: Callable[[], Pulse], roll: Roll, token: int, clock: Callable[[], float], *, others: bool = True
+    ) -> None:
         self.own = own
         self.roll = roll
         self.token = token
+        self.clock = clock
         self._waiting = _Selecting()
         self.wake = self._waiting.wake
         self._ranks: dict[Line, int | None] = {}
@@ -82,12 +85,12 @@ class Hub:
             ready, woken = self._waiting.wait(until - time.monotonic())
             for one in ready:
                 self._accept() if one is self._listener else self._hear(one)  # type: ignore[arg-type]
-            now = time.monotonic()
+            now = self.clock()
             self.roll.heard(self.own(), now)
             verdict = self.roll.verdict(now)
             if verdict is not None:
                 self._tell({"verdict": asdict(verdict)})
-            if verdict is not None or woken or now >= until:
+            if verdict is not None or woken or time.monotonic() >= until:
                 return verdict
 
     def part(self, seconds: float) -> None:
@@ -125,7 +128,7 @@ class Hub:
                 if self._ranks[line] is None:
                     line.send({"first": asdict(self.own())})
                 self._ranks[line] = pulse.rank
-                self.roll.heard(pulse, time.monotonic())
+                self.roll.heard(pulse, self.clock())
             return
         except Closed:
             pass
@@ -151,22 +154,32 @@ class Hub:
 class Spoke:
     """Another rank's end: says how it is, and hears the verdict, or that rank 0 is gone.
 
-    own: gives what this process has to say of itself at that moment.
+    own: gives what this process has to say of itself at that moment. clock: seconds, of which rank 0 may be silent for
+    `seconds`.
     """
 
     def __init__(
-        self, own: Callable[[], Pulse], address: str, port: int, token: int, *, seconds: float, patience: float
+        self,
+        own: Callable[[], Pulse],
+        address: str,
+        port: int,
+        token: int,
+        clock: Callable[[], float],
+        *,
+        seconds: float,
+        patience: float,
     ) -> None:
         """Raises OSError where rank 0 cannot be connected to, or does not answer within `patience` seconds."""
         self.own = own
         self.token = token
+        self.clock = clock
         self.seconds = seconds
         self._waiting = _Selecting()
         self.wake = self._waiting.wake
         self._line = Line(socket.create_connection((address, port), timeout=patience), patience)
         self._waiting.selector.register(self._line, selectors.EVENT_READ)
         self._first = Pulse(0, host=address)
-        self._heard = time.monotonic()
+        self._heard = clock()
         self._released = False
         # From here on each knows the other, should one of them be gone a moment later.
         if self.turn(patience, answered=True) is not None or self._first.pid == 0:
@@ -182,14 +195,14 @@ class Spoke:
         while True:
             ready, woken = self._waiting.wait(until - time.monotonic())
             verdict = self._hear() if self._line in ready else None
-            now = time.monotonic()
+            now = self.clock()
             if verdict is None and not self._released and now - self._heard > self.seconds + 2 * seconds:
                 verdict = Verdict(
                     f"{self._first} was last heard from {now - self._heard:.0f} s ago, {since(self._first.step)} "
                     "(--watchdog): stopped, or frozen?; go on with --resume",
                     hung=True,
                 )
-            if verdict is not None or woken or now >= until or (answered and self._first.pid):
+            if verdict is not None or woken or time.monotonic() >= until or (answered and self._first.pid):
                 return verdict
 
     def part(self, seconds: float) -> None:
@@ -205,7 +218,7 @@ class Spoke:
     def _hear(self) -> Verdict | None:
         try:
             for said in self._line.receive():
-                self._heard = time.monotonic()
+                self._heard = self.clock()
                 if "verdict" in said:
                     return Verdict(**said["verdict"])
                 if "bye" in said:

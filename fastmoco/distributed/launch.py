@@ -76,8 +76,8 @@ def _of_srun(environ: Mapping[str, str]) -> Launch:
 def joined(device: str, *, timeout: float = 300.0, launch: Launch | None = None) -> Iterator[World]:
     """The world of this process while it is open; `device` as --device names it, on several GPUs the local rank's.
 
-    timeout: seconds that a collective may take, those of `control` apart, and that processes wait for each other at
-    the start.
+    timeout: seconds that processes wait for each other at the start, and that a collective may take, those of `control`
+    apart, until the processes watch over each other (monitor.py).
 
     Raises UserError where the device cannot be used, or would be that of several processes, or the others do not come.
     """

@@ -1,7 +1,8 @@
 """Ending a run as a whole: where one of its processes fails, dies or hangs, all of them say so and end.
 
 Each process has a thread that tells rank 0 every second how it is, over connections of its own: what torch.distributed
-waits for, it does not. So it can also end a process whose main thread waits for ever.
+waits for, it does not. So it can also end a process whose main thread waits for ever. Time in which the process itself
+was stopped is none in which it did not get on (stops.py).
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -24,6 +26,7 @@ import torch.distributed as dist
 from fastmoco.distributed.beats import Hub, Spoke
 from fastmoco.distributed.launch import Launch
 from fastmoco.distributed.roll import Pulse, Roll, Verdict
+from fastmoco.distributed.stops import Fuse, RunningClock
 from fastmoco.distributed.world import World
 from fastmoco.errors import UserError
 
@@ -37,6 +40,8 @@ HUNG = 76
 INTERVAL, GRACE, PATIENCE = 1.0, 1.0, 12.0
 # Seconds that rank 0, once it is done, waits for the others to be done too.
 LINGER = 10.0
+# Seconds over the watchdog after which a process ends that cannot even say that it hangs.
+SPARE = 30.0
 
 # What torch says on one process when another has gone.
 _BROKEN = re.compile(
@@ -47,13 +52,14 @@ _BROKEN = re.compile(
 class _Own:
     """What this process has to say of itself; called from any thread."""
 
-    def __init__(self, world: World) -> None:
+    def __init__(self, world: World, clock: RunningClock) -> None:
         self.pulse = Pulse(world.rank, world.host, os.getpid())
+        self.clock = clock
         self.moved: float | None = None
         self._thread = threading.get_ident()
 
     def __call__(self) -> Pulse:
-        idle = 0.0 if self.moved is None else time.monotonic() - self.moved
+        idle = 0.0 if self.moved is None else self.clock() - self.moved
         return replace(self.pulse, idle=idle, where=_where(self._thread))
 
 
@@ -61,11 +67,11 @@ class Monitor:
     """This process's part in the watch; `beat` and `alive` are for its main thread."""
 
     def __init__(
-        self, own: _Own, link: Hub | Spoke, *, seconds: float, interval: float, grace: float, patience: float
+        self, own: _Own, link: Hub | Spoke, fuse: Fuse, *, interval: float, grace: float, patience: float
     ) -> None:
         self._own, self._pulse = own, own.pulse
-        self._link = link
-        self._seconds, self._interval, self._grace, self._patience = seconds, interval, grace, patience
+        self._link, self._fuse = link, fuse
+        self._interval, self._grace, self._patience = interval, grace, patience
         self._over = threading.Event()
         self._verdict: Verdict | None = None
         self._thread = threading.Thread(target=self._watch, name="monitor", daemon=True)
@@ -78,7 +84,7 @@ class Monitor:
 
     def alive(self) -> None:
         """Something got on that is no step, in a phase that may last longer than the watchdog allows for one."""
-        self._own.moved = time.monotonic()
+        self._own.moved = self._own.clock()
 
     def leave(self) -> None:
         """End the watch in good order: this process's end is then no failure to the others.
@@ -115,14 +121,14 @@ class Monitor:
         self._over.set()
         self._link.wake()
         self._thread.join()
-        faulthandler.cancel_dump_traceback_later()
+        self._fuse.remove()
         self._link.part(self._grace)
 
     def _watch(self) -> None:
         while True:
             over = self._over.is_set()
             # Where some C code never lets go of the interpreter, only this can end the process.
-            faulthandler.dump_traceback_later(self._seconds + 30, exit=True, file=2)
+            self._fuse.light()
             # What was said last is said, but nothing more is waited for.
             verdict = self._link.turn(0.0 if over else self._interval)
             if verdict is not None:
@@ -188,6 +194,7 @@ def watched(
     interval: float = INTERVAL,
     grace: float = GRACE,
     patience: float = PATIENCE,
+    spare: float = SPARE,
 ) -> Iterator[Monitor]:
     """Watch over this process, and over the others of its world, while it is open.
 
@@ -196,10 +203,17 @@ def watched(
 
     Where another process fails, dies or can no longer be reached, or where nothing gets on, one line says so and this
     process ends at once, with status OTHER_FAILED or HUNG. Raises UserError where rank 0 cannot be connected to.
+
+    A process that is stopped and continued, and all of a run together, go on where they were, however long it took.
+    Only a SIGSTOP that no SIGTSTP precedes, longer than the watchdog and `spare` together, ends a process (see Fuse).
+    Collectives of the world's group have no timeout of their own from then on.
     """
-    own = _Own(world)
+    if world.group is not None:
+        # It would go on while the processes are stopped. Who is gone, or hangs, is seen here.
+        dist.set_timeout(timedelta(days=7), world.group)
+    own = _Own(world, RunningClock(interval))
     link = _link(own, world, launch, seconds, grace, patience)
-    monitor = Monitor(own, link, seconds=seconds, interval=interval, grace=grace, patience=patience)
+    monitor = Monitor(own, link, Fuse(seconds + spare), interval=interval, grace=grace, patience=patience)
     try:
         yield monitor
     except orderly:
@@ -216,14 +230,14 @@ def _link(
 ) -> Hub | Spoke:
     token = secrets.randbits(62)
     if world.first:
-        roll = Roll(world.size, seconds, grace, patience, time.monotonic())
-        hub = Hub(own, roll, token, others=not world.alone)
+        roll = Roll(world.size, seconds, grace, patience, own.clock())
+        hub = Hub(own, roll, token, own.clock, others=not world.alone)
         if not world.alone:
             _agree(world, hub.port, token)
         return hub
     port, token = _agree(world, 0, 0)
     try:
-        return Spoke(own, launch.address, port, token, seconds=seconds, patience=patience)
+        return Spoke(own, launch.address, port, token, own.clock, seconds=seconds, patience=patience)
     except OSError as error:
         raise UserError(
             f"rank {world.rank} on {world.host} cannot connect to rank 0 at {launch.address}:{port}: {error}; open the "

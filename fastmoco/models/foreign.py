@@ -6,7 +6,7 @@ import pickle
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,9 +17,14 @@ from fastmoco.errors import UserError
 _CONTAINERS = ("state_dict", "model", "model_state_dict")
 # What wrappers put before every key.
 _WRAPPERS = ("module.", "_orig_mod.", "model.")
-# What stands before the backbone's keys, first the query's: MoCo and the paper's code, MoCo v3, lightly, solo-learn and
-# Barlow Twins, older solo-learn.
-_BACKBONES = ("encoder_q.", "base_encoder.", "backbone.", "encoder.", "")
+# What stands before the backbone's keys, first the query's, and whose layout that is.
+_BACKBONES = {
+    "encoder_q.": "MoCo",
+    "base_encoder.": "MoCo v3",
+    "backbone.": "lightly, solo-learn or Barlow Twins",
+    "encoder.": "solo-learn's first versions",
+    "": "torchvision",
+}
 # What else such checkpoints hold: key encoders, heads, queues, stage projectors, online classifiers, loss state.
 _OTHERS = (
     r"encoder_k\.|momentum_|key_|teacher_|student_|(backbone|head)_(momentum|ema)\.|queue|(local_)?projection_head|"
@@ -29,6 +34,26 @@ _OTHERS = (
 _OWN = r"(conv1|bn1|layer[1-4])\."
 # lightly's examples make the backbone a Sequential of a torchvision ResNet's children.
 _SEQUENTIAL = {"0": "conv1", "1": "bn1", "4": "layer1", "5": "layer2", "6": "layer3", "7": "layer4"}
+
+
+class Backbone(NamedTuple):
+    """A backbone's `tensors` by torchvision's names, and how they were found: in the `layout` of which library, whose
+    keys for them begin with `prefix`, and with which `others` beside them, by name, that were left out."""
+
+    tensors: dict[str, Tensor]
+    layout: str
+    prefix: str
+    others: list[str]
+
+    def __str__(self) -> str:
+        keys = f" ({self.prefix}*)" if self.prefix else ""
+        said = f"{len(self.tensors)} tensors in the layout of {self.layout}{keys}"
+        if not self.others:
+            return said
+        ours, theirs = len(self.prefix), [name for name in self.others if not name.startswith(self.prefix)]
+        parts = [name[:ours] + name[ours:].partition(".")[0] for name in self.others if name not in theirs]
+        parts += [name.partition(".")[0] for name in theirs]
+        return f"{said}; left out {len(self.others)}: {_few(list(dict.fromkeys(parts)))}"
 
 
 class _Allowed(type):
@@ -102,7 +127,7 @@ def state_dict_of(loaded: Any, path: Path) -> dict[str, Tensor]:
     return {str(name): value for name, value in loaded.items()}
 
 
-def query_backbone(state: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
+def query_backbone(state: Mapping[str, Tensor], path: Path) -> Backbone:
     """The query encoder's backbone among `state`, with torchvision's names and without its last layer `fc`.
 
     Those of fastmoco's exports, torchvision, timm, facebookresearch/moco (v1 to v3), the intermediate-layer paper,
@@ -122,7 +147,7 @@ def query_backbone(state: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]
             f"those of a ResNet of torchvision, or of a library that has one; it has {_few(list(state))}"
         )
     sequential = "conv1.weight" not in own
-    found, unknown = {}, []
+    found, others, unknown = {}, [], []
     for name, value in state.items():
         key = name.removeprefix(prefix)
         inside = name.startswith(prefix)
@@ -130,11 +155,13 @@ def query_backbone(state: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]
             key = _of_sequential(key)
         if inside and re.match(_OWN, key):
             found[key] = value
-        elif not re.match(_OTHERS, key if inside else name):
+        elif re.match(_OTHERS, key if inside else name):
+            others.append(name)
+        else:
             unknown.append(name)
     if unknown:
         raise UserError(f"{path}: keys that are neither a ResNet's nor known of any library: {_few(unknown)}")
-    return found
+    return Backbone(found, _BACKBONES[prefix], prefix, others)
 
 
 def _of_sequential(name: str) -> str:

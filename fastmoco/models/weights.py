@@ -18,7 +18,7 @@ from torch import Tensor
 from fastmoco.atomic import replacing
 from fastmoco.errors import UserError
 from fastmoco.models.encoder import Encoder
-from fastmoco.models.foreign import query_backbone, read_checkpoint, state_dict_of
+from fastmoco.models.foreign import Backbone, query_backbone, read_checkpoint, state_dict_of
 
 # The key of the safetensors header under which fastmoco keeps what it knows of the file, as JSON.
 METADATA_KEY = "fastmoco"
@@ -48,22 +48,33 @@ def load_encoder(path: str | Path) -> Encoder:
 
     Raises UserError where the file is missing, damaged or holds no torchvision ResNet.
     """
-    file = weights_file(Path(path))
+    return _read_encoder(Path(path))[0]
+
+
+def _read_encoder(path: Path) -> tuple[Encoder, Backbone]:
+    """As `load_encoder`, and how its backbone was found in the file."""
+    file = weights_file(path)
     state, meta = read_weights(file)
     config = meta.get("config", {})
     if "step" in meta:
-        state = _strip(state, "module.query.")
+        names = [name.removeprefix("module.") for name in state]
+        query = _strip(state, "module.query.")
+        own = _strip(query, "backbone.")
+        others = [name for name in names if not name.startswith("query.backbone.")]
+        found = Backbone(own, f"fastmoco, at step {meta['step']}", "query.", others)
         model = config["model"]
         encoder = Encoder(model["arch"], head=model["head"], dim=model["dim"])
-        _load(encoder, state, file)
+        _load(encoder, query, file)
     else:
-        state = query_backbone(state, file)
-        encoder = Encoder(infer_arch(state, file))
-        _load(encoder.backbone, state, file)
+        found = query_backbone(state, file)
+        if "arch" in meta:
+            found = found._replace(layout="fastmoco")
+        encoder = Encoder(infer_arch(found.tensors, file))
+        _load(encoder.backbone, found.tensors, file)
     encoder.config = config
     encoder.image_size = config.get("views", {}).get("size")
     encoder.resize = config.get("views", {}).get("resize")
-    return encoder.eval()
+    return encoder.eval(), found
 
 
 def save_encoder(path: Path, encoder: Encoder, config: dict[str, Any]) -> None:
@@ -78,8 +89,8 @@ def save_encoder(path: Path, encoder: Encoder, config: dict[str, Any]) -> None:
     write_weights(path, tensors, meta)
 
 
-def initial_backbone(init: str, arch: str) -> dict[str, Tensor]:
-    """The state dict that --init names, checked to be an `arch`.
+def initial_backbone(init: str, arch: str) -> tuple[dict[str, Tensor], str]:
+    """The state dict that --init names, checked to be an `arch`, and a line that says where it was found and how.
 
     Raises UserError where it cannot be had or is another architecture.
     """
@@ -92,11 +103,13 @@ def initial_backbone(init: str, arch: str) -> dict[str, Tensor]:
                 f"--init torchvision: {weights.url} cannot be downloaded ({error}); fetch it elsewhere and "
                 "give the file to --init"
             ) from error
-        return {name: value for name, value in state.items() if not name.startswith("fc.")}
-    encoder = load_encoder(init)
+        found = query_backbone(state, Path(weights.url))
+        return found.tensors, f"starting from {weights.url.rpartition('/')[2]}: {arch}, {found}"
+    file = weights_file(Path(init))
+    encoder, found = _read_encoder(file)
     if encoder.arch != arch:
         raise UserError(f"--init {init} holds a {encoder.arch}, not --arch {arch}")
-    return encoder.backbone.state_dict()
+    return encoder.backbone.state_dict(), f"starting from {file}: {arch}, {found}"
 
 
 def read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -9,6 +9,7 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
+from fastmoco.arguments import read_arguments
 from fastmoco.data.views import ViewConfig
 from fastmoco.errors import UserError
 from fastmoco.plan.cluster import ClusterConfig
@@ -92,7 +93,7 @@ def plan_command(args: list[str]) -> int:
         raise UserError("name a recipe first: fastmoco plan RECIPE --nodes 4 --gpus 8 (see fastmoco recipes)")
     name = args[0]
     config: Config = find(name)(tyro.MISSING, tyro.MISSING)
-    options = tyro.cli(
+    options = read_arguments(
         PlanArgs,
         prog=f"fastmoco plan {name}",
         description=f"Work out what a run of the recipe {name} on many GPUs sends, holds and takes.",

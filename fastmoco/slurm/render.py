@@ -10,6 +10,7 @@ from pathlib import Path
 
 import tyro
 
+from fastmoco.arguments import read_arguments
 from fastmoco.atomic import write_text
 from fastmoco.errors import UserError
 from fastmoco.slurm.arguments import run_folder, split, value_of, without
@@ -131,7 +132,7 @@ def render_command(args: list[str]) -> int:
     own, options = split(rest)
     shapes: dict[str, type[JobArgs]] = {"study": StudyArgs, "grid": GridArgs}
     config = (tyro.conf.OmitArgPrefixes,)
-    job = tyro.cli(shapes.get(kind, JobArgs), prog=f"fastmoco slurm render {kind}", args=own, config=config)
+    job = read_arguments(shapes.get(kind, JobArgs), prog=f"fastmoco slurm render {kind}", args=own, config=config)
     script = Script(kind)
     _fill(script, job)
     if isinstance(job, StudyArgs):

@@ -8,8 +8,7 @@ import signal
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import tyro
-
+from fastmoco.arguments import read_arguments
 from fastmoco.atomic import write_text
 from fastmoco.distributed.slurm import integer
 from fastmoco.errors import UserError
@@ -47,7 +46,7 @@ class RequeueArgs:
 def requeue_command(args: list[str]) -> int:
     """Decide, note and say it. Returns the exit status, 0 for requeuing; raises UserError for a mistake."""
     own, options = split(args)
-    asked = tyro.cli(RequeueArgs, prog="fastmoco slurm requeue", args=own)
+    asked = read_arguments(RequeueArgs, prog="fastmoco slurm requeue", args=own)
     run = Path(run_folder(options))
     end = End(
         job=os.environ.get("SLURM_JOB_ID", ""),

@@ -10,6 +10,7 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
+from fastmoco.arguments import read_arguments
 from fastmoco.errors import UserError
 from fastmoco.train.metrics import read_rows
 
@@ -24,7 +25,7 @@ class SpeedsArgs:
 
 def speeds_command(args: list[str]) -> int:
     """Print the table. Returns the exit status, 0; raises UserError where there is nothing to show."""
-    folder = tyro.cli(SpeedsArgs, prog="fastmoco slurm speeds", args=args).folder
+    folder = read_arguments(SpeedsArgs, prog="fastmoco slurm speeds", args=args).folder
     found = {int(run.name.partition("-")[2]): speed_of(run) for run in folder.glob("processes-*")}
     if not found:
         raise UserError(f"{folder}: no run named processes-1, processes-2 ... in it")

@@ -14,6 +14,7 @@ from typing import Any, Literal
 import tyro
 from rich.console import Console
 
+from fastmoco.arguments import read_arguments
 from fastmoco.device import device_name, find_device
 from fastmoco.errors import UserError
 from fastmoco.study.cell import Cell, digest
@@ -71,7 +72,7 @@ class StudyArgs:
 
 def read_options(args: list[str]) -> StudyArgs:
     """The options that `args` make. Raises UserError, or exits with 2, for a mistake."""
-    return tyro.cli(StudyArgs, prog="fastmoco study", args=args)
+    return read_arguments(StudyArgs, prog="fastmoco study", args=args)
 
 
 def study_command(args: StudyArgs, *, pool: MakePool = Pool) -> int:

@@ -23,7 +23,7 @@ class LossConfig:
     against the queue as it was before; then both views' keys enter it."""
     margin: float = 0.0
     """With --objective moco or simclr, what the similarity of the two views is lowered by in the loss (additive
-    margin)."""
+    margin), from 0 to 2."""
     mix_weight: float = 0.0
     """With --objective barlow-twins, weight of its regulariser by mixed samples (published: 1 to 5); 0 for none. It
     takes a third forward."""
@@ -80,6 +80,9 @@ class LossConfig:
     def __post_init__(self) -> None:
         if not self.temperature > 0:
             raise UserError(f"--temperature must be above 0, not {self.temperature}")
+        # Similarities are from -1 to 1, and no two further apart than 2.
+        if not 0 <= self.margin <= 2:
+            raise UserError(f"--margin must be from 0 to 2, not {self.margin}")
         for name, of in (("symmetric", ("moco",)), ("margin", ("moco", "simclr")), ("mix_weight", ("barlow-twins",))):
             value = getattr(self, name)
             option = f"--{name.replace('_', '-')}"

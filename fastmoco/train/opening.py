@@ -58,7 +58,8 @@ def listed_images(world: World, config: Config, store: Store, saved: Checkpoint 
 
 
 def initial_weights(world: World, config: Config, saved: Checkpoint | None) -> dict[str, Tensor] | None:
-    """The backbone that training begins with, where --init names one and there is nothing to go on from.
+    """The backbone that training begins with, where --init names one and there is nothing to go on from; rank 0 says
+    what was read.
 
     Raises UserError for whatever else a trainer may lack on this machine. A trainer's making is no place to find that:
     there the others wait for this process already.
@@ -67,7 +68,10 @@ def initial_weights(world: World, config: Config, saved: Checkpoint | None) -> d
     engine_name(config, world)
     if saved is not None or config.model.init is None:
         return None
-    return initial_backbone(config.model.init, config.model.arch)
+    tensors, said = initial_backbone(config.model.init, config.model.arch)
+    if world.first:
+        print(said, flush=True)
+    return tensors
 
 
 def refuse_single_images(world: World, config: Config, order: Order) -> None:

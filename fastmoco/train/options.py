@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tyro
 
+from fastmoco.arguments import read_arguments
 from fastmoco.errors import UserError
 from fastmoco.train import recipes
 from fastmoco.train.config import Config
@@ -14,7 +15,7 @@ def read_options(args: list[str]) -> Config:
     if not args or args[0].startswith("-"):
         raise UserError("name a recipe first: fastmoco pretrain RECIPE --data FOLDER --out FOLDER")
     name = args[0]
-    return tyro.cli(
+    return read_arguments(
         Config,
         prog=f"fastmoco pretrain {name}",
         description=f"Pretrain with the recipe {name}. Every field can be overridden.",

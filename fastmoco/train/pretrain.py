@@ -16,14 +16,14 @@ from fastmoco.data.manifest import Manifest
 from fastmoco.data.order import Order
 from fastmoco.data.pairs import find_pairs
 from fastmoco.data.quarantine import ImagesGone, TooManyBad
-from fastmoco.distributed.agreement import agree_to_raise, everywhere, first_then_others, largest, texts
+from fastmoco.distributed.agreement import agree_to_raise, everywhere, first_then_others, largest
 from fastmoco.distributed.launch import find_launch, joined
 from fastmoco.distributed.monitor import Monitor, watched
 from fastmoco.distributed.world import World
 from fastmoco.errors import UserError
 from fastmoco.models.weights import EXPORTED, save_encoder
 from fastmoco.train.alike import check_settings, check_start
-from fastmoco.train.checkpoint import Checkpoint, Store, non_finite
+from fastmoco.train.checkpoint import Checkpoint, Store
 from fastmoco.train.classes import classes
 from fastmoco.train.clock import Clock
 from fastmoco.train.config import Config
@@ -33,15 +33,12 @@ from fastmoco.train.metrics import Row
 from fastmoco.train.monitor import knn_row
 from fastmoco.train.opening import describe, initial_weights, listed_images, refuse_single_images, resolve
 from fastmoco.train.record import Record, make_record
+from fastmoco.train.saving import NonFiniteLoss, Saving
 from fastmoco.train.schedules import learning_rate, plan
 from fastmoco.train.set_aside import SetAside
 from fastmoco.train.stop import StopRequest
 from fastmoco.train.stored import to_json
 from fastmoco.train.trainer import Trainer
-
-
-class NonFiniteLoss(UserError):
-    """A loss or a weight is NaN or infinite; the message names the step, the part and the last good checkpoint."""
 
 
 class Stopped(Exception):
@@ -62,7 +59,6 @@ def pretrain(config: Config) -> Path:
     asks to stop (stop.py) once the state is saved.
     """
     launch, seconds = find_launch(), config.run.watchdog
-    # The watchdog, which says who stands where, comes before a collective's own timeout.
     with (
         StopRequest() as stop,
         joined(config.run.device, launch=launch, timeout=max(300.0, 2 * seconds)) as world,
@@ -109,7 +105,6 @@ class _Run:
         self.config = config
         self.store = store
         self.manifest = manifest
-        self.root = root
         self.trainer = trainer
         self.monitor = monitor
         self.world = world = trainer.world
@@ -121,14 +116,15 @@ class _Run:
         )  # fmt: skip
         self.plan = plan(config, self.order)
         refuse_single_images(world, config, self.order)
-        self.data = fingerprint(manifest, config)
         self.start = 0
-        # The newest step that the run folder holds a checkpoint of.
-        self.saved_at: int | None = None
         if saved is not None:
             trainer.restore(saved)
-            self.start = self.saved_at = saved.step
+            self.start = saved.step
         self.set_aside = SetAside(world, config.data.max_bad, saved.meta.get("quarantine", []) if saved else [])
+        self.saving = Saving(
+            store, trainer, fingerprint=fingerprint(manifest, config), root=root,
+            quarantine=self.set_aside.quarantine, saved_at=None if saved is None else saved.step,
+        )  # fmt: skip
 
     def go(self, stop: StopRequest) -> Path:
         if self.world.first:
@@ -229,7 +225,7 @@ class _Run:
             self.monitor.alive()
         self.record.write(rows)
         if save:
-            self._save(done, now=done == self.plan.total)
+            self.saving.save(done, now=done == self.plan.total, before=self.record.sync)
         # Neither a score nor a checkpoint counts in the speed.
         clock.restart(self.trainer.pairs)
 
@@ -253,7 +249,7 @@ class _Run:
                 self.record.write(rows)
                 raise NonFiniteLoss(
                     f"step {step}: {' and '.join(broken)} is not finite ({values[broken[0]]}); no update was made "
-                    f"from that step on; {self._last_good()}. A lower --lr or a longer --warmup-epochs may help"
+                    f"from that step on; {self.saving.last_good()}. A lower --lr or a longer --warmup-epochs may help"
                 )
         if (fill := self.trainer.queue_fill) is not None:
             rows[-1]["queue_fill"] = fill
@@ -265,36 +261,11 @@ class _Run:
         """Write what is not written of the `done` steps; the checkpoint that holds them."""
         if rows := self._rows(done, clock):
             self.record.write(rows)
-        return self.store.path(done) if done == self.saved_at else self._save(done, now=True)
+        return self.saving.saved(done, before=self.record.sync)
 
     def _saved_before(self, done: int, clock: Clock) -> str:
         """What was saved of the `done` steps when the images of the next could not be had."""
-        return f"saved {self._finish_at(done, clock)}" if done else self._last_good()
-
-    def _last_good(self) -> str:
-        """What rank 0 knows of the last good checkpoint, once it has written all, which the others wait for."""
-        return texts(self.world, self.store.last_good() if self.world.first else "")[0]
-
-    def _save(self, step: int, *, now: bool) -> Path:
-        """Have the state after `step` written: `now`, before this returns, or while training goes on."""
-        checkpoint = self.trainer.checkpoint(step, self.data)
-        self.saved_at = step if now else None
-        if self.world.first:
-            checkpoint.meta |= {"root": self.root, "quarantine": self.set_aside.quarantine.state()}
-        everywhere(self.world, lambda: self._write(checkpoint, now=now))
-        return self.store.path(step)
-
-    def _write(self, checkpoint: Checkpoint, *, now: bool) -> None:
-        if not self.world.first:
-            return
-        broken = non_finite(checkpoint.tensors)
-        if broken:
-            raise NonFiniteLoss(
-                f"step {checkpoint.step}: {broken[0]} and {len(broken) - 1} more tensors are not finite, so no "
-                f"checkpoint was written; {self.store.last_good()}. A lower --lr or a longer --warmup-epochs may help"
-            )
-        save = self.store.save_now if now else self.store.save
-        save(checkpoint, before=self.record.sync)
+        return f"saved {self._finish_at(done, clock)}" if done else self.saving.last_good()
 
     def _knn_due(self, done: int) -> bool:
         every = self.config.run.knn_every * self.plan.per_epoch
