@@ -28,8 +28,9 @@ demo: $(STAMP)
 test: lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS) --dist loadscope --no-loadscope-reorder --durations=10
 
+# Two files at a time: much of theirs is waiting, for clusters, kills and installations.
 test-system: $(STAMP)
-	$(BIN)/python -m pytest -q --durations=10 -m system
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadscope --no-loadscope-reorder --durations=20 -m system
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
