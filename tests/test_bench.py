@@ -118,6 +118,7 @@ def test_the_sizes_of_the_page_can_be_run_alone(
     assert shares.report([replace(pooled_mse.BENCH, providers=wrong)], seconds=0.01) == 1
 
 
+@pytest.mark.system
 def test_a_wrong_provider_gets_no_speed(module: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """An output off by a fiftieth, outputs missing, an exception: all are refused, and the others still timed."""
     bench = benchmarks(module)[0]

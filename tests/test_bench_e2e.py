@@ -76,6 +76,7 @@ def test_our_steps_lead_where_the_eager_references_do(monkeypatch: pytest.Monkey
     assert after_steps(lightly_steps, args) != pytest.approx(eager, rel=1e-2)
 
 
+@pytest.mark.system
 def test_stage_losses_are_not_lightlys() -> None:
     args = StepArgs(recipe="histology-mse", arch="resnet18", size=64, batch_size=8, queue_size=64)
     with pytest.raises(Missing, match="no stage losses, which --recipe histology-mse has"):

@@ -15,6 +15,7 @@ int main() { for (const auto& name : fastmoco::infonce_sets()) std::puts(name.c_
 """
 
 
+@pytest.mark.system
 @pytest.mark.skipif(shutil.which("g++") is None, reason="no g++")
 @pytest.mark.parametrize(
     ("option", "absent"),

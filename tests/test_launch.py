@@ -20,6 +20,7 @@ def play(program: Path, sources: list[str], *options: str) -> None:
     assert (done.returncode, done.stdout) == (0, "the same\n"), done.stderr
 
 
+@pytest.mark.system
 @pytest.mark.skipif(shutil.which("g++") is None, reason="no g++")
 def test_every_block_and_thread_does_its_part(tmp_path: Path) -> None:
     # One baseline copy of the loops: the sanitizers do not go with instruction sets chosen at load time.

@@ -173,6 +173,7 @@ print(seconds, int(peak.split()[1]) / 1024)
 """
 
 
+@pytest.mark.system
 def test_a_million_lines_load_in_seconds_and_half_a_gigabyte(tmp_path: Path) -> None:
     """The whole process: 5 s of processor time, which other processes do not lengthen, and 500 MB."""
     with (tmp_path / "m.csv").open("w") as stream:

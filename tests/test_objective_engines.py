@@ -155,7 +155,7 @@ def _stopped_and_not(world: World, method: str, changes: dict[str, Any], folder:
 @pytest.mark.parametrize(
     ("engine", "name"),
     [
-        *(engine("ddp", name, slow=name != "mixed") for name in OBJECTIVES),
+        *(engine("ddp", name, slow=name != "simclr") for name in OBJECTIVES),
         engine("zero3", "simclr", slow=True),
     ],
 )
@@ -175,7 +175,7 @@ def test_a_checkpoint_of_two_processes_goes_on_with_two_and_with_one(
 @pytest.mark.parametrize(
     ("engine", "name"),
     [
-        *(engine("auto", name, slow=name != "mixed") for name in OBJECTIVES),
+        *(engine("auto", name, slow=name != "simclr") for name in OBJECTIVES),
         engine("zero3", "simclr", slow=True),
     ],
 )

@@ -27,6 +27,14 @@ from objectives import OBJECTIVES, TARGETS, changes_of
 from runs import NoSync, draw_images, references_only, small_config
 
 EACH = pytest.mark.parametrize("name", OBJECTIVES)
+# Those that others are a part of take seconds for what these show.
+FEW = pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=[pytest.mark.system] if name in ("simclr", "barlow-twins") else [])
+        for name in OBJECTIVES
+    ],
+)
 
 
 def config_of(name: str, out: Path, data: Path = Path(), **changes: Any) -> Any:
@@ -48,7 +56,9 @@ def batch(seed: int, n: int = 4) -> Batch:
 
 
 @EACH
-@pytest.mark.parametrize(("update", "precision"), [("fused", "bf16"), ("torch", "fp32")])
+@pytest.mark.parametrize(
+    ("update", "precision"), [("fused", "bf16"), pytest.param("torch", "fp32", marks=pytest.mark.system)]
+)
 def test_a_step_trains_without_waiting_for_the_device(
     name: str, update: str, precision: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -65,7 +75,7 @@ def test_a_step_trains_without_waiting_for_the_device(
     assert t.queue_fill == (8 / 19 if name == "symmetric" else None)
 
 
-@EACH
+@FEW
 def test_what_goes_on_from_a_checkpoint_is_as_if_it_had_not_stopped(name: str) -> None:
     whole, first, second = (trainer(name) for _ in range(3))
     for seed in range(4):
@@ -85,7 +95,7 @@ def test_the_share_of_the_first_view_is_drawn_anew_for_every_batch() -> None:
     assert abs(np.mean(shares) - 0.5) < 0.05 and min(shares) < 0.02 and max(shares) > 0.98
 
 
-@EACH
+@FEW
 def test_a_run_trains_and_its_encoder_loads(name: str, tmp_path: Path) -> None:
     images = draw_images(tmp_path, side=36)
     changes = {"labels": tmp_path / "labels.csv", "label": ("kind",)}

@@ -93,7 +93,7 @@ def test_a_run_folder_holds_what_the_readme_says(images: Path, tmp_path: Path) -
 
 
 @pytest.mark.parametrize("loader", LOADERS)
-@pytest.mark.parametrize("precision", [pytest.param("fp32", marks=pytest.mark.system), "bf16"])
+@pytest.mark.parametrize("precision", [pytest.param("bf16", marks=pytest.mark.system), "fp32"])
 def test_resuming_is_bit_for_bit(
     images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, loader: str, precision: str
 ) -> None:

@@ -1,4 +1,4 @@
-"""A tiny study from drawn images to its report."""
+"""A tiny study from drawn images to its report. `make test-system`."""
 
 from __future__ import annotations
 
@@ -29,6 +29,7 @@ from fastmoco.study.work.numbers import pack, unpack
 from fastmoco.study.worker import Job, Outcome, _Worker
 from studies import draw_study
 
+pytestmark = pytest.mark.system
 PICTURES = {
     "labels-full", "labels-stage4", "stages-0.4", "stages-1", "reuse", "ks-1", "pretraining", "finetuning",
     *(

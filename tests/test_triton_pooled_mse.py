@@ -13,7 +13,7 @@ from fastmoco.ops.pooled_mse import pooled_mse as operation
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # Cells that overlap, are disjoint, repeat; sides that differ; a single cell, pixel, channel; more channels than a tile.
-LARGE = [((1, 5, 56, 56), 16), ((1, 3, 32, 32), 8), ((1, 6, 8, 8), 12)]
+LARGE = [((1, 5, 56, 56) if DEVICE == "cuda" else (1, 5, 28, 28), 16), ((1, 3, 32, 32), 8), ((1, 6, 8, 8), 12)]
 SMALL = [
     ((3, 17, 7, 12), 4), ((2, 3, 5, 31), 6), ((2, 70, 19, 17), 1), ((3, 7, 1, 1), 1), ((1, 2, 1, 1), 3),
     ((2, 1, 6, 6), 4), ((2, 600, 4, 4), 4),

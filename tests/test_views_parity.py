@@ -127,7 +127,9 @@ RECIPES = {
 }
 
 
-@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.system] if name == "chest" else []) for name in RECIPES]
+)
 def test_whole_recipes(name: str, tmp_path: Path) -> None:
     errors = differences(make_images(tmp_path, SHAPES), RECIPES[name], batches=1)
     report(name, errors)

@@ -1,4 +1,4 @@
-"""The tests themselves where Triton is not installed, as on platforms for which it is not made."""
+"""The tests themselves where Triton is not installed, as on platforms for which it is not made. `make test-system`."""
 
 from __future__ import annotations
 
@@ -7,6 +7,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
+pytestmark = pytest.mark.system
 ROOT = Path(__file__).resolve().parents[1]
 # As good as not installed: neither import nor find_spec finds it.
 PROGRAM = "import sys; sys.modules['triton'] = None; import pytest; sys.exit(pytest.main(sys.argv[1:]))"
