@@ -43,8 +43,8 @@ MORE = """## More results
   [what matters on small sets](../../docs/results/search.md), with what did not help.
 - [foreign](../../docs/results/foreign.md): checkpoints written by eight libraries' own code, read here, and ours there;
   [dropin_curves](../../docs/results/dropin_curves.md): the losses of lightly's loop and of ours.
-- [e2e_float32](../../docs/results/e2e_float32.md): from files to weights at 64 px on a processor without bfloat16, where
-  fastmoco trains in float32 too.
+- [e2e_float32](../../docs/results/e2e_float32.md): from files to weights at 64 px on a processor without bfloat16,
+  where fastmoco trains in float32 too.
 - [objectives](../../docs/results/objectives.md): what each objective learns on tissue patches, beside random weights.
 - [engines](../../docs/results/engines.md): two processes beside one on real images, under DDP and ZeRO 0 to 3.
 - [plan](../../docs/results/plan.md): the plan's formulas beside published runs on 8 to 2,528 GPUs.
