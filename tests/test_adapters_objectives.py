@@ -47,7 +47,7 @@ def test_margins_are_of_the_positives_within_a_batch_and_against_a_bank() -> Non
 
 def test_both_directions_are_against_the_bank_of_before() -> None:
     # The bank is drawn at random.
-    torch.manual_seed(0)
+    torch.manual_seed(3)
     criterion = NTXentLoss(0.2, (16, 5))
     twice = copy.deepcopy(criterion)
     bank = criterion.memory_bank.bank.double().clone()
@@ -64,7 +64,7 @@ def test_both_directions_are_against_the_bank_of_before() -> None:
     torch.testing.assert_close(criterion.memory_bank.bank[:12], kept)
     assert int(criterion.memory_bank.bank_ptr) == 12
     # Two calls poison the second.
-    assert abs(((twice(q0, k1) + twice(q1, k0)) / 2 - found).item()) > 1e-5
+    assert abs(((twice(q0, k1) + twice(q1, k0)) / 2 - found).item()) > 1e-3
     with pytest.raises(ValueError, match="for a memory bank"):
         NTXentLoss(0.2).symmetric(q0, k1, q1, k0)
 

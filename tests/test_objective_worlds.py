@@ -13,7 +13,7 @@ from fastmoco.distributed.exchange import Exchange, draw_order
 from fastmoco.distributed.world import World
 from fastmoco.train.config import LossConfig, ModelConfig
 from fastmoco.train.objective import MomentumContrast
-from parity import assert_states_close
+from parity import LOSS, assert_states_close
 from worlds import in_world
 
 # Two, three and four processes have equal parts of it.
@@ -142,8 +142,8 @@ def test_stage_features_left_shuffled_are_noticed(method: str) -> None:
             assert abs(loss - right) > 1e-3 * right
 
 
-def _in_bfloat16(world: World) -> tuple[dict[str, Tensor], dict[str, int]]:
-    module = objective(world, "barlow", "sync", "global").float().to(memory_format=torch.channels_last)
+def _in_bfloat16(world: World, norm: str) -> tuple[dict[str, Tensor], dict[str, int]]:
+    module = objective(world, "barlow", norm, "global").float().to(memory_format=torch.channels_last)
     q, k, bank = views()
     part = BATCH // world.size
     own = slice(world.rank * part, (world.rank + 1) * part)
@@ -155,16 +155,16 @@ def _in_bfloat16(world: World) -> tuple[dict[str, Tensor], dict[str, int]]:
 
 
 def test_in_bfloat16_all_is_sent_as_narrow_as_it_is() -> None:
-    expected = step(World(), "barlow", "sync", "none")
-    results = in_world(2, _in_bfloat16)
+    # Over batches of so few images normalisation makes much of every rounding, and how much is the processor's doing:
+    # the losses are compared with statistics that stay, what is sent and the gradients with those of the batch too.
+    expected = step(World(), "barlow", "frozen", "none")
+    results = in_world(2, _in_bfloat16, "frozen")
     for name in ("infonce", "stage1", "stage2", "stage3", "stage4"):
         mean = sum(losses[name] for losses, _ in results) / 2
-        # So few images, whose last maps have one place, show every rounding: other views were up to 8 % off, and how
-        # far is the processor's doing.
-        assert mean.item() == pytest.approx(expected[f"loss {name}"].item(), rel=0.15), name
+        assert mean.item() == pytest.approx(expected[f"loss {name}"].item(), rel=LOSS[torch.bfloat16]), name
     part = BATCH // 2
     away = part // 2
-    for _, sent in results:
+    for _, sent in [*results, *in_world(2, _in_bfloat16, "sync")]:
         assert sent["shuffle"] == away * 3 * SIDE * SIDE * 2
         assert sent["unshuffle"] == away * (16 + 64 + 128 + 256 + 512) * 4
         assert sent["projections"] == part * 2 * 4 * 12 * 2

@@ -187,7 +187,7 @@ if importlib.util.find_spec("hypothesis"):
     from hypothesis import given, settings
     from hypothesis import strategies as st
 
-    @settings(max_examples=12)
+    @settings(max_examples=24)
     @given(
         n=st.integers(1, 40), d=st.integers(1, 70), k=st.integers(0, 150), skips=st.integers(0, 2),
         temperature=st.floats(0.03, 10), normalized=st.booleans(),
@@ -196,7 +196,7 @@ if importlib.util.find_spec("hypothesis"):
         torch.manual_seed(n * d + k)
         check_infonce(n, d, k, skips, temperature, normalized)
 
-    @settings(max_examples=12)
+    @settings(max_examples=24)
     @given(
         s=st.integers(1, 2), n=st.integers(4, 40), d=st.integers(1, 70),
         form=st.sampled_from([None, "gram", "direct"]),
@@ -206,7 +206,7 @@ if importlib.util.find_spec("hypothesis"):
         torch.manual_seed(n * d + s)
         check_crosscorr(s, n, d, form, off_diagonal)
 
-    @settings(max_examples=12)
+    @settings(max_examples=24)
     @given(
         shape=st.tuples(st.integers(1, 2), st.integers(1, 70), st.integers(1, 20), st.integers(1, 20)),
         grid=st.integers(1, 6), pooled=st.booleans(),

@@ -13,14 +13,10 @@ from fastmoco.ops.pooled_mse import pooled_mse as operation
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # Cells that overlap, are disjoint, repeat; sides that differ; a single cell, pixel, channel; more channels than a tile.
-LARGE = [((1, 5, 56, 56) if DEVICE == "cuda" else (1, 5, 28, 28), 16), ((1, 3, 32, 32), 8), ((1, 6, 8, 8), 12)]
-SMALL = [
-    ((3, 17, 7, 12), 4), ((2, 3, 5, 31), 6), ((2, 70, 19, 17), 1), ((3, 7, 1, 1), 1), ((1, 2, 1, 1), 3),
-    ((2, 1, 6, 6), 4), ((2, 600, 4, 4), 4),
+CASES = [
+    ((1, 5, 56, 56), 16), ((1, 3, 32, 32), 8), ((1, 6, 8, 8), 12), ((3, 17, 7, 12), 4), ((2, 3, 5, 31), 6),
+    ((2, 70, 19, 17), 1), ((3, 7, 1, 1), 1), ((1, 2, 1, 1), 3), ((2, 1, 6, 6), 4), ((2, 600, 4, 4), 4),
 ]  # fmt: skip
-EVERY = [(dtype, pooled) for dtype in (torch.float32, torch.float16, torch.bfloat16) for pooled in (False, True)]
-# The interpreter takes a second for a hundred programs.
-FEW = EVERY if DEVICE == "cuda" else [(torch.float32, False), (torch.float32, True)]
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 
@@ -31,13 +27,14 @@ def maps(shape: tuple[int, int, int, int], dtype: torch.dtype) -> tuple[Tensor, 
     return tuple(x.to(dtype).contiguous(memory_format=torch.channels_last) for x in pair)
 
 
-@pytest.mark.parametrize(
-    ("shape", "grid", "dtype", "pooled"),
-    [(*case, *how) for cases, hows in ((LARGE, FEW), (SMALL, EVERY)) for case in cases for how in hows],
-)
+@pytest.mark.parametrize("pooled", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(("shape", "grid"), CASES)
 def test_loss_difference_and_gradient(
     shape: tuple[int, int, int, int], grid: int, dtype: torch.dtype, pooled: bool
 ) -> None:
+    if shape[0] == 1 and dtype != torch.float32 and DEVICE == "cpu":
+        grid = min(grid, 3)  # The interpreter takes a second for a hundred programs.
     torch.manual_seed(11)
     a, b = maps(shape, dtype)
     if pooled:
