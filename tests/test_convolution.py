@@ -24,19 +24,19 @@ def layers(
 
 
 def run(layer: nn.Conv2d, x: Tensor, upstream: Tensor | None = None) -> dict[str, Tensor]:
-    """The map and every gradient, under bfloat16 autocast, of `x` rounded to bfloat16."""
-    x = x.bfloat16().contiguous(memory_format=torch.channels_last).requires_grad_()
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    """The map and every gradient; of `x` in bfloat16 under autocast."""
+    x = x.detach().clone(memory_format=torch.channels_last).requires_grad_()
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=x.dtype == torch.bfloat16):
         y = layer(x)
     y.backward(torch.ones_like(y) if upstream is None else upstream.to(y.dtype))
     assert x.grad is not None and layer.weight.grad is not None
-    assert y.dtype == torch.bfloat16 and y.is_contiguous(memory_format=torch.channels_last)
+    assert y.dtype == x.dtype and y.is_contiguous(memory_format=torch.channels_last)
     return {"map": y.detach(), "input": x.grad, "weight": layer.weight.grad}
 
 
 def close(actual: Tensor, exact: Tensor, rounded: Tensor) -> bool:
     """Whether `actual` is as near to the exact value as torch's own rounding of it, but for a factor of two."""
-    floor = 2**-8 * exact.abs().max()
+    floor = (2**-8 if rounded.dtype == torch.bfloat16 else 2**-21) * exact.abs().max()
     return bool((actual.double() - exact).abs().max() <= 2 * (rounded.double() - exact).abs().max() + floor)
 
 
@@ -53,20 +53,31 @@ def close(actual: Tensor, exact: Tensor, rounded: Tensor) -> bool:
         ((2, 8, 7, 6), (8, 16), (3, 2), (2, 1), (0, 1)),
     ],
 )
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_products_give_the_same_map_and_gradients(
-    shape: tuple[int, ...], channels: tuple[int, int], kernel: int, stride: int, padding: int, bias: bool
+    shape: tuple[int, ...],
+    channels: tuple[int, int],
+    kernel: int,
+    stride: int,
+    padding: int,
+    bias: bool,
+    dtype: torch.dtype,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     plain, ours = layers(channels, kernel, stride, padding, bias=bias)
-    x = torch.randn(shape)
-    assert ours._as_product(x.bfloat16().contiguous(memory_format=torch.channels_last))
+    x = torch.randn(shape).to(dtype)
+    if dtype == torch.float32:
+        # Chosen for weights a hundred times as large.
+        monkeypatch.setattr(ours, "_as_product", lambda _: True)
+    assert ours._as_product(x.contiguous(memory_format=torch.channels_last))
     theirs = run(plain, x)
     upstream = torch.randn_like(theirs["map"])
     plain.zero_grad()
     theirs, mine = run(plain, x, upstream), run(ours, x, upstream)
 
-    weight = plain.weight.detach().bfloat16().double().requires_grad_()
-    z = x.bfloat16().double().requires_grad_()
-    offset = None if plain.bias is None else plain.bias.detach().bfloat16().double()
+    weight = plain.weight.detach().to(dtype).double().requires_grad_()
+    z = x.double().requires_grad_()
+    offset = None if plain.bias is None else plain.bias.detach().to(dtype).double()
     exact = torch.nn.functional.conv2d(z, weight, offset, plain.stride, plain.padding)
     exact.backward(upstream.double())
     for name, value in (("map", exact.detach()), ("input", z.grad), ("weight", weight.grad)):
@@ -104,16 +115,36 @@ def test_all_else_is_left_to_torch(x: Tensor, options: dict[str, object]) -> Non
     assert torch.equal(ours(x), plain(x))
 
 
-def test_an_encoder_keeps_its_names_and_its_output() -> None:
+def test_in_float32_where_the_weights_outweigh_the_map_by_far() -> None:
+    """A product's own cost, a copy of each place's neighbourhood, is that of many more weights."""
+
+    def chosen(channels: int, kernel: int, images: int, side: int) -> bool:
+        layer = nn.Conv2d(channels, channels, kernel, padding=kernel // 2)
+        use_products(layer)
+        assert isinstance(layer, Convolution)
+        return layer._as_product(
+            torch.zeros(images, channels, side, side).contiguous(memory_format=torch.channels_last)
+        )
+
+    assert chosen(512, 3, 32, 2) and chosen(512, 3, 64, 4)
+    assert not chosen(512, 3, 32, 7) and not chosen(256, 3, 32, 4) and not chosen(64, 3, 32, 16)
+    assert chosen(256, 1, 32, 8) and chosen(512, 1, 16, 28)
+    assert not chosen(128, 1, 32, 8) and not chosen(64, 1, 32, 16)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_an_encoder_keeps_its_names_and_its_output(dtype: torch.dtype) -> None:
     encoder = Encoder("resnet50", seed=3).to(memory_format=torch.channels_last)
     assert all(type(part) is Convolution for part in encoder.modules() if isinstance(part, nn.Conv2d))
     torch.manual_seed(0)
-    images = torch.rand(4, 3, 64, 64).bfloat16().contiguous(memory_format=torch.channels_last)
-    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+    images = torch.rand(4, 3, 64, 64).to(dtype).contiguous(memory_format=torch.channels_last)
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
         ours = encoder(images)
         for part in encoder.modules():
             if type(part) is Convolution:
                 part.__class__ = nn.Conv2d
         plain = encoder(images)
     for a, b in zip(ours.stages, plain.stages, strict=True):
+        if dtype == torch.float32:
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
         assert torch.nn.functional.cosine_similarity(a.float().flatten(), b.float().flatten(), dim=0) > 0.999
