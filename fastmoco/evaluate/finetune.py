@@ -13,6 +13,7 @@ import torch
 import tyro
 from torch import Tensor, nn
 
+from fastmoco.allocator import keep_freed_memory
 from fastmoco.data.views import ViewConfig
 from fastmoco.errors import UserError
 from fastmoco.evaluate.classifier import Classifier, loss_of, probabilities_of
@@ -136,6 +137,8 @@ def finetune(
     if len(train) < 2:
         raise UserError(f"fine-tuning needs at least 2 training images, not {len(train)}: raise --budget")
     device = torch.device(device)
+    if device.type == "cpu":
+        keep_freed_memory()
     with _same_convolutions():
         start = Encoder(config.arch, seed=seed) if encoder is None else encoder
         frozen = config.mode == "linear"
