@@ -141,13 +141,29 @@ def test_no_kernel_spills(cuda_targets: list[str]) -> None:
         assert int(registers) <= (64 if "Weigh" in name else 40) and stack == local == "0", name
 
 
-@pytest.fixture
-def tree(tmp_path: Path) -> Path:
+NO_COMPILER = {"CC": "/nowhere/gcc", "CXX": "/nowhere/g++"}
+
+
+def cloned(folder: Path) -> Path:
     """A copy of the sources as a clone has them."""
-    copy = tmp_path / "fastmoco"
+    copy = folder / "fastmoco"
     left_out = shutil.ignore_patterns(".*", "__pycache__", "*.so", "*.egg-info", "build", "dist", "runs")
     shutil.copytree(ROOT, copy, ignore=left_out)
     return copy
+
+
+@pytest.fixture
+def tree(tmp_path: Path) -> Path:
+    return cloned(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A clone that a wheel was built in, which takes two minutes, and the wheel."""
+    folder = tmp_path_factory.mktemp("built")
+    clone = cloned(folder)
+    wheel, _ = build_wheel(clone, folder / "wheel")
+    return clone, wheel
 
 
 def build_wheel(source: Path, out: Path, env: dict[str, str] | None = None) -> tuple[Path, str]:
@@ -173,8 +189,8 @@ def run_with(site: Path, code: str) -> str:
 
 
 @pytest.mark.system
-def test_wheel_of_the_tree_and_of_the_sdist(tree: Path, tmp_path: Path) -> None:
-    wheel, _ = build_wheel(tree, tmp_path / "of_tree")
+def test_wheel_of_the_tree_and_of_the_sdist(built: tuple[Path, Path], tree: Path, tmp_path: Path) -> None:
+    _, wheel = built
     names = unpack(wheel, tmp_path / "site")
     assert installed(names) == sources()
     assert {name.split("/")[0] for name in names} == {"fastmoco", f"fastmoco-{VERSION}.dist-info"}
@@ -199,7 +215,7 @@ def test_wheel_of_the_tree_and_of_the_sdist(tree: Path, tmp_path: Path) -> None:
         inside = {name.partition("/")[2] for name in archive.getnames()}
     csrc = {f"csrc/{path.name}" for path in (ROOT / "csrc").iterdir()}
     assert csrc >= {"csrc/ema.h", "csrc/ema.cpp", "csrc/ema.cu", "csrc/multi_tensor.cuh"}
-    assert csrc | { "kernels/__init__.py", "constraints.txt", "Makefile"} <= inside
+    assert csrc | {"kernels/__init__.py", "constraints.txt", "Makefile"} <= inside
     again, _ = build_wheel(sdist, tmp_path / "of_sdist")
     assert sorted(unpack(again, tmp_path / "site_of_sdist")) == sorted(names)
 
@@ -223,7 +239,7 @@ class TestBuild:
                 f'case "$*" in *-dryrun*) echo "#$ TOP={toolkit}";; *--version*) echo "release 13.0, V13.0.$NVCC";;\n'
                 f'*--list-gpu-arch*) echo "compute_80 compute_90 compute_100 compute_121";;\n*) {nvcc};; esac'
             )
-            (tools / "nvcc").write_text(f"#!/bin/sh\nset -- \"$@\"\n{answers}\n".replace("WRITE", write))
+            (tools / "nvcc").write_text(f'#!/bin/sh\nset -- "$@"\n{answers}\n'.replace("WRITE", write))
         for tool in tools.iterdir():
             tool.chmod(0o755)
         env = {"PATH": f"{tools}:/usr/bin:/bin", "CC": str(tools / "gcc"), "CXX": str(tools / "g++"), **env}
@@ -303,7 +319,8 @@ class TestBuild:
 def test_editable_install_maps_kernels(tree: Path, tmp_path: Path) -> None:
     run(sys.executable, "-m", "venv", "--system-site-packages", tmp_path / "env", cwd=tmp_path)
     python = tmp_path / "env" / "bin" / "python"
-    run(python, "-m", "pip", "install", "-q", "--no-deps", "-e", tree, cwd=tmp_path)
+    # `make install` compiles in this way; here it would take two minutes more.
+    run(python, "-m", "pip", "install", "-q", "--no-deps", "-e", tree, cwd=tmp_path, env=NO_COMPILER)
     code = "import fastmoco.kernels as k, fastmoco as f; print(k.__file__, f.__file__)"
     # Not from tmp_path: the clone's own folder there, named fastmoco too, would pass for a namespace package.
     said = run(python, "-c", code, cwd=tmp_path / "env")
@@ -311,18 +328,22 @@ def test_editable_install_maps_kernels(tree: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.system
-def test_without_a_compiler_it_installs_and_says_what_is_missing(tree: Path, tmp_path: Path) -> None:
-    stale, _ = build_wheel(tree, tmp_path / "before")
+def test_without_a_compiler_it_installs_and_says_what_is_missing(built: tuple[Path, Path], tmp_path: Path) -> None:
+    before, stale = built
+    tree = shutil.copytree(before, tmp_path / "fastmoco")
     # What that build left in the tree must not be shipped with sources changed since.
+    assert list(tree.glob("build/temp*/csrc/*.o"))
     (tree / "csrc" / "ema.cpp").touch()
-    nowhere = {"CC": "/nowhere/gcc", "CXX": "/nowhere/g++"}
-    wheel, said = build_wheel(tree, tmp_path / "out", env=nowhere)
+    wheel, said = build_wheel(tree, tmp_path / "out", env=NO_COMPILER)
     assert stale.name == wheel.name
     assert "fastmoco._C was NOT built" in said and "install a C++17 compiler" in said
     # Where CUDA was asked for, an installation without it must not pass for one with it.
     pip = (sys.executable, "-m", "pip", "wheel", "-v", "--no-deps", "-w", tmp_path / "asked", tree)
     asked = subprocess.run(
-        [str(word) for word in pip], env=os.environ | nowhere | {"FASTMOCO_CUDA": "1"}, capture_output=True, text=True
+        [str(word) for word in pip],
+        env=os.environ | NO_COMPILER | {"FASTMOCO_CUDA": "1"},
+        capture_output=True,
+        text=True,
     )
     assert asked.returncode != 0 and "FASTMOCO_CUDA=1, but" in asked.stdout + asked.stderr
     names = unpack(wheel, tmp_path / "site")
