@@ -36,7 +36,7 @@ def run(layer: nn.Conv2d, x: Tensor, upstream: Tensor | None = None) -> dict[str
 
 def close(actual: Tensor, exact: Tensor, rounded: Tensor) -> bool:
     """Whether `actual` is as near to the exact value as torch's own rounding of it, but for a factor of two."""
-    floor = (2**-8 if rounded.dtype == torch.bfloat16 else 2**-21) * exact.abs().max()
+    floor = {torch.bfloat16: 2**-8, torch.float32: 2**-21, torch.float64: 2**-50}[rounded.dtype] * exact.abs().max()
     return bool((actual.double() - exact).abs().max() <= 2 * (rounded.double() - exact).abs().max() + floor)
 
 
@@ -53,7 +53,7 @@ def close(actual: Tensor, exact: Tensor, rounded: Tensor) -> bool:
         ((2, 8, 7, 6), (8, 16), (3, 2), (2, 1), (0, 1)),
     ],
 )
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
 def test_products_give_the_same_map_and_gradients(
     shape: tuple[int, ...],
     channels: tuple[int, int],
@@ -64,9 +64,11 @@ def test_products_give_the_same_map_and_gradients(
     dtype: torch.dtype,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    plain, ours = layers(channels, kernel, stride, padding, bias=bias)
+    # Under autocast weights are float32.
+    own = torch.float32 if dtype == torch.bfloat16 else dtype
+    plain, ours = layers(channels, kernel, stride, padding, bias=bias, dtype=own)
     x = torch.randn(shape).to(dtype)
-    if dtype == torch.float32:
+    if dtype != torch.bfloat16:
         # Chosen for weights a hundred times as large.
         monkeypatch.setattr(ours, "_as_product", lambda _: True)
     assert ours._as_product(x.contiguous(memory_format=torch.channels_last))
@@ -115,7 +117,7 @@ def test_all_else_is_left_to_torch(x: Tensor, options: dict[str, object]) -> Non
     assert torch.equal(ours(x), plain(x))
 
 
-def test_in_float32_where_the_weights_outweigh_the_map_by_far() -> None:
+def test_in_wider_types_where_the_weights_outweigh_the_map_by_far() -> None:
     """A product's own cost, a copy of each place's neighbourhood, is that of many more weights."""
 
     def chosen(channels: int, kernel: int, images: int, side: int) -> bool:

@@ -8,7 +8,7 @@ from torch.nn.functional import linear, pad
 
 
 class Convolution(nn.Conv2d):
-    """torch's Conv2d; in bfloat16 or float32 on a CPU, a matrix product where the weights outweigh the map.
+    """torch's Conv2d; in bfloat16, float32 or float64 on a CPU, a matrix product where the weights outweigh the map.
 
     oneDNN brings the weights of a convolution into a layout of its own at each call and their gradient back, and blocks
     over the map. Where the map has few places that is most of the time: the gradient of a 3 x 3 convolution of 512
@@ -36,7 +36,7 @@ class Convolution(nn.Conv2d):
         return product.view(len(x), h, w, self.out_channels).permute(0, 3, 1, 2)
 
     def _as_product(self, x: Tensor) -> bool:
-        if x.device.type != "cpu" or x.dtype not in (torch.bfloat16, torch.float32):
+        if x.device.type != "cpu" or x.dtype not in (torch.bfloat16, torch.float32, torch.float64):
             return False
         if not x.is_contiguous(memory_format=torch.channels_last):
             return False
@@ -44,10 +44,11 @@ class Convolution(nn.Conv2d):
             return False
         places = x.shape[0] * (x.shape[2] // self.stride[0]) * (x.shape[3] // self.stride[1])
         alone = self.kernel_size == (1, 1)
-        if x.dtype == torch.float32:
-            # Where oneDNN is near the processor's limit but for that. Measured from 32 to 224 px, ResNet-18 and 50.
-            return self.weight.numel() > (10 if alone else 2000) * places
-        return alone or places < self.weight[0].numel()
+        if x.dtype == torch.bfloat16:
+            return alone or places < self.weight[0].numel()
+        # Here oneDNN is near the processor's limit where the map is not that small. Measured in float32 from 32 to 224
+        # px on ResNet-18 and 50; in float64 torch's own convolution reads all weights again for each image.
+        return self.weight.numel() > (10 if alone else 2000) * places
 
 
 def use_products(module: nn.Module) -> None:
