@@ -11,6 +11,7 @@ from bench.example import Example, lightlys
 from bench.loaders import LOADERS, Pair, Setting, fastmoco_loader
 from bench.step import PLAIN, StepArgs, Variant, as_run, build, build_paper
 from bench.turns import Missing, Turn, take_turn
+from fastmoco.allocator import keep_freed_memory
 from fastmoco.data.dali import dali_installed
 from fastmoco.data.loader import Batch
 
@@ -73,6 +74,9 @@ def lightly_steps(args: StepArgs) -> Steps:
 def fastmoco_steps(args: StepArgs) -> Steps:
     """fastmoco's, in the arithmetic that a run has."""
     trainer = build(args, as_run(args.device))
+    if args.device == "cpu":
+        # As a run does; each way has a process of its own.
+        keep_freed_memory()
 
     def advance(pair: Pair, lr: float) -> float:
         q, k = (view.contiguous(memory_format=torch.channels_last) for view in pair)

@@ -4,25 +4,33 @@ from __future__ import annotations
 
 import ctypes
 import os
+import sys
 
 # malloc.h of glibc.
 _TRIM_THRESHOLD, _MMAP_MAX = -1, -4
+# By which a user says otherwise.
+_CHOICES = ("MALLOC_MMAP_MAX_", "MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_")
 
 
 def keep_freed_memory() -> bool:
-    """Have this process keep what it frees for what it asks for next; True where the C library can do that (glibc).
+    """Have this process keep what it frees for what it asks for next; whether the C library was told so.
 
     By default glibc takes every tensor of more than 32 MB from the kernel anew and gives it back when it is freed, and
     what lies free at the end of its heap too. The kernel then clears each page once more, a page at a time: a sixth of
-    a step of ResNet-50 in float32 on 16 images of 224 pixels, a twentieth of one of ResNet-18 on 32 of 64. Kept, it
-    takes a seventh more memory, and the process stays as large as it ever was. Where the environment says how malloc
-    is to behave (MALLOC_..., GLIBC_TUNABLES), that is left as it is.
+    a step of ResNet-50 in float32 on 16 images of 224 pixels, a twentieth of one of ResNet-18 on 32 of 64. The process
+    then stays as large as it ever was, in these two runs a seventh larger. It is the first thread's heap that is kept;
+    those of other threads, of at most 64 MB, are given back as before.
+
+    Only glibc on Linux is told. Where the environment says when malloc is to give back (MALLOC_MMAP_THRESHOLD_,
+    MALLOC_MMAP_MAX_, MALLOC_TRIM_THRESHOLD_, glibc.malloc in GLIBC_TUNABLES), that is left as it is.
     """
-    if any(name.startswith("MALLOC_") or name == "GLIBC_TUNABLES" for name in os.environ):
+    if sys.platform != "linux" or "glibc.malloc." in os.environ.get("GLIBC_TUNABLES", ""):
+        return False
+    if any(name in os.environ for name in _CHOICES):
         return False
     try:
         mallopt = ctypes.CDLL(None).mallopt
     except (OSError, AttributeError):
-        # Windows, macOS and musl have none.
+        # musl has none.
         return False
     return bool(mallopt(_MMAP_MAX, 0)) and bool(mallopt(_TRIM_THRESHOLD, -1))

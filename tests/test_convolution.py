@@ -34,9 +34,10 @@ def run(layer: nn.Conv2d, x: Tensor, upstream: Tensor | None = None) -> dict[str
     return {"map": y.detach(), "input": x.grad, "weight": layer.weight.grad}
 
 
-def close(actual: Tensor, exact: Tensor, rounded: Tensor) -> bool:
-    """Whether `actual` is as near to the exact value as torch's own rounding of it, but for a factor of two."""
-    floor = {torch.bfloat16: 2**-8, torch.float32: 2**-21, torch.float64: 2**-50}[rounded.dtype] * exact.abs().max()
+def close(actual: Tensor, exact: Tensor, rounded: Tensor, dtype: torch.dtype) -> bool:
+    """Whether `actual`, computed in `dtype`, is as near to the exact value as torch's own rounding of it, but for a
+    factor of two."""
+    floor = {torch.bfloat16: 2**-8, torch.float32: 2**-21, torch.float64: 2**-50}[dtype] * exact.abs().max()
     return bool((actual.double() - exact).abs().max() <= 2 * (rounded.double() - exact).abs().max() + floor)
 
 
@@ -68,10 +69,11 @@ def test_products_give_the_same_map_and_gradients(
     own = torch.float32 if dtype == torch.bfloat16 else dtype
     plain, ours = layers(channels, kernel, stride, padding, bias=bias, dtype=own)
     x = torch.randn(shape).to(dtype)
-    if dtype != torch.bfloat16:
+    if dtype == torch.bfloat16:
+        assert ours._as_product(x.contiguous(memory_format=torch.channels_last))
+    else:
         # Chosen for weights a hundred times as large.
         monkeypatch.setattr(ours, "_as_product", lambda _: True)
-    assert ours._as_product(x.contiguous(memory_format=torch.channels_last))
     theirs = run(plain, x)
     upstream = torch.randn_like(theirs["map"])
     plain.zero_grad()
@@ -84,7 +86,7 @@ def test_products_give_the_same_map_and_gradients(
     exact.backward(upstream.double())
     for name, value in (("map", exact.detach()), ("input", z.grad), ("weight", weight.grad)):
         assert mine[name].shape == theirs[name].shape
-        assert close(mine[name], value, theirs[name]), name
+        assert close(mine[name], value, theirs[name], dtype), name
 
 
 @pytest.mark.parametrize(
@@ -117,21 +119,57 @@ def test_all_else_is_left_to_torch(x: Tensor, options: dict[str, object]) -> Non
     assert torch.equal(ours(x), plain(x))
 
 
-def test_in_wider_types_where_the_weights_outweigh_the_map_by_far() -> None:
+def wide(channels: int = 512, kernel: int = 3, dtype: torch.dtype = torch.float32, **options: object) -> Convolution:
+    """A layer whose weights outweigh small maps by far."""
+    layer = nn.Conv2d(channels, channels, kernel, dtype=dtype, **({"padding": kernel // 2} | options))  # type: ignore[arg-type]
+    use_products(layer)
+    assert isinstance(layer, Convolution)
+    return layer.to(memory_format=torch.channels_last)
+
+
+def small(side: int, images: int = 2, channels: int = 512, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(images, channels, side, side, dtype=dtype).contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_in_wider_types_where_the_weights_outweigh_the_map_by_far(dtype: torch.dtype) -> None:
     """A product's own cost, a copy of each place's neighbourhood, is that of many more weights."""
 
     def chosen(channels: int, kernel: int, images: int, side: int) -> bool:
-        layer = nn.Conv2d(channels, channels, kernel, padding=kernel // 2)
-        use_products(layer)
-        assert isinstance(layer, Convolution)
-        return layer._as_product(
-            torch.zeros(images, channels, side, side).contiguous(memory_format=torch.channels_last)
-        )
+        return wide(channels, kernel, dtype)._as_product(small(side, images, channels, dtype))
 
     assert chosen(512, 3, 32, 2) and chosen(512, 3, 64, 4)
     assert not chosen(512, 3, 32, 7) and not chosen(256, 3, 32, 4) and not chosen(64, 3, 32, 16)
     assert chosen(256, 1, 32, 8) and chosen(512, 1, 16, 28)
     assert not chosen(128, 1, 32, 8) and not chosen(64, 1, 32, 16)
+
+
+def test_wide_layers_that_are_none_of_its_own_are_left_to_torch() -> None:
+    assert wide()._as_product(small(2))
+    for options in ({"groups": 2}, {"dilation": 2, "padding": 2}, {"padding_mode": "reflect"}, {"padding": "same"}):
+        assert not wide(**options)._as_product(small(2)), options  # type: ignore[arg-type]
+    assert not wide()._as_product(small(2).contiguous())
+    assert not wide()._as_product(small(2)[0])
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert not wide()._as_product(small(2)) and wide()._as_product(small(2).bfloat16())
+
+
+def test_a_map_smaller_than_its_kernel_is_refused_as_by_torch() -> None:
+    with pytest.raises(RuntimeError, match=r"[Kk]ernel size"):
+        wide(padding=0)(small(2))
+
+
+def test_traced_exported_and_mapped_layers_hold_for_any_number_of_images() -> None:
+    layer, x = wide().eval(), small(2)
+    assert layer._as_product(x)
+    traced = torch.jit.trace(layer, x)  # type: ignore[no-untyped-call]
+    batch = torch.export.Dim("batch", min=2, max=64)
+    exported = torch.export.export(layer, (x,), dynamic_shapes=({0: batch},)).module()
+    five = small(2, images=5)
+    for form in (traced, exported):
+        torch.testing.assert_close(form(five), layer(five), rtol=1e-4, atol=1e-5)
+    mapped = torch.vmap(layer)(five[:, None])
+    torch.testing.assert_close(mapped[:, 0], layer(five), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+from fastmoco.allocator import keep_freed_memory
 from fastmoco.data.loader import Batch, make_loader
 from fastmoco.data.manifest import Manifest
 from fastmoco.data.order import Order
@@ -78,6 +79,8 @@ def _begin(world: World, config: Config, monitor: Monitor) -> _Run:
     listed = first_then_others(world, lambda: listed_images(world, config, store, saved))
     manifest = everywhere(world, lambda: staged(config, listed))
     backbone = everywhere(world, lambda: initial_weights(world, config, saved))
+    if world.device.type == "cpu":
+        keep_freed_memory()
     # torch seeds each process at random.
     torch.manual_seed(run.seed)
     targets = everywhere(world, lambda: classes(config, manifest))

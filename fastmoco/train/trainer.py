@@ -8,7 +8,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastmoco.allocator import keep_freed_memory
 from fastmoco.data.loader import Batch
 from fastmoco.distributed.collectives import start_gather
 from fastmoco.distributed.exchange import draw_order
@@ -49,8 +48,6 @@ class Trainer:
         self.config = config
         self.world = world
         run, loss = config.run, config.loss
-        if world.device.type == "cpu":
-            keep_freed_memory()
         if run.cuda_graph:
             use_own_stream(world.device)
         module = make_objective(config.model, loss, seed=run.seed, world=world)
