@@ -9,10 +9,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from torchvision.models.resnet import BasicBlock, Bottleneck
+from torchvision.models import resnet as torchvision
 
 from fastmoco.models import norm as blocks
 from fastmoco.models.encoder import Encoder
+from fastmoco.models.resnet import BasicBlock, Bottleneck
 from fastmoco.ops import dispatch
 from fastmoco.ops.batch_norm import batch_norm
 
@@ -203,7 +204,7 @@ def test_second_derivatives_are_refused() -> None:
 def _with_torchs_blocks(encoder: Encoder) -> Encoder:
     for part in encoder.modules():
         if isinstance(part, (BasicBlock, Bottleneck)):
-            part.__class__ = BasicBlock if isinstance(part, BasicBlock) else Bottleneck
+            part.__class__ = torchvision.BasicBlock if isinstance(part, BasicBlock) else torchvision.Bottleneck
     return encoder
 
 
@@ -261,8 +262,7 @@ def test_running_statistics_move_as_torchs() -> None:
     given = inputs((3, 5, 4, 3), residual=True)
     x, residual = given["x"], given["residual"]
     assert x is not None and residual is not None
-    mine, torchs = nn.BatchNorm2d(5, momentum=0.3), nn.BatchNorm2d(5, momentum=0.3).double()
-    blocks.use_fused_norms(mine)
+    mine, torchs = blocks.FusedBatchNorm2d(5, momentum=0.3), nn.BatchNorm2d(5, momentum=0.3).double()
     for _ in range(3):
         blocks.normalize_relu(mine, nn.ReLU(), x, residual)
         torchs(x.double())
@@ -285,14 +285,12 @@ def test_wider_maps_are_left_to_torch(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("options", [{"affine": False}, {"track_running_stats": False}, {"momentum": None}])
 def test_other_norms_are_left_to_torch(options: dict[str, object]) -> None:
     x = inputs((3, 5, 4, 3), residual=False)["x"]
-    mine, torchs = (nn.BatchNorm2d(5, **options) for _ in range(2))  # type: ignore[arg-type]
-    blocks.use_fused_norms(mine)
+    mine, torchs = (kind(5, **options) for kind in (blocks.FusedBatchNorm2d, nn.BatchNorm2d))  # type: ignore[arg-type]
     assert torch.equal(blocks.normalize_relu(mine, nn.ReLU(), x), torchs(x).relu())  # type: ignore[arg-type]
 
 
 def test_one_value_a_channel_raises_as_torch_does() -> None:
     x = torch.zeros(1, 5, 1, 1, dtype=torch.bfloat16)
-    norm = nn.BatchNorm2d(5)
-    blocks.use_fused_norms(norm)
+    norm = blocks.FusedBatchNorm2d(5)
     with pytest.raises(ValueError, match="Expected more than 1 value per channel"):
         blocks.normalize_relu(norm, nn.ReLU(), x)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fastmoco.models.convolution import Convolution, use_products
+from fastmoco.models.convolution import Convolution
 from fastmoco.models.encoder import Encoder
 
 
@@ -16,10 +16,8 @@ def layers(
     """torch's convolution and ours, with the same weights, channels-last."""
     torch.manual_seed(1)
     plain = nn.Conv2d(*channels, kernel, stride=stride, padding=padding, **options)  # type: ignore[arg-type]
-    ours = nn.Conv2d(*channels, kernel, stride=stride, padding=padding, **options)  # type: ignore[arg-type]
+    ours = Convolution(*channels, kernel, stride=stride, padding=padding, **options)  # type: ignore[arg-type]
     ours.load_state_dict(plain.state_dict())
-    use_products(ours)
-    assert type(ours) is Convolution and type(plain) is nn.Conv2d
     return [layer.to(memory_format=torch.channels_last) for layer in (plain, ours)]
 
 
@@ -121,9 +119,7 @@ def test_all_else_is_left_to_torch(x: Tensor, options: dict[str, object]) -> Non
 
 def wide(channels: int = 512, kernel: int = 3, dtype: torch.dtype = torch.float32, **options: object) -> Convolution:
     """A layer whose weights outweigh small maps by far."""
-    layer = nn.Conv2d(channels, channels, kernel, dtype=dtype, **({"padding": kernel // 2} | options))  # type: ignore[arg-type]
-    use_products(layer)
-    assert isinstance(layer, Convolution)
+    layer = Convolution(channels, channels, kernel, dtype=dtype, **({"padding": kernel // 2} | options))  # type: ignore[arg-type]
     return layer.to(memory_format=torch.channels_last)
 
 

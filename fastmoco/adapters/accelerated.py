@@ -6,10 +6,28 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
+from torchvision.models import resnet as torchvision
 
-from fastmoco.models.convolution import use_products
-from fastmoco.models.norm import use_fused_norms
+from fastmoco.models.convolution import Convolution
+from fastmoco.models.norm import FusedBatchNorm2d
+from fastmoco.models.resnet import BasicBlock, Bottleneck
 from fastmoco.precision import default_precision
+
+
+class _BasicBlock(BasicBlock, torchvision.BasicBlock):
+    """torchvision's block, run as this package's."""
+
+
+class _Bottleneck(Bottleneck, torchvision.Bottleneck):
+    """torchvision's block, run as this package's."""
+
+
+_OURS = {
+    nn.Conv2d: Convolution,
+    nn.BatchNorm2d: FusedBatchNorm2d,
+    torchvision.BasicBlock: _BasicBlock,
+    torchvision.Bottleneck: _Bottleneck,
+}
 
 
 class Accelerated(nn.Module):
@@ -23,8 +41,8 @@ class Accelerated(nn.Module):
 
     def __init__(self, module: nn.Module, precision: Literal["auto", "bf16", "fp32"] = "auto") -> None:
         super().__init__()
-        use_products(module)
-        use_fused_norms(module)
+        for part in module.modules():
+            part.__class__ = _OURS.get(type(part), type(part))
         self.module = module.to(memory_format=torch.channels_last)
         self.precision = precision
 

@@ -11,7 +11,6 @@ from rich.progress import track
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 from torch.utils.data import DataLoader, Dataset
-from torchvision.transforms.v2 import functional as F
 
 from fastmoco.data.manifest import Manifest
 from fastmoco.data.store import BadFile
@@ -25,6 +24,9 @@ def evaluation_image(image: np.ndarray, *, size: int, resize: float = 1.0) -> Te
 
     Bilinear with antialias. Raises UserError where `resize` leaves less than `size`.
     """
+    # Here, since it takes torch's compiler with it: 2 s of every start of what trains.
+    from torchvision.transforms.v2 import functional as F
+
     shorter = round(resize * size)
     if shorter < size:
         raise UserError(f"resize {resize} brings the shorter side to {shorter} pixels, less than the size {size}")

@@ -62,10 +62,3 @@ class Convolution(nn.Conv2d):
             pays = self.weight.numel() > (10 if alone else 2000) * places
         # Under vmap a tensor cannot be asked for its layout.
         return pays and not is_batchedtensor(x) and x.is_contiguous(memory_format=torch.channels_last)
-
-
-def use_products(module: nn.Module) -> None:
-    """Makes every Conv2d of `module` a `Convolution`, its parameters and its place as they are."""
-    for part in module.modules():
-        if type(part) is nn.Conv2d:
-            part.__class__ = Convolution

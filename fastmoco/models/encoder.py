@@ -1,20 +1,17 @@
-"""A torchvision ResNet whose residual stages can be seen."""
+"""A ResNet whose residual stages can be seen."""
 
 from __future__ import annotations
 
-from typing import Any, Literal, NamedTuple, cast
+from typing import Any, Literal, NamedTuple
 
 import torch
-import torchvision
 from torch import Tensor, nn
 
 from fastmoco.errors import UserError
-from fastmoco.models.convolution import use_products
-from fastmoco.models.norm import normalize_relu, use_fused_norms
 from fastmoco.models.projector import Projector
+from fastmoco.models.resnet import ARCHS, ResNet
 from fastmoco.ops.precision import no_autocast, wide
 
-ARCHS = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")
 Head = Literal["linear", "mlp", "projector", "none"]
 
 
@@ -30,7 +27,7 @@ class Features(NamedTuple):
 
 
 class Encoder(nn.Module):
-    """Torchvision's ResNet `arch`, with `fc` replaced by a head.
+    """The ResNet `arch`, with torchvision's names and weights, and `fc` replaced by a head.
 
     `head` is "linear" (features -> dim), "mlp" (features -> features -> dim, ReLU between, as in MoCo v2), "projector"
     (features -> dim -> dim -> dim with BatchNorm, as in Barlow Twins) or "none" (the pooled stage-4 feature itself).
@@ -53,16 +50,16 @@ class Encoder(nn.Module):
         seed: int | None = None,
     ) -> None:
         super().__init__()
+        if arch not in ARCHS:
+            raise UserError(f"--arch {arch}: not one of {', '.join(ARCHS)}")
         self.config = {}
         self.arch = arch
         with torch.random.fork_rng(devices=[], enabled=seed is not None):
             if seed is not None:
                 torch.manual_seed(seed)
-            self.backbone = _backbone(arch, zero_init_residual)
-            self.width = cast(nn.Linear, self.backbone.fc).in_features
+            self.backbone = ResNet(arch, zero_init_residual=zero_init_residual)
+            self.width = self.backbone.width
             self.backbone.fc = nn.Identity()
-            use_products(self.backbone)
-            use_fused_norms(self.backbone)
             self.head = _head(head, self.width, dim)
 
     @property
@@ -78,23 +75,12 @@ class Encoder(nn.Module):
 
     def forward(self, images: Tensor) -> Features:
         """`images` (N, 3, H, W) with values in [0, 1] -> Features."""
-        net = self.backbone
-        x = net.maxpool(normalize_relu(net.bn1, net.relu, net.conv1(images)))
-        stages = []
-        for stage in (net.layer1, net.layer2, net.layer3, net.layer4):
-            x = stage(x)
-            stages.append(x)
-        s1, s2, s3, s4 = stages
+        stages = self.backbone.stages(images)
+        x = stages[-1]
         # A fresh encoder gives all images nearly the same embedding. What tells them apart is then below bfloat16's
         # resolution, so that pooling and head, which cost next to nothing, are left to float32.
         with no_autocast(x):
-            return Features(self.head(wide(x).mean(dim=(2, 3))), (s1, s2, s3, s4))
-
-
-def _backbone(arch: str, zero_init_residual: bool) -> torchvision.models.ResNet:
-    if arch not in ARCHS:
-        raise UserError(f"--arch {arch}: not one of {', '.join(ARCHS)}")
-    return getattr(torchvision.models, arch)(weights=None, zero_init_residual=zero_init_residual)
+            return Features(self.head(wide(x).mean(dim=(2, 3))), stages)
 
 
 def _head(kind: Head, width: int, dim: int) -> nn.Module:

@@ -1,32 +1,12 @@
-"""Residual blocks whose normalisations, additions and ReLUs are one pass each, where that is the faster."""
+"""Normalisations that the addition and the ReLU behind them are one pass with, where that is the faster."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torchvision.models.resnet import BasicBlock, Bottleneck
 
 from fastmoco.ops import dispatch
 from fastmoco.ops.batch_norm import batch_norm
-
-
-class NormalizedBasicBlock(BasicBlock):
-    """torchvision's block of two 3 x 3 convolutions."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(N, C, H, W) -> (N, planes, H / stride, W / stride)."""
-        y = normalize_relu(self.bn1, self.relu, self.conv1(x))
-        return normalize_relu(self.bn2, self.relu, self.conv2(y), _shortcut(self.downsample, x))
-
-
-class NormalizedBottleneck(Bottleneck):
-    """torchvision's block of a 1 x 1, a 3 x 3 and a 1 x 1 convolution."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(N, C, H, W) -> (N, 4 planes, H / stride, W / stride)."""
-        y = normalize_relu(self.bn1, self.relu, self.conv1(x))
-        y = normalize_relu(self.bn2, self.relu, self.conv2(y))
-        return normalize_relu(self.bn3, self.relu, self.conv3(y), _shortcut(self.downsample, x))
 
 
 class FusedBatchNorm2d(nn.BatchNorm2d):
@@ -46,17 +26,6 @@ class FusedBatchNorm2d(nn.BatchNorm2d):
         return y
 
 
-def use_fused_norms(module: nn.Module) -> None:
-    """Makes every residual block and BatchNorm2d of `module` one of the above, its parameters and place as they are."""
-    for part in module.modules():
-        if type(part) is BasicBlock:
-            part.__class__ = NormalizedBasicBlock
-        elif type(part) is Bottleneck:
-            part.__class__ = NormalizedBottleneck
-        elif type(part) is nn.BatchNorm2d:
-            part.__class__ = FusedBatchNorm2d
-
-
 def normalize_relu(norm: nn.Module, relu: nn.Module, x: Tensor, residual: Tensor | None = None) -> Tensor:
     """`relu(norm(x) + residual)` of a map (N, C, H, W), and the running statistics with it.
 
@@ -72,13 +41,6 @@ def normalize_relu(norm: nn.Module, relu: nn.Module, x: Tensor, residual: Tensor
     if residual is not None:
         y += residual
     out: Tensor = relu(y)
-    return out
-
-
-def _shortcut(downsample: nn.Module | None, x: Tensor) -> Tensor:
-    if downsample is None:
-        return x
-    out: Tensor = downsample(x)
     return out
 
 

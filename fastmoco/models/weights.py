@@ -10,7 +10,6 @@ from typing import Any
 from urllib.error import URLError
 
 import torch
-import torchvision
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor
@@ -19,6 +18,7 @@ from fastmoco.atomic import replacing
 from fastmoco.errors import UserError
 from fastmoco.models.encoder import Encoder
 from fastmoco.models.foreign import Backbone, query_backbone, read_checkpoint, state_dict_of
+from fastmoco.models.resnet import ARCHS, BasicBlock, Bottleneck
 
 # The key of the safetensors header under which fastmoco keeps what it knows of the file, as JSON.
 METADATA_KEY = "fastmoco"
@@ -28,14 +28,6 @@ CHECKPOINTS = "checkpoints"
 # The query encoder with its head, where a run keeps that alone of its checkpoints.
 QUERY = "query.safetensors"
 EXPORTED = "encoder.safetensors"
-
-_ARCHS: dict[tuple[tuple[int, ...], bool], str] = {
-    ((2, 2, 2, 2), False): "resnet18",
-    ((3, 4, 6, 3), False): "resnet34",
-    ((3, 4, 6, 3), True): "resnet50",
-    ((3, 4, 23, 3), True): "resnet101",
-    ((3, 8, 36, 3), True): "resnet152",
-}
 
 
 def load_encoder(path: str | Path) -> Encoder:
@@ -95,7 +87,9 @@ def initial_backbone(init: str, arch: str) -> tuple[dict[str, Tensor], str]:
     Raises UserError where it cannot be had or is another architecture.
     """
     if init == "torchvision":
-        weights = torchvision.models.get_model_weights(arch).DEFAULT
+        from torchvision.models import get_model_weights
+
+        weights = get_model_weights(arch).DEFAULT
         try:
             state = weights.get_state_dict(progress=True, check_hash=True, weights_only=True)
         except (URLError, OSError, RuntimeError) as error:
@@ -166,7 +160,8 @@ def infer_arch(state: dict[str, Tensor], file: Path) -> str:
     blocks = tuple(
         len({m[1] for name in state if (m := re.match(rf"layer{stage}\.(\d+)\.", name))}) for stage in (1, 2, 3, 4)
     )
-    arch = _ARCHS.get((blocks, "layer1.0.conv3.weight" in state))
+    block = Bottleneck if "layer1.0.conv3.weight" in state else BasicBlock
+    arch = next((arch for arch, plan in ARCHS.items() if plan == (block, blocks)), None)
     if arch is None:
         shown = ", ".join(list(state)[:3])
         raise UserError(f"{file}: not a torchvision ResNet 18 to 152 (blocks {blocks}; first keys: {shown})")

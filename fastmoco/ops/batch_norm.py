@@ -21,9 +21,8 @@ from torch import Tensor
 
 from fastmoco.ops import dispatch
 from fastmoco.ops.derivatives import refuse_second_derivative
+from fastmoco.ops.library import define
 from fastmoco.ops.precision import no_autocast, wide
-
-_library = torch.library.Library("fastmoco", "FRAGMENT")
 
 
 def batch_norm(
@@ -113,23 +112,8 @@ def _fake_backward(
     return _empty_map(x), dresidual, torch.empty_like(weight), torch.empty_like(bias)
 
 
-def _define(schema: str, function: Any, fake: Any) -> Any:
-    # Not torch.library.custom_op, which is the slower at each call, of which a ResNet-50's step makes 180.
-    name = schema.partition("(")[0]
-    _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-    _library.impl(name, function, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"fastmoco::{name}", fake, lib=_library)
-    return getattr(torch.ops.fastmoco, name).default
-
-
-_forward_op = _define(
-    "batch_norm(Tensor x, Tensor weight, Tensor bias, Tensor? residual, bool relu, float epsilon, "
-    "str? implementation) -> (Tensor, Tensor)",
-    _forward,
-    _fake_forward,
-)
 # y only where there was a residual and ReLU follows. Only then is the second result, the residual's gradient, whole.
-_backward_op = _define(
+_backward_op = define(
     "batch_norm_backward(Tensor dy, Tensor x, Tensor? y, Tensor weight, Tensor bias, Tensor statistics, bool relu, "
     "str? implementation) -> (Tensor, Tensor, Tensor, Tensor)",
     _backward,
@@ -156,7 +140,14 @@ def _gradients(ctx: Any, dy: Tensor | None, *_: Any) -> tuple[Tensor | None, ...
     return dx, dweight, dbias, beside, None, None, None
 
 
-torch.library.register_autograd("fastmoco::batch_norm", _gradients, setup_context=_setup_context, lib=_library)
+_forward_op = define(
+    "batch_norm(Tensor x, Tensor weight, Tensor bias, Tensor? residual, bool relu, float epsilon, "
+    "str? implementation) -> (Tensor, Tensor)",
+    _forward,
+    _fake_forward,
+    backward=_gradients,
+    setup_context=_setup_context,
+)
 
 
 def reference(

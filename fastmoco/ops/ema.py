@@ -17,7 +17,7 @@ from fastmoco.ops.lists import (
     check_apart,
     check_shadows,
     check_targets,
-    define,
+    define_inplace,
     same_order,
 )
 
@@ -66,7 +66,7 @@ def _update(
     torch.autograd.graph.increment_version([*targets, *shadows])
 
 
-_ema_update_ = define(
+_ema_update_ = define_inplace(
     "ema_update_(Tensor(a!)[] targets, Tensor[] sources, Tensor(b!)[] shadows, float momentum, str? implementation)"
     " -> ()",
     _update,

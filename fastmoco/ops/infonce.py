@@ -20,11 +20,11 @@ from torch import Tensor
 from fastmoco.ops import dispatch
 from fastmoco.ops.derivatives import refuse_second_derivative
 from fastmoco.ops.infonce_reference import Options, Result, masked, norm_of, reference, slices
+from fastmoco.ops.library import define
 from fastmoco.ops.precision import no_autocast, wide
 
 # A fixed maximum of 1/t stands in for the running one while exp(-2/t), the least term, is a normal float32.
 FIXED_MAXIMUM_LIMIT = 60.0
-
 
 
 class Ranked(NamedTuple):
@@ -103,8 +103,7 @@ def _check_alike(others: dict[str, Tensor], query: Tensor) -> None:
             raise ValueError(f"infonce: {name} must have a floating dtype, not {tensor.dtype}")
 
 
-@torch.library.custom_op("fastmoco::infonce", mutates_args=())
-def _infonce(
+def _forward(
     query: Tensor,
     key: Tensor,
     bank: Tensor,
@@ -122,8 +121,7 @@ def _infonce(
         return result
 
 
-@_infonce.register_fake
-def _(query: Tensor, key: Tensor, bank: Tensor, skip: Tensor | None, *rest: Any) -> Result:
+def _fake_forward(query: Tensor, key: Tensor, bank: Tensor, skip: Tensor | None, *rest: Any) -> Result:
     n, d = query.shape
     key_gradient = Options(*rest[:-1]).key_gradient
     dtype = torch.promote_types(query.dtype, torch.float32)
@@ -136,8 +134,7 @@ def _(query: Tensor, key: Tensor, bank: Tensor, skip: Tensor | None, *rest: Any)
     )
 
 
-@torch.library.custom_op("fastmoco::infonce_bank", mutates_args=())
-def _bank_gradient(
+def _through_bank(
     query: Tensor, bank: Tensor, skip: Tensor | None, lse: Tensor, temperature: float, normalized: bool
 ) -> Tensor:
     """(K, D), `sum_i exp(s_ij - lse_i) q_i / (t N)`: a second sweep, for banks that are part of the batch."""
@@ -152,11 +149,17 @@ def _bank_gradient(
         return gradient.div_(temperature * len(q))
 
 
-@_bank_gradient.register_fake
-def _(
+def _fake_bank(
     query: Tensor, bank: Tensor, skip: Tensor | None, lse: Tensor, temperature: float, normalized: bool
 ) -> Tensor:
     return lse.new_empty(bank.shape)
+
+
+_bank_gradient = define(
+    "infonce_bank(Tensor query, Tensor bank, Tensor? skip, Tensor lse, float temperature, bool normalized) -> Tensor",
+    _through_bank,
+    _fake_bank,
+)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -187,7 +190,14 @@ def _backward(ctx: Any, dloss: Tensor | None, *_: Any) -> tuple[Tensor | None, .
     return tuple(grads)
 
 
-_infonce.register_autograd(_backward, setup_context=_setup_context)
+_infonce = define(
+    "infonce(Tensor query, Tensor key, Tensor bank, Tensor? skip, float temperature, float margin, bool normalized, "
+    "bool fixed_maximum, bool key_gradient, str? implementation) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _forward,
+    _fake_forward,
+    backward=_backward,
+    setup_context=_setup_context,
+)
 
 
 # The best instruction set that the C++ may use, "" for any; tests narrow it.

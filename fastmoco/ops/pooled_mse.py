@@ -16,6 +16,7 @@ from torch.nn.functional import adaptive_avg_pool1d, adaptive_avg_pool2d
 
 from fastmoco.ops import dispatch
 from fastmoco.ops.derivatives import refuse_second_derivative
+from fastmoco.ops.library import define
 from fastmoco.ops.precision import no_autocast, wide
 
 _NATIVE_DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
@@ -57,22 +58,19 @@ def pooled_mse(a: Tensor, b: Tensor, *, grid: int, implementation: str | None = 
     return loss
 
 
-@torch.library.custom_op("fastmoco::pooled_mse", mutates_args=())
-def _pooled_mse(a: Tensor, b: Tensor, grid: int, implementation: str | None) -> tuple[Tensor, Tensor]:
+def _forward(a: Tensor, b: Tensor, grid: int, implementation: str | None) -> tuple[Tensor, Tensor]:
     """The loss () and the difference (N, grid, grid, C) that its gradients are made of."""
     with no_autocast(a):
         result: tuple[Tensor, Tensor] = dispatch.pick("pooled_mse", a, implementation)(a, b, grid)
         return result
 
 
-@_pooled_mse.register_fake
-def _(a: Tensor, b: Tensor, grid: int, implementation: str | None) -> tuple[Tensor, Tensor]:
+def _fake_forward(a: Tensor, b: Tensor, grid: int, implementation: str | None) -> tuple[Tensor, Tensor]:
     dtype = torch.promote_types(a.dtype, torch.float32)
     return a.new_empty((), dtype=dtype), a.new_empty((a.shape[0], grid, grid, a.shape[1]), dtype=dtype)
 
 
-@torch.library.custom_op("fastmoco::pooled_mse_backward", mutates_args=())
-def _pooled_mse_backward(
+def _gradient(
     difference: Tensor, dloss: Tensor, height: int, width: int, dtype: torch.dtype, implementation: str | None
 ) -> Tensor:
     """The gradient to a (N, C, height, width), channels-last; that to a whole b is its negative."""
@@ -82,12 +80,19 @@ def _pooled_mse_backward(
         return result
 
 
-@_pooled_mse_backward.register_fake
-def _(
+def _fake_gradient(
     difference: Tensor, dloss: Tensor, height: int, width: int, dtype: torch.dtype, implementation: str | None
 ) -> Tensor:
     n, _, _, c = difference.shape
     return difference.new_empty((n, height, width, c), dtype=dtype).permute(0, 3, 1, 2)
+
+
+_pooled_mse_backward = define(
+    "pooled_mse_backward(Tensor difference, Tensor dloss, int height, int width, ScalarType dtype, "
+    "str? implementation) -> Tensor",
+    _gradient,
+    _fake_gradient,
+)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -118,7 +123,13 @@ def _backward(ctx: Any, dloss: Tensor | None, *_: Any) -> tuple[Tensor | None, .
     return da, db, None, None
 
 
-_pooled_mse.register_autograd(_backward, setup_context=_setup_context)
+_pooled_mse = define(
+    "pooled_mse(Tensor a, Tensor b, int grid, str? implementation) -> (Tensor, Tensor)",
+    _forward,
+    _fake_forward,
+    backward=_backward,
+    setup_context=_setup_context,
+)
 
 
 def reference(a: Tensor, b: Tensor, grid: int) -> tuple[Tensor, Tensor]:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from fastmoco.errors import UserError
 from fastmoco.ops import dispatch
-from fastmoco.ops.lists import check_apart, define
+from fastmoco.ops.lists import check_apart, define_inplace
 
 
 @torch.no_grad()
@@ -52,7 +52,9 @@ def _push(bank: Tensor, pointer: Tensor, keys: Tensor, implementation: str | Non
     torch.autograd.graph.increment_version([bank, pointer])
 
 
-_queue_push_ = define("queue_push_(Tensor(a!) bank, Tensor(b!) pointer, Tensor keys, str? implementation) -> ()", _push)
+_queue_push_ = define_inplace(
+    "queue_push_(Tensor(a!) bank, Tensor(b!) pointer, Tensor keys, str? implementation) -> ()", _push
+)
 
 
 def reference(bank: Tensor, pointer: Tensor, keys: Tensor) -> None:

@@ -26,7 +26,7 @@ from fastmoco.ops.lists import (
     check_apart,
     check_shadows,
     check_targets,
-    define,
+    define_inplace,
     same_order,
 )
 
@@ -145,7 +145,7 @@ def _update(
     torch.autograd.graph.increment_version([*parameters, *buffers, *targets, *shadows, *copies])
 
 
-_sgd_ema_update_ = define(
+_sgd_ema_update_ = define_inplace(
     "sgd_ema_update_(Tensor(a!)[] parameters, Tensor[] gradients, Tensor(b!)[] buffers, Tensor(c!)[] targets, "
     "Tensor(d!)[] shadows, Tensor(e!)[] copies, int[] followed, int[] copied, "
     "float lr, float momentum, float weight_decay, float ema, Tensor? found_inf, str? implementation) -> ()",

@@ -7,12 +7,11 @@ reference implementation.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
-import torchvision.transforms.v2.functional as F
 from threadpoolctl import threadpool_limits
 from torch import Tensor
 
@@ -168,13 +167,20 @@ def _unit(image: Image) -> Tensor:
 
 def _view(x: Tensor, view: np.ndarray, size: int, blur_kernel: int) -> Tensor:
     """The view that the record `view` makes of `x` (3, H, W) float32: (3, size, size) float32."""
+    # Here, since it takes torch's compiler with it: 2 s of every start where C++ makes the views.
+    from torchvision.transforms.v2 import functional as F
+
     if view["resized"].any():
         x = F.resize(x, view["resized"].tolist(), antialias=True)
     top, left, height, width = view["window"].tolist()
     x = x[:, top : top + height, left : left + width]
     x = F.resize(x, [size, size], antialias=True)
+    colours = (F.adjust_brightness, F.adjust_contrast, F.adjust_saturation, F.adjust_hue)
     for operation in view["order"]:
-        x = _jitter(x, int(operation), float(view["factor"][operation]))
+        factor = float(view["factor"][operation])
+        # A neutral one leaves the image untouched, as it would up to rounding.
+        if factor != NEUTRAL[operation]:
+            x = colours[operation](x, factor)
     if view["gray"]:
         x = F.rgb_to_grayscale(x, num_output_channels=3)
     if view["sigma"] > 0 and blur_kernel > 1:
@@ -182,19 +188,6 @@ def _view(x: Tensor, view: np.ndarray, size: int, blur_kernel: int) -> Tensor:
     if view["angle"] != 0:
         x = F.rotate(x, float(view["angle"]), interpolation=F.InterpolationMode.BILINEAR)
     return F.horizontal_flip(x) if view["flip"] else x
-
-
-_COLOURS: dict[int, Callable[[Tensor, float], Tensor]] = {
-    BRIGHTNESS: F.adjust_brightness,
-    CONTRAST: F.adjust_contrast,
-    SATURATION: F.adjust_saturation,
-    HUE: F.adjust_hue,
-}
-
-
-def _jitter(x: Tensor, operation: int, factor: float) -> Tensor:
-    """One colour operation; a neutral factor leaves the image untouched, as it would up to rounding."""
-    return x if factor == NEUTRAL[operation] else _COLOURS[operation](x, factor)
 
 
 # What fastmoco._C knows of an image.

@@ -51,8 +51,9 @@ class Trainer:
         if run.cuda_graph:
             use_own_stream(world.device)
         module = make_objective(config.model, loss, seed=run.seed, world=world)
-        for encoder in module.encoders if backbone is not None else ():
-            encoder.backbone.load_state_dict(backbone)
+        if backbone is not None:
+            for encoder in module.encoders:
+                encoder.backbone.load_state_dict(backbone)
         self.targets = targets
         wide = torch.float64 if precision == "fp64" else torch.float32
         kept = torch.bfloat16 if loss.queue_dtype == "bf16" else wide

@@ -1,0 +1,36 @@
+"""How the operations are registered with torch, so that autograd, torch.compile and torch.export know them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+_library = torch.library.Library("fastmoco", "FRAGMENT")
+
+
+def define(
+    schema: str,
+    function: Callable[..., Any],
+    fake: Callable[..., Any],
+    *,
+    backward: Callable[..., Any] | None = None,
+    setup_context: Callable[..., Any] | None = None,
+) -> Any:
+    """Registers `function` as the operation `schema` on any device; returns its overload, to be called.
+
+    fake: gives empty tensors of the shapes, dtypes and strides of the results. backward, setup_context: the gradient,
+    as `torch.library.register_autograd` takes them; without them there is none, and notice of what is written to is
+    left to `function`.
+
+    As torch.library.custom_op would, but without what that costs: 6 us of 61 at each call, 76 of 121 where lists of
+    161 tensors are given, and at the first 2 s, in which it imports torch's compiler (measured).
+    """
+    name = schema.partition("(")[0]
+    _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    _library.impl(name, function, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"fastmoco::{name}", fake, lib=_library)
+    if backward is not None:
+        torch.library.register_autograd(f"fastmoco::{name}", backward, setup_context=setup_context, lib=_library)
+    return getattr(torch.ops.fastmoco, name).default
