@@ -5,9 +5,11 @@ from __future__ import annotations
 import ctypes
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 # malloc.h of glibc.
-_TRIM_THRESHOLD, _MMAP_MAX = -1, -4
+_TRIM_THRESHOLD, _MMAP_THRESHOLD, _MMAP_MAX = -1, -3, -4
 # By which a user says otherwise.
 _CHOICES = ("MALLOC_MMAP_MAX_", "MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_")
 
@@ -24,6 +26,32 @@ def keep_freed_memory() -> bool:
     Only glibc on Linux is told. Where the environment says when malloc is to give back (MALLOC_MMAP_THRESHOLD_,
     MALLOC_MMAP_MAX_, MALLOC_TRIM_THRESHOLD_, glibc.malloc in GLIBC_TUNABLES), that is left as it is.
     """
+    return _tell({_MMAP_MAX: 0, _TRIM_THRESHOLD: -1})
+
+
+def give_back_freed_memory() -> None:
+    """Have the C library give back what this process has freed, and what it frees from now on.
+
+    Its thresholds are then those that glibc's own grow to, the first time that a block of 32 MB is freed.
+    """
+    if _tell({_MMAP_MAX: 65536, _MMAP_THRESHOLD: 32 << 20, _TRIM_THRESHOLD: 64 << 20}):
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+@contextmanager
+def freed_memory_kept(device_type: str) -> Iterator[None]:
+    """Within the block freed memory is kept, where it is a CPU that trains."""
+    if device_type != "cpu" or not keep_freed_memory():
+        yield
+        return
+    try:
+        yield
+    finally:
+        give_back_freed_memory()
+
+
+def _tell(options: dict[int, int]) -> bool:
+    """Whether glibc was told all of `options`: not where there is none, nor where the environment has the say."""
     if sys.platform != "linux" or "glibc.malloc." in os.environ.get("GLIBC_TUNABLES", ""):
         return False
     if any(name in os.environ for name in _CHOICES):
@@ -33,4 +61,4 @@ def keep_freed_memory() -> bool:
     except (OSError, AttributeError):
         # musl has none.
         return False
-    return bool(mallopt(_MMAP_MAX, 0)) and bool(mallopt(_TRIM_THRESHOLD, -1))
+    return all(bool(mallopt(option, value)) for option, value in options.items())

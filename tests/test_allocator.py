@@ -13,14 +13,17 @@ from unittest.mock import Mock
 
 import pytest
 
-from fastmoco.allocator import keep_freed_memory
+from fastmoco.allocator import freed_memory_kept, keep_freed_memory
 
 # How many pages the kernel has to clear for tensors of 80 MB used twenty times, before and after. In between the heap
 # grows: to align a tensor glibc looks for some bytes more than one has left.
 PROGRAM = """
 import resource, torch
-from fastmoco.allocator import keep_freed_memory
+from fastmoco.allocator import freed_memory_kept
 torch.set_num_threads(1)
+def resident():
+    with open("/proc/self/statm") as stream:
+        return int(stream.read().split()[1]) * resource.getpagesize() >> 20
 def cleared(times):
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     for _ in range(times):
@@ -30,9 +33,11 @@ def cleared(times):
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 cleared(1)
 anew = cleared(20)
-assert keep_freed_memory()
-cleared(10)
-print(anew, cleared(20))
+with freed_memory_kept("cpu"):
+    cleared(10)
+    kept = cleared(20)
+    held = resident()
+print(anew, kept, cleared(20), held - resident())
 """
 
 
@@ -44,8 +49,8 @@ HUGE = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 def test_freed_memory_is_used_again_without_the_kernel() -> None:
     clean = {name: value for name, value in os.environ.items() if not name.startswith(("MALLOC_", "GLIBC_TUNABLES"))}
     done = subprocess.run([sys.executable, "-c", PROGRAM], env=clean, capture_output=True, text=True, check=True)
-    anew, kept = map(int, done.stdout.split())
-    assert anew > 10_000 and kept < anew / 5
+    anew, kept, after, given_back = map(int, done.stdout.split())
+    assert anew > 10_000 and kept < anew / 5 and after > anew / 2 and given_back > 100
 
 
 @pytest.mark.parametrize(
@@ -62,7 +67,19 @@ def test_what_the_environment_says_of_it_stays(
     name: str, value: str, stays: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     told = Mock(return_value=1)
-    monkeypatch.setattr(ctypes, "CDLL", lambda _: SimpleNamespace(mallopt=told))
+    trimmed = Mock()
+    monkeypatch.setattr(ctypes, "CDLL", lambda _: SimpleNamespace(mallopt=told, malloc_trim=trimmed))
     monkeypatch.setenv(name, value)
     assert keep_freed_memory() is not stays
     assert [call.args for call in told.call_args_list] == ([] if stays else [(-4, 0), (-1, -1)])
+    with freed_memory_kept("cpu"):
+        pass
+    assert trimmed.called is not stays
+
+
+def test_on_a_gpu_malloc_is_left_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    told = Mock(return_value=1)
+    monkeypatch.setattr(ctypes, "CDLL", lambda _: SimpleNamespace(mallopt=told))
+    with freed_memory_kept("cuda"):
+        pass
+    assert not told.called

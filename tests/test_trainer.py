@@ -186,9 +186,18 @@ def test_the_first_step_can_be_suppressed_too(update: str) -> None:
     assert all(not value.any() for value in t.engine.update.buffers.values())
 
 
-def test_non_finite_tensors_are_found() -> None:
-    tensors = {"a": torch.ones(3), "b": torch.tensor([1.0, float("inf")]), "c": torch.tensor([1])}
-    assert non_finite(tensors) == ["b"]
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+def test_non_finite_tensors_are_found(bad: float, dtype: torch.dtype) -> None:
+    sound = {"a": torch.ones(3, dtype=dtype), "b": torch.tensor([1]), "c": torch.empty(0), "d": torch.tensor(0.5)}
+    sound["largest"] = torch.tensor([torch.finfo(dtype).max, torch.finfo(dtype).min], dtype=dtype)
+    assert non_finite(sound) == []
+    for size in (1, 2, 3, 16, 17, 67, 40_000):
+        for place in {0, size // 2, size - 1}:
+            tensor = torch.randn(size).to(dtype)
+            tensor[place] = bad
+            assert non_finite(sound | {"broken": tensor}) == ["broken"], (size, place)
+    assert non_finite({"all": torch.full((2, 3), bad, dtype=dtype)}) == ["all"]
 
 
 @UPDATES

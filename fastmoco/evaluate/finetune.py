@@ -13,7 +13,7 @@ import torch
 import tyro
 from torch import Tensor, nn
 
-from fastmoco.allocator import keep_freed_memory
+from fastmoco.allocator import freed_memory_kept
 from fastmoco.data.views import ViewConfig
 from fastmoco.errors import UserError
 from fastmoco.evaluate.classifier import Classifier, loss_of, probabilities_of
@@ -137,9 +137,7 @@ def finetune(
     if len(train) < 2:
         raise UserError(f"fine-tuning needs at least 2 training images, not {len(train)}: raise --budget")
     device = torch.device(device)
-    if device.type == "cpu":
-        keep_freed_memory()
-    with _same_convolutions():
+    with _same_convolutions(), freed_memory_kept(device.type):
         start = Encoder(config.arch, seed=seed) if encoder is None else encoder
         frozen = config.mode == "linear"
         model = Classifier(start, len(target.class_names), frozen=frozen, precision=config.precision, seed=seed)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from fastmoco.allocator import keep_freed_memory
+from fastmoco.allocator import freed_memory_kept
 from fastmoco.data.loader import Batch, make_loader
 from fastmoco.data.manifest import Manifest
 from fastmoco.data.order import Order
@@ -79,8 +79,6 @@ def _begin(world: World, config: Config, monitor: Monitor) -> _Run:
     listed = first_then_others(world, lambda: listed_images(world, config, store, saved))
     manifest = everywhere(world, lambda: staged(config, listed))
     backbone = everywhere(world, lambda: initial_weights(world, config, saved))
-    if world.device.type == "cpu":
-        keep_freed_memory()
     # torch seeds each process at random.
     torch.manual_seed(run.seed)
     targets = everywhere(world, lambda: classes(config, manifest))
@@ -135,7 +133,9 @@ class _Run:
             describe(self.trainer, self.manifest, self.order, self.plan, start=self.start, set_aside=set_aside)
         with writing(self.config, self.store), everywhere(self.world, self._make_record) as record:
             try:
-                self._steps(record, stop)
+                # Only now: what a run is made of is never wanted again.
+                with freed_memory_kept(self.world.device.type):
+                    self._steps(record, stop)
             finally:
                 self.store.finish()
         encoder = self.trainer.query_encoder()
