@@ -197,7 +197,9 @@ def test_training_goes_first(kind: LoaderKind, manifest: Manifest) -> None:
         during = priorities()
     added = {thread: nice for thread, nice in during.items() if thread not in before}
     assert len(added) >= 3 and min(added.values()) >= min(19, before[os.getpid()] + 1)
-    assert {thread: during[thread] for thread in before if thread in during} == before
+    # Threads of earlier loaders may end meanwhile.
+    stayed = before.keys() & during.keys()
+    assert os.getpid() in stayed and all(during[thread] == before[thread] for thread in stayed)
 
 
 def test_auto_is_dali_where_it_is_installed(manifest: Manifest) -> None:
