@@ -10,6 +10,8 @@ from contextlib import contextmanager
 
 # malloc.h of glibc.
 _TRIM_THRESHOLD, _MMAP_THRESHOLD, _MMAP_MAX = -1, -3, -4
+# How many want it kept now; what is kept goes back with the last.
+_holders = 0
 # By which a user says otherwise.
 _CHOICES = ("MALLOC_MMAP_MAX_", "MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_")
 
@@ -26,24 +28,29 @@ def keep_freed_memory() -> bool:
     Only glibc on Linux is told. Where the environment says when malloc is to give back (MALLOC_MMAP_THRESHOLD_,
     MALLOC_MMAP_MAX_, MALLOC_TRIM_THRESHOLD_, glibc.malloc in GLIBC_TUNABLES), that is left as it is.
     """
+    global _holders
+    _holders += 1
     return _tell({_MMAP_MAX: 0, _TRIM_THRESHOLD: -1})
 
 
 def give_back_freed_memory() -> None:
-    """Have the C library give back what this process has freed, and what it frees from now on.
+    """Take back one `keep_freed_memory`; with the last, the C library gives back what this process has freed.
 
     Its thresholds are then those that glibc's own grow to, the first time that a block of 32 MB is freed.
     """
-    if _tell({_MMAP_MAX: 65536, _MMAP_THRESHOLD: 32 << 20, _TRIM_THRESHOLD: 64 << 20}):
+    global _holders
+    _holders -= 1
+    if not _holders and _tell({_MMAP_MAX: 65536, _MMAP_THRESHOLD: 32 << 20, _TRIM_THRESHOLD: 64 << 20}):
         ctypes.CDLL(None).malloc_trim(0)
 
 
 @contextmanager
 def freed_memory_kept(device_type: str) -> Iterator[None]:
     """Within the block freed memory is kept, where it is a CPU that trains."""
-    if device_type != "cpu" or not keep_freed_memory():
+    if device_type != "cpu":
         yield
         return
+    keep_freed_memory()
     try:
         yield
     finally:

@@ -13,7 +13,7 @@ from unittest.mock import Mock
 
 import pytest
 
-from fastmoco.allocator import freed_memory_kept, keep_freed_memory
+from fastmoco.allocator import freed_memory_kept, give_back_freed_memory, keep_freed_memory
 
 # How many pages the kernel has to clear for tensors of 80 MB used twenty times, before and after. In between the heap
 # grows: to align a tensor glibc looks for some bytes more than one has left.
@@ -40,7 +40,7 @@ with freed_memory_kept("cpu"):
 print(anew, kept, cleared(20), held - resident())
 """
 
-
+CHOICES = ("MALLOC_MMAP_MAX_", "MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "GLIBC_TUNABLES")
 HUGE = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 
 
@@ -72,9 +72,21 @@ def test_what_the_environment_says_of_it_stays(
     monkeypatch.setenv(name, value)
     assert keep_freed_memory() is not stays
     assert [call.args for call in told.call_args_list] == ([] if stays else [(-4, 0), (-1, -1)])
-    with freed_memory_kept("cpu"):
-        pass
+    give_back_freed_memory()
     assert trimmed.called is not stays
+
+
+def test_memory_goes_back_with_the_last_who_wants_it_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    trimmed = Mock()
+    monkeypatch.setattr(ctypes, "CDLL", lambda _: SimpleNamespace(mallopt=lambda *_: 1, malloc_trim=trimmed))
+    for name in CHOICES:
+        monkeypatch.delenv(name, raising=False)
+    keep_freed_memory()
+    with freed_memory_kept("cpu"), freed_memory_kept("cpu"):
+        pass
+    assert not trimmed.called
+    give_back_freed_memory()
+    assert trimmed.call_count == 1
 
 
 def test_on_a_gpu_malloc_is_left_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,6 +18,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import average_precision_score, roc_auc_score
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
+from torchvision import tv_tensors
 from torchvision.transforms import v2
 
 from fastmoco.data.manifest import Manifest, load_manifest
@@ -69,12 +70,16 @@ def encoder() -> Encoder:
     return Encoder("resnet18", head="mlp", dim=7, seed=1)
 
 
-def test_evaluation_image_is_torchvisions_on_floats() -> None:
-    image = np.random.default_rng(0).integers(0, 256, (29, 83, 3)).astype(np.uint8)
-    found = evaluation_image(image, size=21, resize=8 / 7)
-    oracle = v2.Compose([v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.Resize(24), v2.CenterCrop(21)])
-    torch.testing.assert_close(found, oracle(image).as_subclass(torch.Tensor), atol=1e-6, rtol=0)
-    assert found.shape == (3, 21, 21) and found.dtype == torch.float32
+@pytest.mark.parametrize("sides", [(29, 83), (83, 30), (24, 24), (5, 7), (640, 481)])
+@pytest.mark.parametrize("kind", [np.uint8, np.uint16])
+def test_evaluation_image_is_torchvisions_on_floats(sides: tuple[int, int], kind: type[np.integer]) -> None:
+    image = np.random.default_rng(0).integers(0, np.iinfo(kind).max + 1, (*sides, 3)).astype(kind)
+    pixels = torch.from_numpy(image).permute(2, 0, 1)
+    for size, shorter in ((21, 24), (20, 23), (24, 24)):
+        found = evaluation_image(image, size=size, resize=shorter / size)
+        oracle = v2.Compose([v2.ToDtype(torch.float32, scale=True), v2.Resize(shorter), v2.CenterCrop(size)])
+        torch.testing.assert_close(found, oracle(tv_tensors.Image(pixels)).as_subclass(torch.Tensor), atol=1e-6, rtol=0)
+        assert found.shape == (3, size, size) and found.dtype == torch.float32
     with pytest.raises(UserError, match=r"resize 0\.5"):
         evaluation_image(image, size=21, resize=0.5)
 

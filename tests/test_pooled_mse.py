@@ -273,6 +273,20 @@ def test_compiles_into_one_graph(pooled: bool, backend: str) -> None:
     torch.testing.assert_close(torch.autograd.grad(compiled(a, b), (a, b)), expected)
 
 
+def test_one_compilation_holds_for_maps_of_all_sizes() -> None:
+    def step(a: Tensor, b: Tensor) -> Tensor:
+        return pooled_mse(a * 2, b, grid=3)
+
+    # Raises where a size that is marked is taken for a constant.
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    for height, width in ((8, 9), (11, 7), (16, 5)):
+        a, b = maps((2, 3, height, width))
+        expected = torch.autograd.grad(step(a, b), (a, b))
+        for tensor in (a, b):
+            torch._dynamo.mark_dynamic(tensor, (2, 3))
+        torch.testing.assert_close(torch.autograd.grad(compiled(a, b), (a, b)), expected)
+
+
 def test_mistakes_are_named() -> None:
     a = torch.randn(2, 3, 4, 4)
     with pytest.raises(ValueError, match="grid must be at least 1, not 0"):

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from rich.progress import track
 from torch import Tensor, nn
-from torch.nn.functional import normalize
+from torch.nn.functional import interpolate, normalize
 from torch.utils.data import DataLoader, Dataset
 
 from fastmoco.data.manifest import Manifest
@@ -22,17 +22,19 @@ def evaluation_image(image: np.ndarray, *, size: int, resize: float = 1.0) -> Te
     """(H, W, 3) uint8 or uint16 -> (3, size, size) float32 in [0, 1]: shorter side to round(resize * size), then the
     centre.
 
-    Bilinear with antialias. Raises UserError where `resize` leaves less than `size`.
+    Bilinear with antialias, torchvision's to the rounding of float32. Raises UserError where `resize` leaves less than
+    `size`.
     """
-    # Here, since it takes torch's compiler with it: 2 s of every start of what trains.
-    from torchvision.transforms.v2 import functional as F
-
     shorter = round(resize * size)
     if shorter < size:
         raise UserError(f"resize {resize} brings the shorter side to {shorter} pixels, less than the size {size}")
-    pixels = F.to_dtype(torch.from_numpy(image.copy()).permute(2, 0, 1), torch.float32, scale=True)
-    resized = F.resize(pixels, [shorter], interpolation=F.InterpolationMode.BILINEAR, antialias=True)
-    return F.center_crop(resized, [size, size])
+    white = 65535 if image.dtype == np.uint16 else 255
+    pixels = torch.from_numpy(image.copy()).permute(2, 0, 1).float().mul_(1 / white)
+    # As in torchvision, the longer side is rounded down, and the centre to even pixels.
+    sides = [shorter * side // min(pixels.shape[1:]) for side in pixels.shape[1:]]
+    resized = interpolate(pixels[None], sides, mode="bilinear", antialias=True)[0]
+    top, left = (round((side - size) / 2) for side in sides)
+    return resized[:, top : top + size, left : left + size]
 
 
 def describe_input(size: int, resize: float) -> str:

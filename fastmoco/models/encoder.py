@@ -27,7 +27,7 @@ class Features(NamedTuple):
 
 
 class Encoder(nn.Module):
-    """The ResNet `arch`, with torchvision's names and weights, and `fc` replaced by a head.
+    """The ResNet `arch`, with torchvision's names and initial weights, and `fc` replaced by a head.
 
     `head` is "linear" (features -> dim), "mlp" (features -> features -> dim, ReLU between, as in MoCo v2), "projector"
     (features -> dim -> dim -> dim with BatchNorm, as in Barlow Twins) or "none" (the pooled stage-4 feature itself).

@@ -70,7 +70,8 @@ ARCHS: dict[str, tuple[type[BasicBlock | Bottleneck], tuple[int, int, int, int]]
 
 
 class ResNet(nn.Module):
-    """The network `arch` of `ARCHS`, with a last layer `fc` for `classes`.
+    """The network `arch` of `ARCHS`, with a last layer `fc` for ImageNet's 1,000 classes, which has its part in what a
+    seed draws.
 
     `zero_init_residual` starts the last BatchNorm of each block at 0, so that each block starts as the identity.
     Raises KeyError for another `arch`.
@@ -81,7 +82,7 @@ class ResNet(nn.Module):
     layer3: nn.Sequential
     layer4: nn.Sequential
 
-    def __init__(self, arch: str, *, classes: int = 1000, zero_init_residual: bool = False) -> None:
+    def __init__(self, arch: str, *, zero_init_residual: bool = False) -> None:
         super().__init__()
         block, depths = ARCHS[arch]
         self.conv1 = Convolution(3, 64, 7, stride=2, padding=3, bias=False)
@@ -96,7 +97,7 @@ class ResNet(nn.Module):
             blocks += [block(channels, width) for _ in range(depth - 1)]
             self.add_module(f"layer{stage + 1}", nn.Sequential(*blocks))
         self.avgpool = nn.AdaptiveAvgPool2d(1)
-        self.fc: nn.Module = nn.Linear(channels, classes)
+        self.fc: nn.Module = nn.Linear(channels, 1000)
         self.width = channels
         for part in self.modules():
             # In this order, and after the layers have drawn weights of their own, as torchvision does: one seed gives
@@ -116,7 +117,7 @@ class ResNet(nn.Module):
         return s1, s2, s3, self.layer4(s3)
 
     def forward(self, x: Tensor) -> Tensor:
-        """`x` (N, 3, H, W) -> (N, classes)."""
+        """`x` (N, 3, H, W) -> (N, 1000), or what stands in the place of `fc` makes of (N, width)."""
         y: Tensor = self.fc(self.avgpool(self.stages(x)[-1]).flatten(1))
         return y
 

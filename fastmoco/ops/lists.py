@@ -19,6 +19,7 @@ NATIVE_DTYPES = {torch.float32: "float32", torch.float64: "float64"}
 
 NATIVE_DEVICES = ("cpu", "cuda") if dispatch.native and dispatch.native.build_info()["cuda"] else ("cpu",)
 
+
 def define_inplace(schema: str, function: Callable[..., None]) -> Any:
     """Registers `function`, which writes to its arguments alone, as `define` does."""
     return define(schema, function, lambda *_, **__: None)

@@ -88,7 +88,7 @@ def _fake_gradient(
 
 
 _pooled_mse_backward = define(
-    "pooled_mse_backward(Tensor difference, Tensor dloss, int height, int width, ScalarType dtype, "
+    "pooled_mse_backward(Tensor difference, Tensor dloss, SymInt height, SymInt width, ScalarType dtype, "
     "str? implementation) -> Tensor",
     _gradient,
     _fake_gradient,
@@ -124,7 +124,7 @@ def _backward(ctx: Any, dloss: Tensor | None, *_: Any) -> tuple[Tensor | None, .
 
 
 _pooled_mse = define(
-    "pooled_mse(Tensor a, Tensor b, int grid, str? implementation) -> (Tensor, Tensor)",
+    "pooled_mse(Tensor a, Tensor b, SymInt grid, str? implementation) -> (Tensor, Tensor)",
     _forward,
     _fake_forward,
     backward=_backward,

@@ -40,7 +40,7 @@ def draw_curves(rows: list[Row], path: Path) -> None:
     lines = -(-len(shown) // columns)
     width, height = 4.6 * columns, 3.1 * lines
     figure = Figure(figsize=(width, height))
-    # Given in inches. To have matplotlib find the margins is half of the time that drawing takes.
+    # Given in inches. To have matplotlib find the margins takes half as long as all else (measured).
     figure.subplots_adjust(
         left=0.65 / width,
         right=1 - 0.15 / width,

@@ -133,7 +133,7 @@ class _Run:
             describe(self.trainer, self.manifest, self.order, self.plan, start=self.start, set_aside=set_aside)
         with writing(self.config, self.store), everywhere(self.world, self._make_record) as record:
             try:
-                # Only now: what a run is made of is never wanted again.
+                # Not earlier: what is freed while a run is built would be kept, and never used again.
                 with freed_memory_kept(self.world.device.type):
                     self._steps(record, stop)
             finally:
