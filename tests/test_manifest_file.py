@@ -156,35 +156,26 @@ def test_quantities_are_no_labels(tmp_path: Path) -> None:
 
 
 MILLION = """
-import csv, sys, time
+import sys, time
 from pathlib import Path
 from fastmoco.data.manifest import load_manifest
 path = Path(sys.argv[1])
-ratios = []
-for _ in range(4):
-    found = None
-    began = time.process_time()
-    found = load_manifest(path.parent, path, progress=False)
-    loaded = time.process_time()
-    with path.open() as stream:
-        assert sum(1 for row in csv.reader(stream)) == 1_000_001
-    ratios.append((loaded - began) / max(1.25, time.process_time() - loaded))
-    if ratios[-1] < 4:
-        break
+began = time.process_time()
+found = load_manifest(path.parent, path, progress=False)
+seconds = time.process_time() - began
 assert len(found) == 1_000_000 and found.files[-1].endswith("image0999999.jpg")
 assert found.labels["grade"][-1] == 4 and found.patients[-1] == "p099999" and found.splits[-1] == "train"
 assert found.stamps[-1].tolist() == [60999, 1700000000000999999] and found.sizes[-1].tolist() == [400, 512]
 assert "torch" not in sys.modules
 # Not getrusage's ru_maxrss, which begins at what the parent process held when it started this one.
 peak = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
-print(min(ratios), int(peak.split()[1]) / 1024)
+print(seconds, int(peak.split()[1]) / 1024)
 """
 
 
 @pytest.mark.system
 def test_a_million_lines_load_in_seconds_and_half_a_gigabyte(tmp_path: Path) -> None:
-    """500 MB for the whole process, and 5 s of processor time; where a processor, or what it shares with others, is so
-    slow that it takes more than 1.25 s to go through the rows alone, four times as long as that. At best, of four."""
+    """The whole process: 5 s of processor time, which other processes do not lengthen, and 500 MB."""
     with (tmp_path / "m.csv").open("w") as stream:
         stream.write(f"{HEADER},grade,patient,split\n")
         stream.writelines(
@@ -196,8 +187,8 @@ def test_a_million_lines_load_in_seconds_and_half_a_gigabyte(tmp_path: Path) -> 
     root = Path(__file__).resolve().parents[1]
     done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    ratio, megabytes = map(float, done.stdout.split())
-    assert 0.1 < ratio < 4 and 50 < megabytes < 500
+    seconds, megabytes = map(float, done.stdout.split())
+    assert 0.1 < seconds < 5 and 50 < megabytes < 500
 
 
 @pytest.mark.parametrize("named", [True, False])
