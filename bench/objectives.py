@@ -1,5 +1,5 @@
-"""Does every objective learn, without collapse, what random weights lack? Each with several seeds, beside as many
-random ones.
+"""Does every objective learn, without collapse, what random weights lack? Each with several seeds, beside more random
+ones, which cost no training.
 
 Pretrains on the training images of a set with the small recipe of its domain, and scores linear probes on the test
 images. What has been computed is kept, and is computed again only where its settings change.
@@ -81,6 +81,8 @@ class ObjectivesArgs:
     """Epochs of each."""
     seeds: tuple[int, ...] = (0, 1, 2)
     """Seeds of weights and draws."""
+    random_seeds: int = 20
+    """Seeds of random weights, from 0 on."""
     only: tuple[str, ...] = ()
     """Objectives whose name matches one of these patterns; all if not given."""
     precision: Precision = "bf16"
@@ -169,13 +171,13 @@ def summary(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 def main(args: ObjectivesArgs) -> int:
     """Compute what is left, write the table; 1 where an objective is ahead of random weights by neither score."""
     names = [RANDOM, *(name for name in OBJECTIVES if not args.only or any(fnmatchcase(name, p) for p in args.only))]
+    seeds = {name: args.seeds for name in OBJECTIVES} | {RANDOM: range(args.random_seeds)}
     wanted = {
-        (name, seed): json.loads(json.dumps(settings(args, name, seed)))
-        for seed in args.seeds
-        for name in (RANDOM, *OBJECTIVES)
+        (name, seed): json.loads(json.dumps(settings(args, name, seed))) for name, own in seeds.items() for seed in own
     }
     file = args.out.with_name(f"{args.out.stem}_rows.json")
-    for name, seed in [(name, seed) for seed in args.seeds for name in names]:
+    order = sorted((seed, names.index(name)) for name in names for seed in seeds[name])
+    for seed, name in [(seed, names[place]) for seed, place in order]:
         if not any(wanted[name, seed] == row["settings"] for row in _kept(file) if row["objective"] == name):
             row = compute(args, name, seed)
             # Another process may have added its own meanwhile.
@@ -189,7 +191,7 @@ def main(args: ObjectivesArgs) -> int:
         title=f"Every objective beside random weights: {args.label}, {args.arch}, {args.size} px, {args.epochs} epochs",
         command="python -m bench.objectives --data IMAGES --labels labels.csv "
         f"--label {args.label} --recipe {args.recipe} --arch {args.arch} --size {args.size} --epochs {args.epochs} "
-        f"--seeds {' '.join(map(str, args.seeds))} --precision {args.precision}",
+        f"--seeds {' '.join(map(str, args.seeds))} --random-seeds {args.random_seeds} --precision {args.precision}",
         columns=COLUMNS,
         note=NOTE,
     )

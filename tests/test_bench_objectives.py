@@ -50,8 +50,8 @@ def test_only_what_is_missing_or_was_of_other_settings_is_computed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     args = ObjectivesArgs(
-        data=tmp_path, labels=tmp_path / "labels.csv", label="idc", seeds=(0, 1), only=("SimCLR",),
-        out=tmp_path / "objectives.md",
+        data=tmp_path, labels=tmp_path / "labels.csv", label="idc", seeds=(0, 1), random_seeds=3,
+        only=("SimCLR",), out=tmp_path / "objectives.md",
     )  # fmt: skip
     computed: list[tuple[str, int]] = []
 
@@ -62,7 +62,7 @@ def test_only_what_is_missing_or_was_of_other_settings_is_computed(
 
     monkeypatch.setattr(objectives, "compute", compute)
     assert main(args) == 0
-    assert sorted(computed) == [("SimCLR", 0), ("SimCLR", 1), (RANDOM, 0), (RANDOM, 1)]
+    assert sorted(computed) == [("SimCLR", 0), ("SimCLR", 1), *((RANDOM, seed) for seed in range(3))]
     file = tmp_path / "objectives_rows.json"
     kept = json.loads(file.read_text())
     kept[-1]["settings"]["size"] = 32
@@ -75,8 +75,9 @@ def test_only_what_is_missing_or_was_of_other_settings_is_computed(
 
 def test_an_objective_that_learned_nothing_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     args = ObjectivesArgs(
-        data=tmp_path, labels=tmp_path / "labels.csv", label="idc", only=("SimCLR",), out=tmp_path / "objectives.md"
-    )
+        data=tmp_path, labels=tmp_path / "labels.csv", label="idc", random_seeds=3, only=("SimCLR",),
+        out=tmp_path / "objectives.md",
+    )  # fmt: skip
 
     def compute(args: ObjectivesArgs, name: str, seed: int) -> dict[str, Any]:
         return rows(name, [0.7 + 0.01 * seed])[0] | {"seed": seed, "settings": settings(args, name, seed)}
