@@ -12,6 +12,7 @@ import json
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -24,10 +25,7 @@ from bench.engines_rank import METHODS, Setting
 from bench.timing import environment, save
 
 FIRST_STEP, TIMES = 1e-5, 3.0
-ENGINES: dict[str, tuple[str, int | None]] = {
-    "DDP": ("ddp", None),
-    **{f"DeepSpeed, ZeRO {stage}": ("deepspeed", stage) for stage in range(4)},
-}
+ENGINES = {"DDP": "ddp", **{f"DeepSpeed, ZeRO {stage}": f"zero{stage}" for stage in range(4)}}
 COLUMNS = ["engine", "method", "first_loss", "first_step_off", "largest_off", "of_rounding", "ratio", "holds"]
 
 
@@ -41,20 +39,23 @@ class EnginesArgs(Setting):
     """Markdown file to write; the whole rows are put beside it as JSON."""
 
 
-def losses(setting: Setting, *, ranks: int, engine: str, zero: int | None, orders: int) -> dict[str, np.ndarray]:
-    """Of each method the (orders, steps) losses. Raises subprocess.CalledProcessError where a process fails."""
+def losses(setting: Setting, *, ranks: int, engines: Sequence[str], orders: int) -> dict[str, dict[str, np.ndarray]]:
+    """Of each engine and method the (orders, steps) losses. Raises subprocess.CalledProcessError where a process fails.
+
+    The same processes train under one engine after the other: importing DeepSpeed takes them longer than a few steps.
+    """
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "losses.json")
         options = [f"--{name.replace('_', '-')}={value}" for name, value in asdict(setting).items()]
-        options += [f"--engine={engine}", f"--orders={orders}", f"--write={path}"]
-        options += [] if zero is None else [f"--zero={zero}"]
+        options += [f"--orders={orders}", f"--write={path}", "--engines", *engines]
         launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
         command = [*(launcher if ranks > 1 else [sys.executable]), "-m", "bench.engines_rank", *options]
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
             print(done.stdout, done.stderr, sep="\n", file=sys.stderr)
             done.check_returncode()
-        return {method: np.array(runs) for method, runs in json.loads(path.read_text()).items()}
+        found = json.loads(path.read_text())
+        return {engine: {method: np.array(runs) for method, runs in found[engine].items()} for engine in engines}
 
 
 def row(name: str, method: str, alone: np.ndarray, shared: np.ndarray) -> dict[str, Any]:
@@ -73,12 +74,12 @@ def main(args: EnginesArgs) -> int:
     """Run the comparison; status 1 where an engine does not hold."""
     console = Console(width=140, highlight=False)
     setting = Setting(**{field.name: getattr(args, field.name) for field in fields(Setting)})
-    alone = losses(setting, ranks=1, engine="auto", zero=None, orders=6)
+    alone = losses(setting, ranks=1, engines=["auto"], orders=6)["auto"]
+    shared = losses(setting, ranks=args.ranks, engines=list(ENGINES.values()), orders=1)
     rows = []
-    for name, (engine, zero) in ENGINES.items():
-        shared = losses(setting, ranks=args.ranks, engine=engine, zero=zero, orders=1)
+    for name, engine in ENGINES.items():
         for method in METHODS:
-            found = row(name, method, alone[method], shared[method][0])
+            found = row(name, method, alone[method], shared[engine][method][0])
             rows.append(found | asdict(setting) | {"data": args.data.name, "ranks": args.ranks} | environment())
             console.print(
                 f"{name}, {method}: first loss {found['first_loss']:.6f}, off by {found['first_step_off']:.1e}; over "

@@ -6,12 +6,13 @@ import json
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
 import tyro
 
+from fastmoco.allocator import freed_memory_kept
 from fastmoco.data.loader import Batch, make_loader
 from fastmoco.data.manifest import load_manifest
 from fastmoco.data.order import Order
@@ -22,6 +23,11 @@ from fastmoco.train.recipes import find
 from fastmoco.train.trainer import Trainer
 
 METHODS = ("moco", "mse", "barlow")
+ENGINES: dict[str, dict[str, Any]] = {
+    "auto": {"engine": "auto"},
+    "ddp": {"engine": "ddp"},
+    **{f"zero{stage}": {"engine": "deepspeed", "zero": stage} for stage in range(4)},
+}
 
 
 @dataclass(kw_only=True)
@@ -46,20 +52,18 @@ class Setting:
 
 @dataclass(kw_only=True)
 class RankArgs(Setting):
-    """Train every method once with the engine named, or alone, once for each order of the images in a batch."""
+    """Train every method once with each engine named, or alone, once for each order of the images in a batch."""
 
-    engine: Literal["auto", "ddp", "deepspeed"] = "auto"
-    """What shares out the steps."""
-    zero: Literal[0, 1, 2, 3] | None = None
-    """DeepSpeed's stage."""
+    engines: tuple[str, ...] = ("auto",)
+    """What shares out the steps, one after the other: names of ENGINES."""
     orders: int = 1
     """Runs of each method: the first with the images of a batch as they come, the others with them permuted, which
     changes nothing but the order in which sums are made."""
     write: Path
-    """File for the losses: a list of runs by method, each a list of steps."""
+    """File for the losses: by engine and method a list of runs, each a list of steps."""
 
 
-def configure(args: RankArgs, method: str) -> Config:
+def configure(args: RankArgs, engine: str, method: str) -> Config:
     """The run of `method`, in float32, over all processes where the method leaves a choice."""
     config = find(f"fundus-{method}")(args.data, Path())
     # A multiple of the batch: else an order would change which keys are overwritten first.
@@ -70,13 +74,13 @@ def configure(args: RankArgs, method: str) -> Config:
         model=replace(config.model, arch=args.arch, head="mlp", norm=args.norm),
         loss=replace(loss, barlow_correlation="global", projector_width=256),
         optim=replace(config.optim, batch_size=args.batch_size),
-        run=replace(config.run, precision="fp32", engine=args.engine, zero=args.zero, log_every=args.steps),
+        run=replace(config.run, precision="fp32", log_every=args.steps, **ENGINES[engine]),
     )
 
 
-def train(args: RankArgs, world: World, method: str, order: int) -> list[float]:
+def train(args: RankArgs, world: World, engine: str, method: str, order: int) -> list[float]:
     """The loss of each step."""
-    config = configure(args, method)
+    config = configure(args, engine, method)
     trainer = Trainer(config, precision="fp32", world=world)
     manifest = load_manifest(args.data)
     images = Order(len(manifest), args.batch_size, config.run.seed, shard=world.rank, shards=world.size)
@@ -94,8 +98,14 @@ def train(args: RankArgs, world: World, method: str, order: int) -> list[float]:
 def main(args: RankArgs) -> int:
     """Run and write."""
     torch.set_num_threads(1)
-    with joined("cpu") as world:
-        found = {method: [train(args, world, method, order) for order in range(args.orders)] for method in METHODS}
+    with joined("cpu") as world, freed_memory_kept("cpu"):
+        found = {
+            engine: {
+                method: [train(args, world, engine, method, order) for order in range(args.orders)]
+                for method in METHODS
+            }
+            for engine in args.engines
+        }
         if world.first:
             args.write.write_text(json.dumps(found))
     return 0

@@ -1,4 +1,4 @@
-"""Runs of several processes, as torchrun starts them, that tests kill, stop and starve."""
+"""Runs of one process or of several, as torchrun starts them, that tests kill, stop and starve."""
 
 from __future__ import annotations
 
@@ -27,11 +27,12 @@ class Job:
         folder.mkdir(parents=True, exist_ok=True)
         self.size = size
         self.outputs = [folder / f"output{rank}" for rank in range(size)]
-        environ = {"WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1"}
-        environ |= {"MASTER_PORT": str(free_port()), "XDG_CACHE_HOME": str(folder / "cache")}
         context = multiprocessing.get_context("forkserver")
+        port = free_port()
         self.processes = [
-            context.Process(target=_run, args=(rank, environ, args, self.outputs[rank], prepare))
+            context.Process(
+                target=_run, args=(rank, _environ(folder, rank, size, port), args, self.outputs[rank], prepare)
+            )
             for rank in range(size)
         ]
         for process in self.processes:
@@ -81,10 +82,19 @@ class Job:
         return "\n".join(f"rank {rank}:\n{self.output(rank)}" for rank in range(self.size))
 
 
+def _environ(folder: Path, rank: int, size: int, port: int) -> dict[str, str]:
+    """What a process is told by its environment; where it is the only one, nothing of others."""
+    found = {"XDG_CACHE_HOME": str(folder / "cache")}
+    if size > 1:
+        found |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size)}
+        found |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    return found
+
+
 def _run(
     rank: int, environ: Mapping[str, str], args: list[str], output: Path, prepare: Callable[[int], None] | None
 ) -> None:
-    os.environ.update(environ, RANK=str(rank), LOCAL_RANK=str(rank))
+    os.environ.update(environ)
     with output.open("w") as stream:
         os.dup2(stream.fileno(), 1)
         os.dup2(stream.fileno(), 2)

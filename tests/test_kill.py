@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 
 from fastmoco.data.dali import dali_installed
 from fastmoco.train.metrics import read_rows
+from jobs import Job
 from runs import draw_images
 
 pytestmark = pytest.mark.system
@@ -31,8 +32,12 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def command(images: Path, out: Path, loader: str, *more: str) -> list[str]:
+    return [sys.executable, "-m", "fastmoco.cli", *arguments(images, out, loader, *more)]
+
+
+def arguments(images: Path, out: Path, loader: str, *more: str) -> list[str]:
     return [
-        sys.executable, "-m", "fastmoco.cli", "pretrain", "histology-barlow-small", "--data", str(images),
+        "pretrain", "histology-barlow-small", "--data", str(images),
         "--out", str(out), "--resume", "--loader", loader, "--arch", "resnet18", "--size", "32", "--dim", "32",
         "--batch-size", "4", "--queue-size", "31", "--projector-width", "64", "--steps", str(STEPS),
         "--log-every", "3", "--checkpoint-every", "5", "--workers", "1", *more,
@@ -73,29 +78,27 @@ def last_checkpoint(out: Path) -> int:
     return int(paths[-1].stem.removeprefix("step-")) if paths else 0
 
 
-def kill(process: subprocess.Popen[str]) -> None:
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait(timeout=30)
+def kill(job: Job) -> None:
+    job.kill(0)
+    job.end(within=30)
 
 
-def kill_while_writing(process: subprocess.Popen[str], out: Path, done: int) -> bool:
+def kill_while_writing(job: Job, out: Path, done: int) -> bool:
     """Kill -9 while a temporary file of a checkpoint after step `done` lies there; False if the run ended first."""
     folder = out / "checkpoints"
-    while process.poll() is None:
+    while job.processes[0].is_alive():
         if any(done < int(path.name[6:15]) < STEPS for path in folder.glob(".step-*.tmp-*")):
-            kill(process)
+            kill(job)
             return True
         time.sleep(0.0005)
     return False
 
 
-def kill_at(process: subprocess.Popen[str], out: Path, step: int, delay: float) -> None:
+def kill_at(job: Job, out: Path, step: int, delay: float) -> None:
     """Kill -9 `delay` seconds after the metrics reach `step`."""
-    while rows(out) < step:
-        assert process.poll() is None, process.communicate()[0]
-        time.sleep(0.005)
+    job.wait_until(lambda: rows(out) >= step)
     time.sleep(delay)
-    kill(process)
+    kill(job)
 
 
 @pytest.mark.parametrize(
@@ -114,12 +117,12 @@ def test_ten_kills_change_nothing(
     log = []
     for number, turn in enumerate(turns):
         done = last_checkpoint(broken)
-        with started(command(images, broken, loader), tmp_path) as process:
+        with Job(tmp_path / f"job{number}", 1, arguments(images, broken, loader)) as job:
             if turn == "write":
-                assert kill_while_writing(process, broken, done), process.communicate()[0]
+                assert kill_while_writing(job, broken, done), job.all_output()
             else:
                 target = max(done + 1, 1 + number * (STEPS - 20) // KILLS + rng.randrange(4))
-                kill_at(process, broken, target, rng.random() * 0.2)
+                kill_at(job, broken, target, rng.random() * 0.2)
         leftovers = len(list((broken / "checkpoints").glob(".step-*")))
         log.append(f"{turn}: resumed at {done}, killed at {rows(broken)} or later, half-written files {leftovers}")
         if turn == "write":
