@@ -14,8 +14,9 @@ STAMP := $(VENV)/.installed-$(subst $(comma),-,$(EXTRAS))
 # What `make test` runs is needed whatever the extras.
 TOOLS := pytest pytest-xdist hypothesis ruff mypy
 # Files of tests at a time, of one thread each (those that are about threads say how many): what the tests of a file share
-# is costly to make. More than four take memory for little.
-JOBS ?= $(shell n=$$(nproc 2>/dev/null || echo 2); echo $$((n < 4 ? n : 4)))
+# is costly to make. One more than there are processors, since a fifth of the time is waiting; more than four take memory
+# for little.
+JOBS ?= $(shell n=$$(nproc 2>/dev/null || echo 2); echo $$((n < 4 ? n + 1 : 4)))
 
 .DELETE_ON_ERROR:
 .PHONY: install demo test test-system lint bench bench-full gpu clean

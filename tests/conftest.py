@@ -1,5 +1,7 @@
 """What all tests share."""
 
+import contextlib
+import ctypes
 import importlib.util
 import os
 import subprocess
@@ -47,6 +49,14 @@ ROOT = Path(__file__).resolve().parents[1]
 def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Keep what a test finds out about its files out of the user's cache, and the other way round."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def memory_given_back() -> Iterator[None]:
+    """What the tests of a file have freed goes back to the system; glibc would keep gigabytes of trainers' tensors."""
+    yield
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 @pytest.fixture(scope="session")
