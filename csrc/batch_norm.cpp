@@ -9,14 +9,6 @@
 #include "pack.h"
 #include "platform.h"
 
-// As FASTMOCO_CLONES, with all of AVX-512 where the compiler knows how to ask for it: its first part has no vectors of
-// 16-bit numbers, so that loops over bfloat16 would be cut to half the width (1.7 times as long, measured).
-#if defined(FASTMOCO_HAS_CLONES) && !defined(__clang__) && __GNUC__ >= 12
-#define NORM_CLONES __attribute__((target_clones("arch=x86-64-v4", "fma", "default")))
-#else
-#define NORM_CLONES FASTMOCO_CLONES
-#endif
-
 namespace fastmoco {
 namespace {
 
@@ -28,13 +20,6 @@ constexpr std::size_t kGroup = 8;
 
 // Below this a second thread costs more to wake than it saves (elements).
 constexpr std::size_t kGrain = 32768;
-
-FASTMOCO_INLINE float widen(std::uint16_t bits) {
-  const std::uint32_t wide = static_cast<std::uint32_t>(bits) << 16;
-  float x;
-  std::memcpy(&x, &wide, sizeof x);
-  return x;
-}
 
 // A tile's first element, its first column, and its size; `stride` is how far apart rows are.
 struct Tile {
@@ -51,8 +36,8 @@ FASTMOCO_INLINE void by_group(const Tile& t, const Run& run) {
 
 // Mean and sum of squared deviations of each column. Each group's own are merged into those of the rows before it
 // (Chan, Golub and LeVeque 1983): nothing cancels, however large the mean.
-NORM_CLONES void statistics(const std::uint16_t* from, float* __restrict mean, float* __restrict squares,
-                                const Tile& t) {
+FASTMOCO_CLONES_16 void statistics(const std::uint16_t* from, float* __restrict mean, float* __restrict squares,
+                                   const Tile& t) {
   std::fill_n(mean, t.width, 0.0f);
   std::fill_n(squares, t.width, 0.0f);
   by_group(t, [&](auto size, std::size_t row) {
@@ -63,7 +48,7 @@ NORM_CLONES void statistics(const std::uint16_t* from, float* __restrict mean, f
     for (std::size_t c = 0; c < t.width; ++c) {
       float value[n], sum = 0, square = 0;
 #pragma GCC unroll 8
-      for (std::size_t r = 0; r < n; ++r) sum += value[r] = widen(x[r * t.stride + c]);
+      for (std::size_t r = 0; r < n; ++r) sum += value[r] = bf16_value(x[r * t.stride + c]);
       const float centre = sum * (1.0f / n), step = centre - mean[c];
 #pragma GCC unroll 8
       for (std::size_t r = 0; r < n; ++r) square += (value[r] - centre) * (value[r] - centre);
@@ -90,8 +75,8 @@ FASTMOCO_INLINE void apply(const std::uint16_t* from, const std::uint16_t* plus,
 #pragma GCC unroll 8
       for (std::size_t r = 0; r < n; ++r) {
         const std::size_t i = r * t.stride + c;
-        float value = (widen(x[i]) - mean[c]) * scale + bias[c];
-        if constexpr (kResidual) value += widen(residual[i]);
+        float value = (bf16_value(x[i]) - mean[c]) * scale + bias[c];
+        if constexpr (kResidual) value += bf16_value(residual[i]);
         const std::uint16_t bits = bf16_bits(value);
         // A mask in place of a branch, which would keep the compiler from using vectors. NaN, made positive, stays.
         y[i] = kRelu ? bits & static_cast<std::uint16_t>(-(static_cast<std::int16_t>(bits) >= 0)) : bits;
@@ -101,10 +86,10 @@ FASTMOCO_INLINE void apply(const std::uint16_t* from, const std::uint16_t* plus,
 }
 
 // Functions by name, since a template cannot be cloned.
-#define NORM_APPLY(name, kResidual, kRelu)                                                                    \
-  NORM_CLONES void name(const std::uint16_t* x, const std::uint16_t* residual, std::uint16_t* y,              \
-                        const Channels& k, const Tile& t) {                                                   \
-    apply<kResidual, kRelu>(x, residual, y, k, t);                                                            \
+#define NORM_APPLY(name, kResidual, kRelu)                                                                             \
+  FASTMOCO_CLONES_16 void name(const std::uint16_t* x, const std::uint16_t* residual, std::uint16_t* y,                \
+                               const Channels& k, const Tile& t) {                                                     \
+    apply<kResidual, kRelu>(x, residual, y, k, t);                                                                     \
   }
 NORM_APPLY(apply_plain, false, false)
 NORM_APPLY(apply_relu, false, true)
@@ -148,9 +133,9 @@ FASTMOCO_INLINE void sum_gradient(const Behind& from, std::uint16_t* dresidual, 
 #pragma GCC unroll 8
       for (std::size_t r = 0; r < n; ++r) {
         const std::size_t i = first + r * t.stride + c;
-        const float centred = widen(from.x[i]) - mean[c];
+        const float centred = bf16_value(from.x[i]) - mean[c];
         const std::uint16_t bits = behind<kAct>(from, i, centred, scale, bias[c]);
-        const float g = widen(bits);
+        const float g = bf16_value(bits);
         if constexpr (kAct == Act::kResidualRelu) dresidual[i] = bits;
         part += g;
         part_along += g * centred;
@@ -161,10 +146,10 @@ FASTMOCO_INLINE void sum_gradient(const Behind& from, std::uint16_t* dresidual, 
   });
 }
 
-#define NORM_SUM(name, kAct)                                                                             \
-  NORM_CLONES void name(const Behind& from, std::uint16_t* dresidual, float* sum, float* along,          \
-                        const Channels& k, const Tile& t) {                                              \
-    sum_gradient<kAct>(from, dresidual, sum, along, k, t);                                               \
+#define NORM_SUM(name, kAct)                                                                                           \
+  FASTMOCO_CLONES_16 void name(const Behind& from, std::uint16_t* dresidual, float* sum, float* along,                 \
+                               const Channels& k, const Tile& t) {                                                     \
+    sum_gradient<kAct>(from, dresidual, sum, along, k, t);                                                             \
   }
 NORM_SUM(sum_plain, Act::kNone)
 NORM_SUM(sum_relu, Act::kRelu)
@@ -189,20 +174,20 @@ FASTMOCO_INLINE void write_gradient(const Behind& from, std::uint16_t* dx, const
 #pragma GCC unroll 8
       for (std::size_t r = 0; r < n; ++r) {
         const std::size_t i = first + r * t.stride + c;
-        const float centred = widen(from.x[i]) - mean[c];
-        const float g = widen(behind<kAct>(from, i, centred, scale, bias[c]));
+        const float centred = bf16_value(from.x[i]) - mean[c];
+        const float g = bf16_value(behind<kAct>(from, i, centred, scale, bias[c]));
         dx[i] = bf16_bits(scale * (g - level[c] - centred * slope[c]));
       }
     }
   });
 }
 
-NORM_CLONES void write_plain(const Behind& from, std::uint16_t* dx, const float* level, const float* slope,
-                                 const Channels& k, const Tile& t) {
+FASTMOCO_CLONES_16 void write_plain(const Behind& from, std::uint16_t* dx, const float* level, const float* slope,
+                                    const Channels& k, const Tile& t) {
   write_gradient<Act::kNone>(from, dx, level, slope, k, t);
 }
-NORM_CLONES void write_relu(const Behind& from, std::uint16_t* dx, const float* level, const float* slope,
-                                const Channels& k, const Tile& t) {
+FASTMOCO_CLONES_16 void write_relu(const Behind& from, std::uint16_t* dx, const float* level, const float* slope,
+                                   const Channels& k, const Tile& t) {
   write_gradient<Act::kRelu>(from, dx, level, slope, k, t);
 }
 

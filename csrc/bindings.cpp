@@ -57,6 +57,7 @@ PYBIND11_MODULE(_C, module) {
   fastmoco::bind_infonce(module);
   fastmoco::bind_pooled_mse(module);
   fastmoco::bind_sgd_ema(module);
+  fastmoco::bind_unfold(module);
   fastmoco::bind_views(module);
   module.def("build_info", &build_info,
              "What this extension was compiled with: compiler (str), openmp (bool), the instruction_set (str)\n"

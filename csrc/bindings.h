@@ -49,6 +49,7 @@ void bind_ema(pybind11::module_& module);
 void bind_infonce(pybind11::module_& module);
 void bind_pooled_mse(pybind11::module_& module);
 void bind_sgd_ema(pybind11::module_& module);
+void bind_unfold(pybind11::module_& module);
 void bind_views(pybind11::module_& module);
 
 }  // namespace fastmoco

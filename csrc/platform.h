@@ -24,6 +24,14 @@
 #define FASTMOCO_CLONES
 #endif
 
+// As FASTMOCO_CLONES, with all of AVX-512 where the compiler knows how to ask for it: its first part has no vectors of
+// 16-bit numbers, so that loops over bfloat16 would be cut to half the width (1.7 times as long, measured).
+#if defined(FASTMOCO_HAS_CLONES) && !defined(__clang__) && __GNUC__ >= 12
+#define FASTMOCO_CLONES_16 __attribute__((target_clones("arch=x86-64-v4", "fma", "default")))
+#else
+#define FASTMOCO_CLONES_16 FASTMOCO_CLONES
+#endif
+
 // Products of bfloat16 pairs in vectors (AVX512-BF16): known to g++ 10 and clang 9. The macros FASTMOCO_NO_... leave an
 // instruction set out, as for a compiler that does not know it.
 #if defined(FASTMOCO_HAS_CLONES) && (__GNUC__ >= 10 || __clang_major__ >= 9) && !defined(FASTMOCO_NO_AVX512BF16)

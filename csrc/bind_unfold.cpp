@@ -1,0 +1,79 @@
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <array>
+#include <cstdint>
+#include <stdexcept>
+#include <string>
+
+#include "bindings.h"
+#include "unfold.h"
+
+namespace py = pybind11;
+
+namespace fastmoco {
+namespace {
+
+constexpr const char* kUnfold = "unfold";
+constexpr const char* kFold = "fold";
+
+using Pair = std::array<std::size_t, 2>;
+
+Windows windows(const char* operation, const std::array<std::size_t, 4>& map, const Pair& kernel, const Pair& stride,
+                const Pair& padding, int threads) {
+  const std::string name(operation);
+  if (kernel[0] == 0 || kernel[1] == 0 || stride[0] == 0 || stride[1] == 0)
+    throw std::invalid_argument(name + ": kernel and stride must be at least 1");
+  if (map[1] + 2 * padding[0] < kernel[0] || map[2] + 2 * padding[1] < kernel[1])
+    throw std::invalid_argument(name + ": the kernel is larger than the padded map");
+  check_threads(operation, threads);
+  return {map[0],    map[1],    map[2],     map[3],     kernel[0], kernel[1],
+          stride[0], stride[1], padding[0], padding[1], threads};
+}
+
+std::size_t elements(const Windows& at) {
+  return at.images * at.down() * at.across() * at.taps() * at.channels;
+}
+
+void unfold_rows(std::uintptr_t x, std::uintptr_t rows, const std::array<std::size_t, 4>& map, const Pair& kernel,
+                 const Pair& stride, const Pair& padding, std::size_t element, int threads) {
+  const Windows at = windows(kUnfold, map, kernel, stride, padding, threads);
+  const auto* from = pointer<const unsigned char>(kUnfold, x, at.images * at.height * at.width * at.channels);
+  auto* to = pointer<unsigned char>(kUnfold, rows, elements(at));
+  const py::gil_scoped_release release;
+  unfold(from, to, element, at);
+}
+
+template <typename T>
+void run_fold(std::uintptr_t rows, std::uintptr_t x, const Windows& at) {
+  const auto* from = pointer<const T>(kFold, rows, elements(at));
+  auto* to = pointer<T>(kFold, x, at.images * at.height * at.width * at.channels);
+  const py::gil_scoped_release release;
+  fold<T>(from, to, at);
+}
+
+void fold_rows(std::uintptr_t rows, std::uintptr_t x, const std::array<std::size_t, 4>& map, const Pair& kernel,
+               const Pair& stride, const Pair& padding, const std::string& dtype, int threads) {
+  const Windows at = windows(kFold, map, kernel, stride, padding, threads);
+  if (dtype == "bfloat16") return run_fold<std::uint16_t>(rows, x, at);
+  is_float32(kFold, dtype) ? run_fold<float>(rows, x, at) : run_fold<double>(rows, x, at);
+}
+
+}  // namespace
+
+void bind_unfold(py::module_& module) {
+  module.def(kUnfold, &unfold_rows, py::arg("x"), py::arg("rows"), py::kw_only(), py::arg("map"), py::arg("kernel"),
+             py::arg("stride"), py::arg("padding"), py::arg("element"), py::arg("threads"),
+             "rows <- what each place of a kernel's window covers of x, zeros where that is beside it.\n"
+             "\n"
+             "x is the address of a `map` (images, height, width, channels) of elements of `element` bytes, rows of\n"
+             "(images, down, across, *kernel, channels). kernel, stride and padding are (vertical, horizontal).\n"
+             "Raises ValueError for a null address, a kernel that does not fit, and numbers below 1.");
+  module.def(kFold, &fold_rows, py::arg("rows"), py::arg("x"), py::kw_only(), py::arg("map"), py::arg("kernel"),
+             py::arg("stride"), py::arg("padding"), py::arg("dtype"), py::arg("threads"),
+             "x <- the sums of what unfold would have put into rows from each of its places.\n"
+             "\n"
+             "dtype is bfloat16, whose sums are in float32, float32 or float64. The rest is as for unfold.");
+}
+
+}  // namespace fastmoco
