@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 from fastmoco.models.convolution import Convolution
 from fastmoco.models.encoder import Encoder
@@ -166,6 +167,23 @@ def test_traced_exported_and_mapped_layers_hold_for_any_number_of_images() -> No
         torch.testing.assert_close(form(five), layer(five), rtol=1e-4, atol=1e-5)
     mapped = torch.vmap(layer)(five[:, None])
     torch.testing.assert_close(mapped[:, 0], layer(five), rtol=1e-4, atol=1e-5)
+
+
+def test_transforms_differentiate() -> None:
+    layer, x = wide().eval(), small(2)
+
+    def loss(x: Tensor) -> Tensor:
+        return layer(x).square().sum()
+
+    (wanted,) = torch.autograd.grad(loss(x.requires_grad_()), x)
+    assert layer._as_product(x)
+    torch.testing.assert_close(torch.func.grad(loss)(x.detach()), wanted, rtol=1e-4, atol=1e-4)
+    x = x.detach()
+    _, along = torch.func.jvp(loss, (x,), (x,))
+    torch.testing.assert_close(along, (wanted * x).sum(), rtol=1e-4, atol=1e-3)
+    with forward_ad.dual_level():
+        dual = loss(forward_ad.make_dual(x, x))
+        torch.testing.assert_close(forward_ad.unpack_dual(dual).tangent, along, rtol=1e-4, atol=1e-3)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])

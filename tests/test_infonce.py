@@ -329,8 +329,10 @@ def test_opcheck(bank_gradient: bool, implementation: str) -> None:
     bank = unit(11, 6).float().requires_grad_(bank_gradient)
     skip = torch.randint(-1, 11, (5, 2))
     arguments = (query, key, bank, skip, 0.2, 0.1, False, False, True, implementation)
-    torch.library.opcheck(module._infonce, arguments)
-    torch.library.opcheck(module._bank_gradient, (query.detach(), bank.detach(), skip, torch.ones(5), 0.2, False))
+    torch.library.opcheck(module._infonce.overload, arguments)
+    torch.library.opcheck(
+        module._bank_gradient.overload, (query.detach(), bank.detach(), skip, torch.ones(5), 0.2, False)
+    )
 
 
 class Largest(TorchDispatchMode):
@@ -417,8 +419,10 @@ def test_opcheck_of_odd_strides(implementation: str) -> None:
     torch.use_deterministic_algorithms(False)
     query, key, bank = (transposed(unit(rows, 6).float()).requires_grad_() for rows in (5, 5, 11))
     arguments = (query, key, bank, None, 0.2, 0.0, True, False, True, implementation)
-    torch.library.opcheck(module._infonce, arguments)
-    torch.library.opcheck(module._bank_gradient, (query.detach(), bank.detach(), None, torch.ones(5), 0.2, True))
+    torch.library.opcheck(module._infonce.overload, arguments)
+    torch.library.opcheck(
+        module._bank_gradient.overload, (query.detach(), bank.detach(), None, torch.ones(5), 0.2, True)
+    )
 
 
 def test_inductor_compiles_it() -> None:

@@ -203,16 +203,14 @@ def test_autocast_leaves_the_arithmetic_alone() -> None:
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("pooled", [False, True])
 @pytest.mark.parametrize(("shape", "grid"), [((2, 3, 7, 5), 3), ((1, 1, 2, 1), 3), ((2, 3, 1, 1), 1)])
-def test_operations_keep_torchs_contract(
-    implementation: str, pooled: bool, shape: tuple[int, ...], grid: int
-) -> None:
+def test_operations_keep_torchs_contract(implementation: str, pooled: bool, shape: tuple[int, ...], grid: int) -> None:
     a, b = maps(shape)
     b = adaptive_avg_pool2d(b.detach(), grid).requires_grad_() if pooled else b
-    torch.library.opcheck(module._pooled_mse, (a, b, grid, implementation))
+    torch.library.opcheck(module._pooled_mse.overload, (a, b, grid, implementation))
     difference = torch.randn(shape[0], grid, grid, shape[1])
     for dtype in (torch.float32, torch.bfloat16):
         torch.library.opcheck(
-            module._pooled_mse_backward, (difference, torch.tensor(2.0), *shape[2:], dtype, implementation)
+            module._pooled_mse_backward.overload, (difference, torch.tensor(2.0), *shape[2:], dtype, implementation)
         )
 
 
@@ -226,14 +224,12 @@ LAYOUTS = [
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_operations_keep_torchs_contract_in_any_layout(
-    implementation: str, layout: Callable[[Tensor], Tensor]
-) -> None:
+def test_operations_keep_torchs_contract_in_any_layout(implementation: str, layout: Callable[[Tensor], Tensor]) -> None:
     a, b = (x.detach() for x in maps((2, 4, 7, 5)))
     for other in (b, adaptive_avg_pool2d(b, 3)):
         for x, y in ((layout(a), other), (a, layout(other)), (layout(a), layout(other))):
             arguments = (x.requires_grad_(), y.requires_grad_(), 3, implementation)
-            torch.library.opcheck(module._pooled_mse, arguments)
+            torch.library.opcheck(module._pooled_mse.overload, arguments)
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
@@ -246,7 +242,7 @@ def test_the_backward_takes_a_difference_in_any_layout(implementation: str) -> N
         assert not layout.is_contiguous()
         arguments = (layout, dloss, 9, 7, torch.float32, implementation)
         assert relative_error(module._pooled_mse_backward(*arguments), want) <= OPERATION[torch.float32]
-        torch.library.opcheck(module._pooled_mse_backward, arguments)
+        torch.library.opcheck(module._pooled_mse_backward.overload, arguments)
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)

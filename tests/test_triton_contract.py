@@ -103,7 +103,7 @@ def test_infonce_passes_opcheck(key_gradient: bool, skips: int) -> None:
     query, key, bank = randn(5, 6).requires_grad_(), randn(5, 6).requires_grad_(key_gradient), randn(11, 6)
     skip = torch.randint(-1, 11, (5, skips), device=DEVICE) if skips else None
     arguments = (query, key, bank, skip, 0.2, 0.1, False, False, key_gradient, "triton")
-    torch.library.opcheck(infonce_module._infonce, arguments)
+    torch.library.opcheck(infonce_module._infonce.overload, arguments)
 
 
 @pytest.mark.parametrize("wanted", [True, False])
@@ -111,20 +111,20 @@ def test_infonce_passes_opcheck(key_gradient: bool, skips: int) -> None:
 @pytest.mark.parametrize("shape", [(2, 5, 7), (5, 7)])
 def test_crosscorr_passes_opcheck(shape: tuple[int, ...], form: str, wanted: bool) -> None:
     z1, z2 = (randn(*shape).requires_grad_(wanted) for _ in range(2))
-    torch.library.opcheck(crosscorr_module._crosscorr, (z1, z2, 0.5, 1.0, form, wanted, "triton"))
+    torch.library.opcheck(crosscorr_module._crosscorr.overload, (z1, z2, 0.5, 1.0, form, wanted, "triton"))
 
 
 @pytest.mark.parametrize("side", [(5, 4), (2, 2)])
 def test_pooled_mse_passes_opcheck(side: tuple[int, int]) -> None:
     """Of two maps, and of one with what is pooled already."""
     a, b = randn(2, 3, 5, 4).requires_grad_(), randn(2, 3, *side).requires_grad_()
-    torch.library.opcheck(pooled_mse_module._pooled_mse, (a, b, 2, "triton"))
+    torch.library.opcheck(pooled_mse_module._pooled_mse.overload, (a, b, 2, "triton"))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_the_backward_of_pooled_mse_passes_opcheck(dtype: torch.dtype) -> None:
     arguments = (randn(2, 2, 2, 3), torch.tensor(2.0, device=DEVICE), 5, 4, dtype, "triton")
-    torch.library.opcheck(pooled_mse_module._pooled_mse_backward, arguments)
+    torch.library.opcheck(pooled_mse_module._pooled_mse_backward.overload, arguments)
 
 
 def check_crosscorr(s: int, n: int, d: int, form: str | None, off_diagonal: float) -> None:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch._C._functorch import is_batchedtensor
 from torch.nn.functional import linear
 
+from fastmoco.ops.library import transformed
 from fastmoco.ops.unfold import unfold, windows
 
 
@@ -19,7 +19,7 @@ class Convolution(nn.Conv2d):
     torch has no oneDNN, and reads all weights again for each image. A channels-last map is a matrix (N H W, C) as it
     lies in memory, and so are channels-last weights, (C_out, 3 3 C_in): nothing is copied but what each window covers
     (ops/unfold.py), for kernels larger than 1. Both forms are the same sums in another order. Traced and exported
-    networks have torch's convolutions, which hold for any number of images.
+    networks have torch's convolutions, which hold for any number of images, and so have torch.func's transforms.
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -44,7 +44,7 @@ class Convolution(nn.Conv2d):
             return False
         if self.groups != 1 or self.dilation != (1, 1) or self.padding_mode != "zeros" or isinstance(self.padding, str):
             return False
-        if torch.jit.is_tracing() or torch.compiler.is_exporting():
+        if torch.jit.is_tracing() or torch.compiler.is_exporting() or transformed():
             return False
         sides = [side + 2 * pad for side, pad in zip(x.shape[2:], self.padding, strict=True)]
         if any(side < kernel for side, kernel in zip(sides, self.kernel_size, strict=True)):
@@ -58,5 +58,4 @@ class Convolution(nn.Conv2d):
             # Here oneDNN is near the processor's limit unless the map is that small: measured in float32 from 32 to 224
             # px on ResNet-18 and 50.
             pays = self.weight.numel() > (10 if alone else 2000) * places
-        # Under vmap a tensor cannot be asked for its layout.
-        return pays and not is_batchedtensor(x) and x.is_contiguous(memory_format=torch.channels_last)
+        return pays and x.is_contiguous(memory_format=torch.channels_last)

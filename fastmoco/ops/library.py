@@ -6,6 +6,8 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 _library = torch.library.Library("fastmoco", "FRAGMENT")
 
@@ -17,8 +19,8 @@ def define(
     *,
     backward: Callable[..., Any] | None = None,
     setup_context: Callable[..., Any] | None = None,
-) -> Any:
-    """Registers `function` as the operation `schema` on any device; returns its overload, to be called.
+) -> Operation:
+    """Registers `function` as the operation `schema` on any device; returns it, to be called.
 
     schema: in torch's notation; sizes are SymInt, so that one compilation holds for all of them.
     fake: gives empty tensors of the shapes, dtypes and strides of the results.
@@ -35,4 +37,78 @@ def define(
     torch.library.register_fake(f"fastmoco::{name}", fake, lib=_library)
     if backward is not None:
         torch.library.register_autograd(f"fastmoco::{name}", backward, setup_context=setup_context, lib=_library)
-    return getattr(torch.ops.fastmoco, name).default
+    return Operation(getattr(torch.ops.fastmoco, name).default, function, backward, setup_context)
+
+
+class Operation:
+    """A registered operation: called by way of torch's dispatcher, or past it where nobody is there to see the call.
+
+    The way through it, with a gradient to come, takes 90 us of a call and as much of its backward (measured): of a step
+    of ResNet-18 on small images, where there are a hundred of them, several percent.
+    """
+
+    def __init__(
+        self,
+        overload: Callable[..., Any],
+        function: Callable[..., Any],
+        backward: Callable[..., Any] | None,
+        setup_context: Callable[..., Any] | None,
+    ) -> None:
+        self.overload, self.function = overload, function
+        self.gradient = None if backward is None else _differentiable(function, backward, setup_context)
+
+    def __call__(self, *args: Any) -> Any:
+        """What the operation returns."""
+        if _watched() or not all(_plain(value) for value in args):
+            return self.overload(*args)
+        if torch.is_grad_enabled() and any(isinstance(value, Tensor) and value.requires_grad for value in args):
+            return (self.overload if self.gradient is None else self.gradient.apply)(*args)
+        return self.function(*args)
+
+
+def _differentiable(
+    function: Callable[..., Any], backward: Callable[..., Any], setup_context: Callable[..., Any] | None
+) -> type[torch.autograd.Function]:
+    """`function` with its gradient, for autograd alone."""
+
+    class Differentiable(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, *args: Any) -> Any:
+            output = function(*args)
+            if setup_context is not None:
+                setup_context(ctx, args, output)
+            return output
+
+        @staticmethod
+        def backward(ctx: Any, *gradients: Any) -> Any:
+            return backward(ctx, *gradients)
+
+    return Differentiable
+
+
+def transformed() -> bool:
+    """Whether one of torch.func's transforms or forward-mode derivatives are at work, which find no gradient of the
+    operations registered here."""
+    return torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
+
+
+def _watched() -> bool:
+    """Whether calls are being compiled, traced, mapped, recorded, or taken over by one of torch's modes."""
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._get_tracing_state() is not None
+        or transformed()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._len_torch_function_stack() > 0
+        or torch.autograd._profiler_enabled()
+    )
+
+
+def _plain(value: Any) -> bool:
+    """Whether an argument is nothing that the dispatcher would treat in a way of its own: lists of tensors have their
+    gradients found by it, subclasses and tensors without memory their implementations, proxies are recorded."""
+    if isinstance(value, Tensor):
+        return type(value) in (Tensor, nn.Parameter) and not value.is_meta
+    if isinstance(value, (list, tuple)):
+        return all(isinstance(part, int) for part in value)
+    return value is None or isinstance(value, (int, float, str))
