@@ -54,8 +54,8 @@ class Setting:
 class RankArgs(Setting):
     """Train every method once with each engine named, or alone, once for each order of the images in a batch."""
 
-    engines: tuple[str, ...] = ("auto",)
-    """What shares out the steps, one after the other: names of ENGINES."""
+    engines: tuple[Literal["auto", "ddp", "zero0", "zero1", "zero2", "zero3"], ...] = ("auto",)
+    """What shares out the steps, one after the other; zero0 to zero3 are DeepSpeed's stages."""
     orders: int = 1
     """Runs of each method: the first with the images of a batch as they come, the others with them permuted, which
     changes nothing but the order in which sums are made."""

@@ -170,6 +170,8 @@ def summary(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def main(args: ObjectivesArgs) -> int:
     """Compute what is left, write the table; 1 where an objective is ahead of random weights by neither score."""
+    if args.random_seeds < 2:
+        raise UserError("--random-seeds must be at least 2: the spread of random weights decides")
     names = [RANDOM, *(name for name in OBJECTIVES if not args.only or any(fnmatchcase(name, p) for p in args.only))]
     seeds = {name: args.seeds for name in OBJECTIVES} | {RANDOM: range(args.random_seeds)}
     wanted = {

@@ -19,6 +19,7 @@ constexpr std::size_t kBlock = 128;
 // Calls run(image, line) for each line of each image, shared out among threads where there are many bytes.
 template <typename Run>
 void by_line(std::size_t images, std::size_t lines, std::size_t bytes, int threads, const Run& run) {
+  if (bytes == 0) return;
   const std::size_t useful = std::min(images * lines, (bytes + kGrain - 1) / kGrain);
   [[maybe_unused]] const int team = static_cast<int>(std::min(useful, static_cast<std::size_t>(threads)));
 #pragma omp parallel for schedule(static) num_threads(team) if (team > 1)

@@ -18,12 +18,14 @@ from worlds import free_port
 class Job:
     """`fastmoco` with `args`, as `size` processes of this machine; what each prints is in `folder`.
 
-    prepare: called in each process with its rank, before it begins. For a `with` block, at whose end all are killed.
+    cache: the processes' cache folder, by default one in `folder`. prepare: called in each process with its rank,
+    before it begins. For a `with` block, at whose end all are killed.
     """
 
     def __init__(
-        self, folder: Path, size: int, args: list[str], *, prepare: Callable[[int], None] | None = None
-    ) -> None:
+        self, folder: Path, size: int, args: list[str], *, cache: Path | None = None,
+        prepare: Callable[[int], None] | None = None,
+    ) -> None:  # fmt: skip
         folder.mkdir(parents=True, exist_ok=True)
         self.size = size
         self.outputs = [folder / f"output{rank}" for rank in range(size)]
@@ -31,7 +33,8 @@ class Job:
         port = free_port()
         self.processes = [
             context.Process(
-                target=_run, args=(rank, _environ(folder, rank, size, port), args, self.outputs[rank], prepare)
+                target=_run,
+                args=(rank, _environ(cache or folder / "cache", rank, size, port), args, self.outputs[rank], prepare),
             )
             for rank in range(size)
         ]
@@ -82,9 +85,9 @@ class Job:
         return "\n".join(f"rank {rank}:\n{self.output(rank)}" for rank in range(self.size))
 
 
-def _environ(folder: Path, rank: int, size: int, port: int) -> dict[str, str]:
+def _environ(cache: Path, rank: int, size: int, port: int) -> dict[str, str]:
     """What a process is told by its environment; where it is the only one, nothing of others."""
-    found = {"XDG_CACHE_HOME": str(folder / "cache")}
+    found = {"XDG_CACHE_HOME": str(cache)}
     if size > 1:
         found |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size)}
         found |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}

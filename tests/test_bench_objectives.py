@@ -10,6 +10,7 @@ import pytest
 
 from bench import objectives
 from bench.objectives import RANDOM, ObjectivesArgs, main, settings, summary
+from fastmoco.errors import UserError
 
 
 def rows(name: str, scores: list[float], **more: Any) -> list[dict[str, Any]]:
@@ -65,11 +66,12 @@ def test_only_what_is_missing_or_was_of_other_settings_is_computed(
     assert sorted(computed) == [("SimCLR", 0), ("SimCLR", 1), *((RANDOM, seed) for seed in range(3))]
     file = tmp_path / "objectives_rows.json"
     kept = json.loads(file.read_text())
-    kept[-1]["settings"]["size"] = 32
+    changed = next(row for row in kept if row["objective"] == "SimCLR")
+    changed["settings"]["size"] = 32
     file.write_text(json.dumps(kept))
     computed.clear()
     assert main(args) == 0
-    assert computed == [(kept[-1]["objective"], kept[-1]["seed"])]
+    assert computed == [("SimCLR", changed["seed"])]
     assert "| SimCLR | 0.9 |" in args.out.read_text()
 
 
@@ -84,3 +86,8 @@ def test_an_objective_that_learned_nothing_fails(tmp_path: Path, monkeypatch: py
 
     monkeypatch.setattr(objectives, "compute", compute)
     assert main(args) == 1
+
+
+def test_one_random_network_is_no_comparison(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="--random-seeds must be at least 2"):
+        main(ObjectivesArgs(data=tmp_path, labels=tmp_path / "labels.csv", label="idc", random_seeds=1))

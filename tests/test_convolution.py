@@ -169,6 +169,20 @@ def test_traced_exported_and_mapped_layers_hold_for_any_number_of_images() -> No
     torch.testing.assert_close(mapped[:, 0], layer(five), rtol=1e-4, atol=1e-5)
 
 
+def test_compiled_it_is_a_product_too() -> None:
+    layer, x = wide().eval(), small(2)
+    assert layer._as_product(x)
+    graphs: list[str] = []
+
+    def backend(module: torch.fx.GraphModule, _: object) -> torch.fx.GraphModule:
+        graphs.append(str(module.graph))
+        return module
+
+    with torch.no_grad():
+        torch.testing.assert_close(torch.compile(layer, fullgraph=True, backend=backend)(x), layer(x))
+    assert len(graphs) == 1 and "fastmoco.unfold" in graphs[0] and "conv2d" not in graphs[0]
+
+
 def test_transforms_differentiate() -> None:
     layer, x = wide().eval(), small(2)
 

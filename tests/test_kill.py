@@ -117,7 +117,7 @@ def test_ten_kills_change_nothing(
     log = []
     for number, turn in enumerate(turns):
         done = last_checkpoint(broken)
-        with Job(tmp_path / f"job{number}", 1, arguments(images, broken, loader)) as job:
+        with Job(tmp_path / f"job{number}", 1, arguments(images, broken, loader), cache=tmp_path / "cache") as job:
             if turn == "write":
                 assert kill_while_writing(job, broken, done), job.all_output()
             else:

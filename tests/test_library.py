@@ -37,8 +37,14 @@ def run(x: Tensor) -> Tensor:
     return unfold(x, (2, 2))
 
 
+def operate(x: Tensor) -> Tensor:
+    """What `unfold` calls, without what it refuses."""
+    rows: Tensor = module._unfold_op(x, (2, 2), (1, 1), (0, 0), None)
+    return rows
+
+
 def mapped(x: Tensor) -> Tensor:
-    return torch.func.vmap(lambda part: part * run(x[:1]).sum())(x.detach())
+    return torch.func.vmap(lambda part: part * operate(x[:1]).sum())(x.detach())
 
 
 def counted(x: Tensor) -> Tensor:
@@ -55,7 +61,7 @@ def profiled(x: Tensor) -> Tensor:
 
 def forward_differentiated(x: Tensor) -> Tensor:
     with forward_ad.dual_level():
-        return run(x.detach())
+        return operate(x.detach())
 
 
 def faked(x: Tensor) -> Tensor:
@@ -107,3 +113,9 @@ def test_subclasses_and_tensors_without_memory_are_the_dispatchers(dispatched: M
     rows = run(image(requires_grad=False).as_subclass(Subclass))
     assert type(rows) is Subclass and dispatched.call_count == 1
     assert run(torch.empty(2, 3, 4, 5, device="meta")).shape == (2 * 3 * 4, 12) and dispatched.call_count == 2
+    negative = torch._neg_view(image(requires_grad=False).contiguous(memory_format=torch.channels_last))
+    assert torch.equal(run(negative), -run(image(requires_grad=False))) and dispatched.call_count == 3
+
+
+def test_graphs_tell_operations_by_name() -> None:
+    assert run(image()).grad_fn.name() == "fastmoco_unfoldBackward"  # type: ignore[union-attr]

@@ -72,7 +72,7 @@ def test_rows_and_sums_are_torchs(
 def test_cpp_adds_up_as_the_reference_does_for_any_number_of_threads(
     shape: tuple[int, ...], kernel: Pair, stride: Pair, padding: Pair, dtype: torch.dtype
 ) -> None:
-    """Bit for bit, maps large enough for several threads among them, NaN and infinity too."""
+    """To the last bit but for the sign of zero; NaN, infinity and maps for several threads too."""
     shape = (shape[0] * 3, shape[1] * 17, *shape[2:])
     x = image(shape, dtype)
     x[0, 0, 0, 0], x[-1, -1, -1, -1] = torch.nan, torch.inf
@@ -134,6 +134,25 @@ def test_compiles_whole() -> None:
     assert torch.equal(plain, compiled)
 
 
+def test_one_compilation_holds_for_all_sizes() -> None:
+    compiled = torch.compile(lambda x: unfold(x, (3, 3), padding=(1, 1)), fullgraph=True, backend="eager", dynamic=True)
+    for shape in [(2, 3, 5, 4), (3, 5, 7, 6), (4, 2, 9, 8)]:
+        assert torch.equal(compiled(image(shape)), unfold(image(shape), (3, 3), padding=(1, 1)))
+
+
+@pytest.mark.parametrize("implementation", ["reference", NATIVE])
+def test_rows_may_be_written_to(implementation: str) -> None:
+    x = image((2, 3, 5, 4)).requires_grad_()
+    (gradient,) = torch.autograd.grad(unfold(x, (2, 2), implementation=implementation).mul_(2).sum(), x)
+    assert gradient[0, 0, 1, 1] == 8
+
+
+def test_transforms_are_refused_rather_than_given_no_derivative() -> None:
+    x = image((2, 3, 5, 4))
+    with pytest.raises(RuntimeError, match="no derivatives for torch"):
+        torch.func.jvp(lambda x: unfold(x, (2, 2)).sum(), (x,), (x,))
+
+
 def test_windows_are_counted_as_torch_does() -> None:
     for side, kernel, stride, padding in [(7, 3, 2, 1), (5, 5, 1, 0), (4, 3, 3, 2)]:
         x = torch.zeros(1, 1, side, side)
@@ -150,6 +169,9 @@ def test_windows_are_counted_as_torch_does() -> None:
         ({"kernel": (3, 0)}, "at least 1"),
         ({"stride": (0, 1)}, "at least 1"),
         ({"padding": (-1, 0)}, "padding .* at least 0"),
+        ({"kernel": (3, 3, 3)}, "two numbers each"),
+        ({"kernel": 3}, "two numbers each"),
+        ({"padding": (1,)}, "two numbers each"),
     ],
 )
 def test_refuses(changes: dict[str, object], message: str) -> None:
@@ -167,7 +189,7 @@ def test_refuses(changes: dict[str, object], message: str) -> None:
         ({"kernel": (0, 1)}, "at least 1"),
         ({"stride": (1, 0)}, "at least 1"),
         ({"threads": 0}, "threads must be at least 1"),
-        ({"dtype": "int8"}, "dtype must be float32 or float64"),
+        ({"dtype": "float16"}, "dtype must be bfloat16, float32 or float64, not float16"),
     ],
 )
 def test_bindings_refuse(changes: dict[str, object], message: str) -> None:

@@ -57,7 +57,9 @@ class Implementation:
         if self.device_types is not None and device_type not in self.device_types:
             return f"it runs on {' and '.join(self.device_types)} tensors, not on {device_type}"
         if self.dtypes is not None and dtype not in self.dtypes:
-            return f"it computes in float32, which is too narrow for {str(dtype).removeprefix('torch.')}"
+            name = str(dtype).removeprefix("torch.")
+            narrow = dtype == torch.float64
+            return f"it computes in float32, which is too narrow for {name}" if narrow else f"it does not take {name}"
         return ""
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import new_class
 from typing import Any
 
 import torch
@@ -37,11 +38,13 @@ def define(
     torch.library.register_fake(f"fastmoco::{name}", fake, lib=_library)
     if backward is not None:
         torch.library.register_autograd(f"fastmoco::{name}", backward, setup_context=setup_context, lib=_library)
-    return Operation(getattr(torch.ops.fastmoco, name).default, function, backward, setup_context)
+    gradient = None if backward is None else _differentiable(name, function, backward, setup_context)
+    return Operation(getattr(torch.ops.fastmoco, name).default, function, gradient)
 
 
 class Operation:
-    """A registered operation: called by way of torch's dispatcher, or past it where nobody is there to see the call.
+    """A registered operation: called by way of torch's dispatcher, or past it with plain tensors where no compiler,
+    tracer, transform, mode or profiler is at work.
 
     The way through it, with a gradient to come, takes 90 us of a call and as much of its backward (measured): of a step
     of ResNet-18 on small images, where there are a hundred of them, several percent.
@@ -51,11 +54,9 @@ class Operation:
         self,
         overload: Callable[..., Any],
         function: Callable[..., Any],
-        backward: Callable[..., Any] | None,
-        setup_context: Callable[..., Any] | None,
+        gradient: type[torch.autograd.Function] | None,
     ) -> None:
-        self.overload, self.function = overload, function
-        self.gradient = None if backward is None else _differentiable(function, backward, setup_context)
+        self.overload, self.function, self.gradient = overload, function, gradient
 
     def __call__(self, *args: Any) -> Any:
         """What the operation returns."""
@@ -67,29 +68,25 @@ class Operation:
 
 
 def _differentiable(
-    function: Callable[..., Any], backward: Callable[..., Any], setup_context: Callable[..., Any] | None
+    name: str, function: Callable[..., Any], backward: Callable[..., Any], setup_context: Callable[..., Any] | None
 ) -> type[torch.autograd.Function]:
-    """`function` with its gradient, for autograd alone."""
+    """`function` with its gradient, for autograd alone, which calls it by `name` in graphs, profiles and errors."""
 
-    class Differentiable(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx: Any, *args: Any) -> Any:
-            output = function(*args)
-            if setup_context is not None:
-                setup_context(ctx, args, output)
-            return output
+    def forward(ctx: Any, *args: Any) -> Any:
+        output = function(*args)
+        if setup_context is not None:
+            setup_context(ctx, args, output)
+        return output
 
-        @staticmethod
-        def backward(ctx: Any, *gradients: Any) -> Any:
-            return backward(ctx, *gradients)
-
-    return Differentiable
+    methods = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
+    return new_class(f"fastmoco_{name}", (torch.autograd.Function,), exec_body=lambda body: body.update(methods))
 
 
 def transformed() -> bool:
     """Whether one of torch.func's transforms or forward-mode derivatives are at work, which find no gradient of the
     operations registered here."""
-    return torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
+    # Not by the stack of interpreters, which torch's compiler takes to be there always.
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 def _watched() -> bool:
@@ -106,9 +103,12 @@ def _watched() -> bool:
 
 def _plain(value: Any) -> bool:
     """Whether an argument is nothing that the dispatcher would treat in a way of its own: lists of tensors have their
-    gradients found by it, subclasses and tensors without memory their implementations, proxies are recorded."""
+    gradients found by it, subclasses and tensors without memory their implementations, a sign or zeros that are only
+    noted are written out, proxies are recorded."""
     if isinstance(value, Tensor):
-        return type(value) in (Tensor, nn.Parameter) and not value.is_meta
+        if type(value) not in (Tensor, nn.Parameter) or value.is_meta or value.is_neg():
+            return False
+        return not value._is_zerotensor() and not torch._is_functional_tensor(value)
     if isinstance(value, (list, tuple)):
         return all(isinstance(part, int) for part in value)
-    return value is None or isinstance(value, (int, float, str))
+    return value is None or isinstance(value, (int, float, str, torch.dtype))

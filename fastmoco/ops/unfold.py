@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from fastmoco.ops import dispatch
-from fastmoco.ops.library import define
+from fastmoco.ops.library import define, transformed
 from fastmoco.ops.precision import wide
 
 
@@ -31,11 +31,20 @@ def unfold(
 ) -> Tensor:
     """The windows of `kernel` over x, (N, C, H, W), as a matrix (N H' W', kernel[0] kernel[1] C) of x's dtype.
 
-    kernel, stride and padding are (vertical, horizontal); H' = (H + 2 padding - kernel) // stride + 1. Differentiable,
-    any number of times. `implementation`: "reference" or "native" (on the CPU, not in float16); None has it chosen.
+    kernel, stride and padding are (vertical, horizontal); H' = (H + 2 padding - kernel) // stride + 1. Backward passes
+    differentiate it any number of times; torch.func's transforms and forward mode do not. `implementation`: "reference"
+    or "native" (on the CPU, not in float16); None has it chosen.
 
-    Raises ValueError for a map that is not of four dimensions, and for a kernel that is larger than the padded map.
+    Raises ValueError for a map that is not floating or not of four dimensions, for a kernel, stride or padding that are
+    not two numbers each or too small, and for a kernel that is larger than the padded map; UserError for an
+    implementation that cannot run here; RuntimeError under torch.func's transforms and forward mode.
     """
+    if transformed() and not torch.compiler.is_compiling():
+        raise RuntimeError(
+            "unfold: it has no derivatives for torch.func or forward mode: torch.nn.functional.unfold has"
+        )
+    if any(isinstance(of, int) or len(of) != 2 for of in (kernel, stride, padding)):
+        raise ValueError(f"unfold: kernel, stride and padding are two numbers each, not {kernel}, {stride}, {padding}")
     if x.ndim != 4 or not x.is_floating_point():
         raise ValueError(f"unfold: x must be a floating (N, C, H, W), not {tuple(x.shape)} {x.dtype}")
     if min(*kernel, *stride) < 1 or min(padding) < 0:
@@ -121,8 +130,11 @@ def reference_unfold(x: Tensor, kernel: Sequence[int], stride: Sequence[int], pa
     """Any device and dtype: the definition."""
     down, across = (windows(*of) for of in zip(x.shape[2:], kernel, stride, padding, strict=True))
     padded = pad(x.permute(0, 2, 3, 1), (0, 0, padding[1], padding[1], padding[0], padding[0]))
-    rows = torch.stack(_places(padded, kernel, stride, down, across), dim=3)
-    return rows.reshape(_empty_rows(x, kernel, stride, padding).shape)
+    places = torch.stack(_places(padded, kernel, stride, down, across), dim=3)
+    # Copied: what an operation returns is no view.
+    rows = _empty_rows(x, kernel, stride, padding)
+    rows.view(places.shape).copy_(places)
+    return rows
 
 
 def reference_fold(
