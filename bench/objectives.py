@@ -178,8 +178,8 @@ def main(args: ObjectivesArgs) -> int:
         (name, seed): json.loads(json.dumps(settings(args, name, seed))) for name, own in seeds.items() for seed in own
     }
     file = args.out.with_name(f"{args.out.stem}_rows.json")
-    order = sorted((seed, names.index(name)) for name in names for seed in seeds[name])
-    for seed, name in [(seed, names[place]) for seed, place in order]:
+    every = sorted({*args.seeds, *seeds[RANDOM]})
+    for name, seed in [(name, seed) for seed in every for name in names if seed in seeds[name]]:
         if not any(wanted[name, seed] == row["settings"] for row in _kept(file) if row["objective"] == name):
             row = compute(args, name, seed)
             # Another process may have added its own meanwhile.

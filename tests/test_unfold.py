@@ -105,6 +105,15 @@ def test_a_map_that_is_not_channels_last_is_read_in_its_own_order(implementation
 
 
 @pytest.mark.parametrize("implementation", ["reference", NATIVE])
+def test_a_gradient_in_any_layout_is_added_up(implementation: str) -> None:
+    x = image((2, 3, 5, 4)).requires_grad_()
+    rows = unfold(x, (2, 2), implementation=implementation)
+    upstream = torch.randn(rows.shape[::-1], generator=torch.Generator().manual_seed(1), dtype=torch.float64).t()
+    across, along = (torch.autograd.grad(rows, x, u, retain_graph=True)[0] for u in (upstream, upstream.contiguous()))
+    assert not upstream.is_contiguous() and torch.equal(across, along)
+
+
+@pytest.mark.parametrize("implementation", ["reference", NATIVE])
 def test_derivatives_of_any_order(implementation: str) -> None:
     x = image((2, 3, 5, 4)).requires_grad_()
 

@@ -46,8 +46,8 @@ class Operation:
     """A registered operation: called by way of torch's dispatcher, or past it with plain tensors where no compiler,
     tracer, transform, mode or profiler is at work.
 
-    The way through it, with a gradient to come, takes 90 us of a call and as much of its backward (measured): of a step
-    of ResNet-18 on small images, where there are a hundred of them, several percent.
+    The way through it, with a gradient to come, takes 70 us of a call and 50 of its backward, without one 20 (measured
+    on a small batch_norm). A step of ResNet-18 at 64 px has 56 such calls in bfloat16, half of them with gradients.
     """
 
     def __init__(

@@ -145,25 +145,29 @@ def reference_fold(
     down, across = (windows(*of) for of in zip((h, w), kernel, stride, padding, strict=True))
     (ph, pw) = padding
     total = wide(rows.new_zeros((n, h + 2 * ph, w + 2 * pw, c)))
-    parts = rows.view(n, down, across, kernel[0] * kernel[1], c).unbind(3)
+    parts = rows.reshape(n, down, across, kernel[0] * kernel[1], c).unbind(3)
     for place, part in zip(_places(total, kernel, stride, down, across), parts, strict=True):
         place += part
     return _empty_map(rows, shape).copy_(total[:, ph : ph + h, pw : pw + w].permute(0, 3, 1, 2))
 
 
+def _layout(
+    shape: Sequence[int], kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int]
+) -> dict[str, Any]:
+    """What C++ is told of a map's and its windows' sizes, and of threads."""
+    n, c, h, w = shape
+    sizes = {"map": (n, h, w, c), "kernel": tuple(kernel), "stride": tuple(stride), "padding": tuple(padding)}
+    return sizes | {"threads": torch.get_num_threads()}
+
+
 def _native_unfold(x: Tensor, kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int]) -> Tensor:
     assert dispatch.native is not None
     x, rows = x.contiguous(memory_format=torch.channels_last), _empty_rows(x, kernel, stride, padding)
-    n, c, h, w = x.shape
     dispatch.native.unfold(
         x.data_ptr(),
         rows.data_ptr(),
-        map=(n, h, w, c),
-        kernel=tuple(kernel),
-        stride=tuple(stride),
-        padding=tuple(padding),
+        **_layout(x.shape, kernel, stride, padding),
         element=x.element_size(),
-        threads=torch.get_num_threads(),
     )
     return rows
 
@@ -173,16 +177,11 @@ def _native_fold(
 ) -> Tensor:
     assert dispatch.native is not None
     rows, x = rows.contiguous(), _empty_map(rows, shape)
-    n, c, h, w = shape
     dispatch.native.fold(
         rows.data_ptr(),
         x.data_ptr(),
-        map=(n, h, w, c),
-        kernel=tuple(kernel),
-        stride=tuple(stride),
-        padding=tuple(padding),
+        **_layout(shape, kernel, stride, padding),
         dtype=str(rows.dtype).removeprefix("torch."),
-        threads=torch.get_num_threads(),
     )
     return x
 
