@@ -126,10 +126,9 @@ def test_a_stopped_rank_is_named_by_the_watchdog(tmp_path: Path, stopped: int) -
     assert [status[rank] for rank in others] == [HUNG, HUNG]
     assert 1.5 < took < 60
     for rank in others:
-        said = ranks.errors()[rank]
-        assert f"rank {stopped} on {HOST} (pid {pid}) was last heard from" in said
-        # Where the threads stand.
-        assert "in steps" in said, said
+        assert f"rank {stopped} on {HOST} (pid {pid}) was last heard from" in ranks.errors()[rank]
+    # Where the threads stand. When the first of them ends, what the other waits for may break before it ends itself.
+    assert any("in steps" in ranks.errors()[rank] for rank in others), ranks.errors()
 
 
 def test_a_rank_that_hangs_is_shown_where_it_stands(tmp_path: Path) -> None:
