@@ -59,6 +59,12 @@ def memory_given_back() -> Iterator[None]:
         ctypes.CDLL(None).malloc_trim(0)
 
 
+@pytest.fixture
+def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs leave curves.png out, which takes longer than the steps of a test: test_run_folder.py has one draw it."""
+    monkeypatch.setattr("fastmoco.train.record.draw_curves", lambda rows, path: None)
+
+
 @pytest.fixture(scope="session")
 def real_data() -> Callable[[str], Path]:
     """Maps the name of a set of real images to its folder, under $FASTMOCO_TEST_DATA or ../shared/data.

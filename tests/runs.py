@@ -15,11 +15,16 @@ from PIL import Image
 
 from fastmoco.data.loader import Batch
 from fastmoco.distributed.world import World
+from fastmoco.models.resnet import ARCHS, BasicBlock
 from fastmoco.ops import dispatch
 from fastmoco.train.config import Config
 from fastmoco.train.recipes import find
 from fastmoco.train.trainer import Trainer
 from objectives import TARGETS
+
+# ResNet-18 with a quarter of its channels, and a sixteenth of its weights: all parts of it, in half of the time.
+NARROW = "narrow18"
+ARCHS[NARROW] = (BasicBlock, (2, 2, 2, 2), 16)
 
 # On a GPU these wait for it: they bring a number to the host, or have a shape that depends on one. The last stands for
 # Tensor.tolist and Tensor.numpy, the only ones to call it.
@@ -72,9 +77,9 @@ def draw_images(folder: Path, count: int = 24, *, seed: int = 0, side: int = 40)
 
 
 def small_config(data: Path, out: Path, *, method: str = "mse", **changes: Any) -> Config:
-    """A run of seconds: ResNet-18 at 32 px, batch 4; `changes` set any field by its name."""
+    """A run of seconds: a narrow ResNet-18 at 32 px, batch 4; `changes` set any field by its name."""
     defaults: dict[str, Any] = {
-        "size": 32, "arch": "resnet18", "dim": 16, "queue_size": 19, "projector_width": 24, "batch_size": 4,
+        "size": 32, "arch": NARROW, "dim": 16, "queue_size": 19, "projector_width": 24, "batch_size": 4,
         "steps": 6, "epochs": 100, "log_every": 2, "checkpoint_every": 3, "knn_every": 0, "precision": "fp32",
         "loader": "torchvision", "workers": 0,
     }  # fmt: skip
@@ -96,7 +101,7 @@ BATCH = 12
 
 
 def shared_trainer(world: World, method: str, **changes: Any) -> Trainer:
-    """A trainer of one process of `world`, ResNet-18 at 32 px; `changes` as small_config's, engine "zero2" too."""
+    """A trainer of one process of `world`, narrow ResNet-18, 32 px; `changes` as small_config's, or engine "zero2"."""
     settings = {"batch_size": BATCH, "log_every": 99, "lr": 0.05, "warmup_epochs": 0.0, "queue_size": 31} | changes
     if method == "barlow":
         settings |= {"barlow_correlation": "global"}

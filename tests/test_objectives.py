@@ -22,6 +22,7 @@ from fastmoco.train.objective import MomentumContrast, Objective, Output
 from fastmoco.train.objectives import make_objective
 from objectives import OBJECTIVES, TARGETS, order_within
 from parity import assert_states_close
+from runs import NARROW
 from worlds import in_world
 
 BATCH, SIDE = 12, 32
@@ -33,7 +34,11 @@ def module(world: World, name: str, method: str = "none", norm: str = "sync", **
     said: dict[str, Any] = {"method": method, "grids": (4, 4, 2, 2), "stage_weight": 0.5, "projector_width": 12}
     made = make_objective(
         ModelConfig(
-            arch="resnet18", dim=16, zero_init_residual=False, norm=norm, head="projector" if twins else "linear"  # type: ignore[arg-type]
+            arch=NARROW,
+            dim=16,
+            zero_init_residual=False,
+            norm=norm,
+            head="projector" if twins else "linear",  # type: ignore[arg-type]
         ),
         LossConfig(temperature=0.2, **(said | {"barlow_correlation": "global"} | OBJECTIVES[name] | changes)),
         seed=3,
@@ -112,14 +117,12 @@ def test_over_two_processes_it_is_that_of_one(name: str, method: str) -> None:
         assert_states_close(found | rows, expected, 1e-9, f"{name}, {method}")
 
 
-@pytest.mark.parametrize(
-    ("name", "method"), [("symmetric", "barlow"), ("supcon", "none"), ("mixed", "barlow")]
-)
+@pytest.mark.parametrize(("name", "method"), [("symmetric", "barlow"), ("supcon", "none"), ("mixed", "barlow")])
 def test_the_plan_says_what_is_sent(name: str, method: str) -> None:
     results = over_two_processes(name, method)
     made = module(World(), name, method)
     loss = LossConfig(method=method, projector_width=12, **({"barlow_correlation": "global"} | OBJECTIVES[name]))  # type: ignore[arg-type]
-    model = ModelConfig(arch="resnet18", dim=16, norm="sync", head="projector" if name == "mixed" else "linear")
+    model = ModelConfig(arch=NARROW, dim=16, norm="sync", head="projector" if name == "mixed" else "linear")
     counts = count(model, loss, size=SIDE, rows=BATCH // 2, precision="fp64", world=2)
     said = {
         (flow.kind, flow.when): flow.sent(2)

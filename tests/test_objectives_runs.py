@@ -24,7 +24,7 @@ from fastmoco.train.joint import draw_share
 from fastmoco.train.pretrain import pretrain
 from fastmoco.train.trainer import Trainer
 from objectives import OBJECTIVES, TARGETS, changes_of
-from runs import NoSync, draw_images, references_only, small_config
+from runs import NARROW, NoSync, draw_images, references_only, small_config
 
 EACH = pytest.mark.parametrize("name", OBJECTIVES)
 # Those that others are a part of take seconds for what these show.
@@ -100,7 +100,7 @@ def test_a_run_trains_and_its_encoder_loads(name: str, tmp_path: Path) -> None:
     images = draw_images(tmp_path, side=36)
     changes = {"labels": tmp_path / "labels.csv", "label": ("kind",)}
     out = pretrain(config_of(name, tmp_path / "run", images, steps=4, stages=True, **changes))
-    assert load_encoder(out / "encoder.safetensors").arch == "resnet18"
+    assert load_encoder(out / "encoder.safetensors").arch == NARROW
     encoder = load_encoder(out)
     with torch.no_grad():
         assert encoder(torch.rand(2, 3, 32, 32)).embedding.shape == (2, 16)

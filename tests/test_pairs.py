@@ -24,6 +24,8 @@ from fastmoco.ops.views import make_views
 from fastmoco.train.pretrain import pretrain
 from runs import draw_images, small_config
 
+pytestmark = pytest.mark.usefixtures("undrawn")
+
 # Five images of d, four of a, two of b, one of c, and three of nobody knows whom.
 PATIENTS = np.array(["a", "b", "a", "", "c", "d", "a", "d", "b", "", "d", "a", "d", "", "d"])
 SEED = 2

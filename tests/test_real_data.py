@@ -20,6 +20,8 @@ from fastmoco.train.metrics import read_rows
 from fastmoco.train.pretrain import pretrain
 from runs import small_config
 
+pytestmark = pytest.mark.usefixtures("undrawn")
+
 VIEWS = {
     "idc_patches": ViewConfig(size=64, resize=256 / 255, crop_scale=(0.4, 1.0), flip_p=0.5),
     "nih_chestxray14_64": ViewConfig(size=64, resize=1.0, rotation=30.0),

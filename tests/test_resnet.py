@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import get_args
+
 import pytest
 import torch
 from torchvision import models
 
-from fastmoco.models.resnet import ARCHS, ResNet
+from fastmoco.models.resnet import ResNet
+from fastmoco.train.config import Arch
 
 
 def pair(arch: str, **options: bool) -> tuple[ResNet, models.ResNet]:
@@ -20,7 +23,7 @@ def pair(arch: str, **options: bool) -> tuple[ResNet, models.ResNet]:
 
 
 @pytest.mark.parametrize("zero_init_residual", [True, False])
-@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("arch", get_args(Arch))
 def test_a_seed_gives_torchvisions_weights(arch: str, zero_init_residual: bool) -> None:
     ours, theirs = pair(arch, zero_init_residual=zero_init_residual)
     own, other = ours.state_dict(), theirs.state_dict()

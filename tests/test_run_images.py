@@ -22,6 +22,8 @@ from fastmoco.train.pretrain import Stopped, pretrain
 from fastmoco.train.trainer import Trainer
 from runs import draw_images, small_config
 
+pytestmark = pytest.mark.usefixtures("undrawn")
+
 # Six steps an epoch.
 STEPS = 12
 
@@ -66,9 +68,7 @@ def test_a_run_goes_on_where_files_went_bad(
 
 
 @pytest.mark.system
-def test_bad_files_change_nothing_about_resuming(
-    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_bad_files_change_nothing_about_resuming(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Stopped and resumed after the damage, a run ends as one that only met the damage, bit for bit."""
     whole = small_config(images, tmp_path / "whole", steps=STEPS, checkpoint_every=1000)
     broken = small_config(images, tmp_path / "broken", steps=STEPS, checkpoint_every=1000)

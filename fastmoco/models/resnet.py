@@ -59,14 +59,15 @@ class Bottleneck(nn.Module):
         return normalize_relu(self.bn3, self.relu, self.conv3(y), _shortcut(self.downsample, x))
 
 
-ARCHS: dict[str, tuple[type[BasicBlock | Bottleneck], tuple[int, int, int, int]]] = {
-    "resnet18": (BasicBlock, (2, 2, 2, 2)),
-    "resnet34": (BasicBlock, (3, 4, 6, 3)),
-    "resnet50": (Bottleneck, (3, 4, 6, 3)),
-    "resnet101": (Bottleneck, (3, 4, 23, 3)),
-    "resnet152": (Bottleneck, (3, 8, 36, 3)),
+ARCHS: dict[str, tuple[type[BasicBlock | Bottleneck], tuple[int, int, int, int], int]] = {
+    "resnet18": (BasicBlock, (2, 2, 2, 2), 64),
+    "resnet34": (BasicBlock, (3, 4, 6, 3), 64),
+    "resnet50": (Bottleneck, (3, 4, 6, 3), 64),
+    "resnet101": (Bottleneck, (3, 4, 23, 3), 64),
+    "resnet152": (Bottleneck, (3, 8, 36, 3), 64),
 }
-"""Of each architecture the kind of its blocks, and how many of them each of the four stages has."""
+"""Of each architecture the kind of its blocks, how many of them each of the four stages has, and the channels of the
+first convolution, which are those inside the blocks of stage 1."""
 
 
 class ResNet(nn.Module):
@@ -84,18 +85,18 @@ class ResNet(nn.Module):
 
     def __init__(self, arch: str, *, zero_init_residual: bool = False) -> None:
         super().__init__()
-        block, depths = ARCHS[arch]
-        self.conv1 = Convolution(3, 64, 7, stride=2, padding=3, bias=False)
-        self.bn1 = FusedBatchNorm2d(64)
+        block, depths, channels = ARCHS[arch]
+        self.conv1 = Convolution(3, channels, 7, stride=2, padding=3, bias=False)
+        self.bn1 = FusedBatchNorm2d(channels)
         self.relu = nn.ReLU(inplace=True)
         self.maxpool = nn.MaxPool2d(3, stride=2, padding=1)
-        channels = 64
+        width = channels
         for stage, depth in enumerate(depths):
-            width = 64 * 2**stage
             blocks = [block(channels, width, stride=2 if stage else 1)]
             channels = width * block.expansion
             blocks += [block(channels, width) for _ in range(depth - 1)]
             self.add_module(f"layer{stage + 1}", nn.Sequential(*blocks))
+            width *= 2
         self.avgpool = nn.AdaptiveAvgPool2d(1)
         self.fc: nn.Module = nn.Linear(channels, 1000)
         self.width = channels

@@ -161,10 +161,13 @@ def infer_arch(state: dict[str, Tensor], file: Path) -> str:
         len({m[1] for name in state if (m := re.match(rf"layer{stage}\.(\d+)\.", name))}) for stage in (1, 2, 3, 4)
     )
     block = Bottleneck if "layer1.0.conv3.weight" in state else BasicBlock
-    arch = next((arch for arch, plan in ARCHS.items() if plan == (block, blocks)), None)
+    channels = len(state.get("conv1.weight", ()))
+    arch = next((arch for arch, plan in ARCHS.items() if plan == (block, blocks, channels)), None)
     if arch is None:
         shown = ", ".join(list(state)[:3])
-        raise UserError(f"{file}: not a torchvision ResNet 18 to 152 (blocks {blocks}; first keys: {shown})")
+        raise UserError(
+            f"{file}: not a torchvision ResNet 18 to 152 (blocks {blocks}, {channels} channels; first keys: {shown})"
+        )
     return arch
 
 
