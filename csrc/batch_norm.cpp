@@ -26,6 +26,26 @@ struct Tile {
   std::size_t offset, column, rows, width, stride;
 };
 
+// What is stored of a map is T: bits of bfloat16, or float.
+FASTMOCO_INLINE float value_of(std::uint16_t bits) { return bf16_value(bits); }
+FASTMOCO_INLINE float value_of(float value) { return value; }
+
+template <typename T>
+FASTMOCO_INLINE T stored(float value) {
+  if constexpr (std::is_same_v<T, float>) {
+    return value;
+  } else {
+    return bf16_bits(value);
+  }
+}
+
+// Masks in place of branches, which would keep the compiler from using vectors. NaN, which bf16_bits makes positive,
+// passes, as with torch's ReLU.
+FASTMOCO_INLINE std::uint16_t where_positive(std::uint16_t sign, std::uint16_t bits) {
+  return bits & static_cast<std::uint16_t>(-(static_cast<std::int16_t>(sign) > 0));
+}
+FASTMOCO_INLINE float where_positive(float sign, float value) { return sign <= 0 ? 0.0f : value; }
+
 // Calls run(constant number of rows, first row) until all rows of the tile have been taken.
 template <typename Run>
 FASTMOCO_INLINE void by_group(const Tile& t, const Run& run) {
@@ -36,19 +56,19 @@ FASTMOCO_INLINE void by_group(const Tile& t, const Run& run) {
 
 // Mean and sum of squared deviations of each column. Each group's own are merged into those of the rows before it
 // (Chan, Golub and LeVeque 1983): nothing cancels, however large the mean.
-FASTMOCO_CLONES_16 void statistics(const std::uint16_t* from, float* __restrict mean, float* __restrict squares,
-                                   const Tile& t) {
+template <typename T>
+FASTMOCO_INLINE void find_statistics(const T* from, float* __restrict mean, float* __restrict squares, const Tile& t) {
   std::fill_n(mean, t.width, 0.0f);
   std::fill_n(squares, t.width, 0.0f);
   by_group(t, [&](auto size, std::size_t row) {
     constexpr std::size_t n = size;
-    const std::uint16_t* __restrict x = from + t.offset + row * t.stride;
+    const T* __restrict x = from + t.offset + row * t.stride;
     const float share = static_cast<float>(n) / static_cast<float>(row + n), between = share * static_cast<float>(row);
 #pragma GCC ivdep
     for (std::size_t c = 0; c < t.width; ++c) {
       float value[n], sum = 0, square = 0;
 #pragma GCC unroll 8
-      for (std::size_t r = 0; r < n; ++r) sum += value[r] = bf16_value(x[r * t.stride + c]);
+      for (std::size_t r = 0; r < n; ++r) sum += value[r] = value_of(x[r * t.stride + c]);
       const float centre = sum * (1.0f / n), step = centre - mean[c];
 #pragma GCC unroll 8
       for (std::size_t r = 0; r < n; ++r) square += (value[r] - centre) * (value[r] - centre);
@@ -58,67 +78,52 @@ FASTMOCO_CLONES_16 void statistics(const std::uint16_t* from, float* __restrict 
   });
 }
 
-template <bool kResidual, bool kRelu>
-FASTMOCO_INLINE void apply(const std::uint16_t* from, const std::uint16_t* plus, std::uint16_t* to, const Channels& k,
-                           const Tile& t) {
+template <bool kResidual, bool kRelu, typename T>
+FASTMOCO_INLINE void apply(const T* from, const T* plus, T* to, const Channels& k, const Tile& t) {
   const float *weight = k.weight + t.column, *bias = k.bias + t.column, *mean = k.mean + t.column;
   const float* invstd = k.invstd + t.column;
   by_group(t, [&](auto size, std::size_t row) {
     constexpr std::size_t n = size;
     const std::size_t first = t.offset + row * t.stride;
-    const std::uint16_t* x = from + first;
-    const std::uint16_t* residual = kResidual ? plus + first : nullptr;
-    std::uint16_t* y = to + first;
+    const T* x = from + first;
+    const T* residual = kResidual ? plus + first : nullptr;
+    T* y = to + first;
 #pragma GCC ivdep
     for (std::size_t c = 0; c < t.width; ++c) {
       const float scale = weight[c] * invstd[c];
 #pragma GCC unroll 8
       for (std::size_t r = 0; r < n; ++r) {
         const std::size_t i = r * t.stride + c;
-        float value = (bf16_value(x[i]) - mean[c]) * scale + bias[c];
-        if constexpr (kResidual) value += bf16_value(residual[i]);
-        const std::uint16_t bits = bf16_bits(value);
-        // A mask in place of a branch, which would keep the compiler from using vectors. NaN, made positive, stays.
-        y[i] = kRelu ? bits & static_cast<std::uint16_t>(-(static_cast<std::int16_t>(bits) >= 0)) : bits;
+        float value = (value_of(x[i]) - mean[c]) * scale + bias[c];
+        if constexpr (kResidual) value += value_of(residual[i]);
+        const T rounded = stored<T>(value);
+        y[i] = kRelu ? where_positive(rounded, rounded) : rounded;
       }
     }
   });
 }
 
-// Functions by name, since a template cannot be cloned.
-#define NORM_APPLY(name, kResidual, kRelu)                                                                             \
-  FASTMOCO_CLONES_16 void name(const std::uint16_t* x, const std::uint16_t* residual, std::uint16_t* y,                \
-                               const Channels& k, const Tile& t) {                                                     \
-    apply<kResidual, kRelu>(x, residual, y, k, t);                                                                     \
-  }
-NORM_APPLY(apply_plain, false, false)
-NORM_APPLY(apply_relu, false, true)
-NORM_APPLY(apply_residual, true, false)
-NORM_APPLY(apply_residual_relu, true, true)
-#undef NORM_APPLY
-
 // Where g, the gradient behind act, comes from.
+template <typename T>
 struct Behind {
-  const std::uint16_t *dy, *x, *y;
+  const T *dy, *x, *y;
 };
 enum class Act { kNone, kRelu, kResidualRelu };
 
-// The bits of g. What ReLU wrote is positive, zero or NaN of positive sign, which passes g on as torch's does.
-template <Act kAct>
-FASTMOCO_INLINE std::uint16_t behind(const Behind& from, std::size_t i, float centred, float scale, float bias) {
-  const std::uint16_t dy = from.dy[i];
+// g, as it is stored.
+template <Act kAct, typename T>
+FASTMOCO_INLINE T behind(const Behind<T>& from, std::size_t i, float centred, float scale, float bias) {
+  const T dy = from.dy[i];
   if constexpr (kAct == Act::kNone) return dy;
-  if constexpr (kAct == Act::kResidualRelu) {
-    return dy & static_cast<std::uint16_t>(-(static_cast<std::int16_t>(from.y[i]) > 0));
-  }
+  if constexpr (kAct == Act::kResidualRelu) return where_positive(from.y[i], dy);
   // The very arithmetic of the forward.
-  return centred * scale + bias <= 0 ? std::uint16_t{0} : dy;
+  return centred * scale + bias <= 0 ? T{0} : dy;
 }
 
 // Sums of g and of g * (x - mean) over the tile's rows; g is written where the residual takes it.
-template <Act kAct>
-FASTMOCO_INLINE void sum_gradient(const Behind& from, std::uint16_t* dresidual, float* __restrict sum,
-                                  float* __restrict along, const Channels& k, const Tile& t) {
+template <Act kAct, typename T>
+FASTMOCO_INLINE void sum_gradient(const Behind<T>& from, T* dresidual, float* __restrict sum, float* __restrict along,
+                                  const Channels& k, const Tile& t) {
   const float *weight = k.weight + t.column, *bias = k.bias + t.column, *mean = k.mean + t.column;
   const float* invstd = k.invstd + t.column;
   std::fill_n(sum, t.width, 0.0f);
@@ -133,10 +138,10 @@ FASTMOCO_INLINE void sum_gradient(const Behind& from, std::uint16_t* dresidual, 
 #pragma GCC unroll 8
       for (std::size_t r = 0; r < n; ++r) {
         const std::size_t i = first + r * t.stride + c;
-        const float centred = bf16_value(from.x[i]) - mean[c];
-        const std::uint16_t bits = behind<kAct>(from, i, centred, scale, bias[c]);
-        const float g = bf16_value(bits);
-        if constexpr (kAct == Act::kResidualRelu) dresidual[i] = bits;
+        const float centred = value_of(from.x[i]) - mean[c];
+        const T passed = behind<kAct>(from, i, centred, scale, bias[c]);
+        const float g = value_of(passed);
+        if constexpr (kAct == Act::kResidualRelu) dresidual[i] = passed;
         part += g;
         part_along += g * centred;
       }
@@ -146,20 +151,10 @@ FASTMOCO_INLINE void sum_gradient(const Behind& from, std::uint16_t* dresidual, 
   });
 }
 
-#define NORM_SUM(name, kAct)                                                                                           \
-  FASTMOCO_CLONES_16 void name(const Behind& from, std::uint16_t* dresidual, float* sum, float* along,                 \
-                               const Channels& k, const Tile& t) {                                                     \
-    sum_gradient<kAct>(from, dresidual, sum, along, k, t);                                                             \
-  }
-NORM_SUM(sum_plain, Act::kNone)
-NORM_SUM(sum_relu, Act::kRelu)
-NORM_SUM(sum_residual_relu, Act::kResidualRelu)
-#undef NORM_SUM
-
 // dx = weight invstd (g - mean of g - (x - mean) invstd^2 mean of g (x - mean)); `level` and `slope` are those means,
 // the second with its factor.
-template <Act kAct>
-FASTMOCO_INLINE void write_gradient(const Behind& from, std::uint16_t* dx, const float* level, const float* slope,
+template <Act kAct, typename T>
+FASTMOCO_INLINE void write_gradient(const Behind<T>& from, T* dx, const float* level, const float* slope,
                                     const Channels& k, const Tile& t) {
   const float *weight = k.weight + t.column, *bias = k.bias + t.column, *mean = k.mean + t.column;
   const float* invstd = k.invstd + t.column;
@@ -174,22 +169,47 @@ FASTMOCO_INLINE void write_gradient(const Behind& from, std::uint16_t* dx, const
 #pragma GCC unroll 8
       for (std::size_t r = 0; r < n; ++r) {
         const std::size_t i = first + r * t.stride + c;
-        const float centred = bf16_value(from.x[i]) - mean[c];
-        const float g = bf16_value(behind<kAct>(from, i, centred, scale, bias[c]));
-        dx[i] = bf16_bits(scale * (g - level[c] - centred * slope[c]));
+        const float centred = value_of(from.x[i]) - mean[c];
+        const float g = value_of(behind<kAct>(from, i, centred, scale, bias[c]));
+        dx[i] = stored<T>(scale * (g - level[c] - centred * slope[c]));
       }
     }
   });
 }
 
-FASTMOCO_CLONES_16 void write_plain(const Behind& from, std::uint16_t* dx, const float* level, const float* slope,
-                                    const Channels& k, const Tile& t) {
-  write_gradient<Act::kNone>(from, dx, level, slope, k, t);
-}
-FASTMOCO_CLONES_16 void write_relu(const Behind& from, std::uint16_t* dx, const float* level, const float* slope,
-                                   const Channels& k, const Tile& t) {
-  write_gradient<Act::kRelu>(from, dx, level, slope, k, t);
-}
+// Functions by name, since a template cannot be cloned.
+#define NORM_OF(clones, T)                                                                                          \
+  clones void statistics(const T* x, float* mean, float* squares, const Tile& t) {                                  \
+    find_statistics(x, mean, squares, t);                                                                           \
+  }                                                                                                                 \
+  NORM_APPLY(clones, T, apply_plain, false, false)                                                                  \
+  NORM_APPLY(clones, T, apply_relu, false, true)                                                                    \
+  NORM_APPLY(clones, T, apply_residual, true, false)                                                                \
+  NORM_APPLY(clones, T, apply_residual_relu, true, true)                                                            \
+  NORM_SUM(clones, T, sum_plain, Act::kNone)                                                                        \
+  NORM_SUM(clones, T, sum_relu, Act::kRelu)                                                                         \
+  NORM_SUM(clones, T, sum_residual_relu, Act::kResidualRelu)                                                        \
+  NORM_WRITE(clones, T, write_plain, Act::kNone)                                                                    \
+  NORM_WRITE(clones, T, write_relu, Act::kRelu)
+#define NORM_APPLY(clones, T, name, kResidual, kRelu)                                                               \
+  clones void name(const T* x, const T* residual, T* y, const Channels& k, const Tile& t) {                         \
+    apply<kResidual, kRelu>(x, residual, y, k, t);                                                                  \
+  }
+#define NORM_SUM(clones, T, name, kAct)                                                                             \
+  clones void name(const Behind<T>& from, T* dresidual, float* sum, float* along, const Channels& k, const Tile& t) { \
+    sum_gradient<kAct>(from, dresidual, sum, along, k, t);                                                          \
+  }
+#define NORM_WRITE(clones, T, name, kAct)                                                                           \
+  clones void name(const Behind<T>& from, T* dx, const float* level, const float* slope, const Channels& k,         \
+                   const Tile& t) {                                                                                 \
+    write_gradient<kAct>(from, dx, level, slope, k, t);                                                             \
+  }
+NORM_OF(FASTMOCO_CLONES_16, std::uint16_t)
+NORM_OF(FASTMOCO_CLONES, float)
+#undef NORM_OF
+#undef NORM_APPLY
+#undef NORM_SUM
+#undef NORM_WRITE
 
 // Two passes over the tiles of a map, between which each channel's two numbers of every tile become one.
 // first(tile, numbers, numbers), merge(channel, rows of a tile's numbers), second(tile). The second pass takes tiles
@@ -222,8 +242,9 @@ void two_passes(const Pixels& map, const First& first, const Merge& merge, const
 
 }  // namespace
 
-void batch_norm_forward(const std::uint16_t* x, const std::uint16_t* residual, std::uint16_t* y, const Channels& k,
-                        float* unbiased, double epsilon, bool relu, const Pixels& map) {
+template <typename T>
+void batch_norm_forward(const T* x, const T* residual, T* y, const Channels& k, float* unbiased, double epsilon,
+                        bool relu, const Pixels& map) {
   const auto statistics_of = [&](const Tile& t, float* mean, float* squares) { statistics(x, mean, squares, t); };
   const auto merge = [&](std::size_t c, const float* means, const float* squares, std::size_t down) {
     double mean = 0, square = 0;
@@ -240,22 +261,29 @@ void batch_norm_forward(const std::uint16_t* x, const std::uint16_t* residual, s
     unbiased[c] = static_cast<float>(square / (n - 1));
   };
   const auto apply_to = [&](const Tile& t) {
-    const auto plain = relu ? apply_relu : apply_plain, plus = relu ? apply_residual_relu : apply_residual;
-    (residual == nullptr ? plain : plus)(x, residual, y, k, t);
+    if (residual == nullptr) {
+      relu ? apply_relu(x, residual, y, k, t) : apply_plain(x, residual, y, k, t);
+    } else {
+      relu ? apply_residual_relu(x, residual, y, k, t) : apply_residual(x, residual, y, k, t);
+    }
   };
   two_passes(map, statistics_of, merge, apply_to);
 }
 
-void batch_norm_backward(const std::uint16_t* dy, const std::uint16_t* x, const std::uint16_t* y, std::uint16_t* dx,
-                         std::uint16_t* dresidual, const Channels& k, float* dweight, float* dbias, bool relu,
-                         const Pixels& map) {
+template <typename T>
+void batch_norm_backward(const T* dy, const T* x, const T* y, T* dx, T* dresidual, const Channels& k, float* dweight,
+                         float* dbias, bool relu, const Pixels& map) {
   std::vector<float> means(2 * map.channels);
   float* const level = means.data();
   float* const slope = level + map.channels;
   const bool written = dresidual != nullptr;
   const auto sums_of = [&](const Tile& t, float* sum, float* along) {
-    const auto run = written ? sum_residual_relu : relu ? sum_relu : sum_plain;
-    run({dy, x, y}, dresidual, sum, along, k, t);
+    const Behind<T> from{dy, x, y};
+    if (written) {
+      sum_residual_relu(from, dresidual, sum, along, k, t);
+    } else {
+      relu ? sum_relu(from, dresidual, sum, along, k, t) : sum_plain(from, dresidual, sum, along, k, t);
+    }
   };
   const auto merge = [&](std::size_t c, const float* sums, const float* alongs, std::size_t down) {
     double sum = 0, along = 0;
@@ -272,10 +300,19 @@ void batch_norm_backward(const std::uint16_t* dy, const std::uint16_t* x, const 
   };
   const auto write = [&](const Tile& t) {
     // g is in `dresidual` already, where it is written.
-    const Behind from{written ? dresidual : dy, x, nullptr};
-    (relu && !written ? write_relu : write_plain)(from, dx, level, slope, k, t);
+    const Behind<T> from{written ? dresidual : dy, x, nullptr};
+    relu && !written ? write_relu(from, dx, level, slope, k, t) : write_plain(from, dx, level, slope, k, t);
   };
   two_passes(map, sums_of, merge, write);
 }
+
+template void batch_norm_forward(const std::uint16_t*, const std::uint16_t*, std::uint16_t*, const Channels&, float*,
+                                 double, bool, const Pixels&);
+template void batch_norm_forward(const float*, const float*, float*, const Channels&, float*, double, bool,
+                                 const Pixels&);
+template void batch_norm_backward(const std::uint16_t*, const std::uint16_t*, const std::uint16_t*, std::uint16_t*,
+                                  std::uint16_t*, const Channels&, float*, float*, bool, const Pixels&);
+template void batch_norm_backward(const float*, const float*, const float*, float*, float*, const Channels&, float*,
+                                  float*, bool, const Pixels&);
 
 }  // namespace fastmoco

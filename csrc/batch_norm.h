@@ -1,5 +1,5 @@
-// Batch normalisation of a bfloat16 map in training, with what mostly follows it, an addition and ReLU, and its
-// gradients.
+// Batch normalisation of a bfloat16 or float32 map in training, with what mostly follows it, an addition and ReLU, and
+// its gradients. T is std::uint16_t, the bits of bfloat16, or float; the arithmetic is float32.
 #pragma once
 
 #include <cstddef>
@@ -13,7 +13,7 @@ struct Pixels {
   int threads;
 };
 
-// What a forward reads beside the map, and what it leaves for the backward. Bits of bfloat16 are std::uint16_t.
+// What a forward reads beside the map, and what it leaves for the backward.
 struct Channels {
   const float *weight, *bias;
   float *mean, *invstd;
@@ -21,13 +21,14 @@ struct Channels {
 
 // y = act((x - mean) * invstd * weight + bias + residual), act being ReLU where `relu`; `residual` may be null.
 // mean and invstd = 1 / sqrt(biased variance + epsilon) are of each channel, and written, as is the unbiased variance.
-void batch_norm_forward(const std::uint16_t* x, const std::uint16_t* residual, std::uint16_t* y,
-                        const Channels& channel, float* unbiased, double epsilon, bool relu, const Pixels& map);
+template <typename T>
+void batch_norm_forward(const T* x, const T* residual, T* y, const Channels& channel, float* unbiased, double epsilon,
+                        bool relu, const Pixels& map);
 
 // From dy, with g = dy where act passed something on and 0 elsewhere: dx, dweight and dbias, and where `dresidual` is
 // not null g. With a residual and ReLU give both y and dresidual; with ReLU alone neither, the sign is found anew.
-void batch_norm_backward(const std::uint16_t* dy, const std::uint16_t* x, const std::uint16_t* y, std::uint16_t* dx,
-                         std::uint16_t* dresidual, const Channels& channel, float* dweight, float* dbias, bool relu,
-                         const Pixels& map);
+template <typename T>
+void batch_norm_backward(const T* dy, const T* x, const T* y, T* dx, T* dresidual, const Channels& channel,
+                         float* dweight, float* dbias, bool relu, const Pixels& map);
 
 }  // namespace fastmoco

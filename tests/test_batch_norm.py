@@ -8,6 +8,7 @@ from unittest.mock import Mock
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.nn import functional
 from torchvision.models import resnet as torchvision
 
@@ -22,6 +23,8 @@ NATIVE = pytest.param(
 )
 SHAPES = [(2, 3, 1, 1), (3, 1, 5, 7), (2, 257, 3, 1), (5, 33, 8, 13), (2, 300, 17, 16), (1, 8, 1, 2)]
 NAMES = ("x", "weight", "bias", "residual")
+# Half a unit in the last place.
+ROUNDING = {torch.bfloat16: 2**-8, torch.float32: 2**-23}
 
 
 def inputs(shape: tuple[int, ...], *, residual: bool, dtype: torch.dtype = torch.bfloat16) -> dict[str, Tensor | None]:
@@ -74,24 +77,28 @@ def fused(implementation: str | None, relu: bool) -> Callable[..., tuple[Tensor,
 
 
 @pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("dtype", ROUNDING)
 @pytest.mark.parametrize("implementation", ["reference", NATIVE])
 @pytest.mark.parametrize("relu", [False, True])
 @pytest.mark.parametrize("residual", [False, True])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_value_and_every_gradient(shape: tuple[int, ...], residual: bool, relu: bool, implementation: str) -> None:
-    given = inputs(shape, residual=residual)
-    upstream = torch.randn(shape, generator=torch.Generator().manual_seed(1)).bfloat16()
+def test_value_and_every_gradient(
+    shape: tuple[int, ...], residual: bool, relu: bool, implementation: str, dtype: torch.dtype
+) -> None:
+    given = inputs(shape, residual=residual, dtype=dtype)
+    upstream = torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(dtype)
     mine, wanted = differentiate(fused(implementation, relu), given, upstream), exact(given, upstream, relu)
     assert mine.keys() == wanted.keys()
     for name in ("y", "x", "residual"):
         if name not in mine:
             continue
-        assert mine[name].dtype == torch.bfloat16
+        assert mine[name].dtype == dtype
         # A residual that ReLU does not follow gets dy, as it is.
         assert mine[name].is_contiguous(memory_format=torch.channels_last) or (name == "residual" and not relu)
-        # Half a unit in the last place of bfloat16, and what float32 leaves of a difference of terms.
-        scale = wanted[name].abs() + 1e-4 * wanted[name].abs().amax(dim=(0, 2, 3), keepdim=True) + 1e-4
-        assert ((mine[name].double() - wanted[name]).abs() <= 2**-8 * scale).all(), name
+        # Half a unit in the last place, and what float32 leaves of a difference of terms.
+        largest = wanted[name].abs().amax(dim=(0, 2, 3), keepdim=True)
+        allowed = ROUNDING[dtype] * wanted[name].abs() + 2**-8 * 1e-4 * (largest + 1)
+        assert ((mine[name].double() - wanted[name]).abs() <= allowed).all(), name
     for name in ("weight", "bias"):
         assert mine[name].dtype == torch.float32
         torch.testing.assert_close(mine[name].double(), wanted[name], rtol=1e-5, atol=2e-5 * upstream.numel() ** 0.5)
@@ -125,10 +132,11 @@ def test_large_means_and_constant_channels_lose_nothing(implementation: str) -> 
         assert statistics[0, 1:].equal(x[0, 1:, 0, 0].float())
 
 
+@pytest.mark.parametrize("dtype", ROUNDING)
 @pytest.mark.parametrize("implementation", ["reference", NATIVE])
 @pytest.mark.parametrize("residual", [False, True])
-def test_nan_reaches_its_channel_and_no_other(residual: bool, implementation: str) -> None:
-    given = inputs((2, 3, 4, 5), residual=residual)
+def test_nan_reaches_its_channel_and_no_other(residual: bool, implementation: str, dtype: torch.dtype) -> None:
+    given = inputs((2, 3, 4, 5), residual=residual, dtype=dtype)
     assert given["x"] is not None
     given["x"][1, 1, 2, 2] = torch.nan
     mine = differentiate(fused(implementation, True), given, torch.ones(2, 3, 4, 5))
@@ -139,9 +147,10 @@ def test_nan_reaches_its_channel_and_no_other(residual: bool, implementation: st
 
 
 @pytest.mark.skipif(dispatch.native is None, reason=dispatch.NATIVE_MISSING or "built")
+@pytest.mark.parametrize("dtype", ROUNDING)
 @pytest.mark.parametrize("residual", [False, True])
-def test_result_does_not_depend_on_the_number_of_threads(residual: bool) -> None:
-    given, upstream = inputs((5, 520, 16, 13), residual=residual), torch.randn(5, 520, 16, 13)
+def test_result_does_not_depend_on_the_number_of_threads(residual: bool, dtype: torch.dtype) -> None:
+    given, upstream = inputs((5, 520, 16, 13), residual=residual, dtype=dtype), torch.randn(5, 520, 16, 13)
     results = []
     before = torch.get_num_threads()
     try:
@@ -194,11 +203,30 @@ def test_refuses(changes: dict[str, Tensor], message: str) -> None:
         batch_norm(**given)  # type: ignore[arg-type]
 
 
-def test_second_derivatives_are_refused() -> None:
-    x = torch.randn(2, 3, 4, 5, requires_grad=True)
-    y, _ = batch_norm(x, torch.ones(3), torch.zeros(3), relu=True)
-    with pytest.raises(RuntimeError, match="second derivative"):
-        torch.autograd.grad(y.square().sum(), x, create_graph=True)
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("relu", [False, True])
+@pytest.mark.parametrize("residual", [False, True])
+def test_second_derivatives_are_torchs(residual: bool, relu: bool, frozen: bool) -> None:
+    """Of a gradient penalty, in float64; with weights that are trained and that are not."""
+    given = inputs((3, 5, 4, 3), residual=residual, dtype=torch.float64)
+
+    def penalty(function: Callable[..., Tensor]) -> list[Tensor]:
+        leaves = {
+            name: value.clone().requires_grad_(not frozen or name in ("x", "residual"))
+            for name, value in given.items()
+            if value is not None
+        }
+        trained = [leaf for leaf in leaves.values() if leaf.requires_grad]
+        gradients = torch.autograd.grad(function(**(given | leaves)).pow(3).sum(), trained, create_graph=True)
+        return list(torch.autograd.grad(sum(g.square().sum() for g in gradients), trained))
+
+    def torchs(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None) -> Tensor:
+        y = functional.batch_norm(x, None, None, weight, bias, training=True)
+        y = y if residual is None else y + residual
+        return y.relu() if relu else y
+
+    mine = penalty(lambda **given: fused(None, relu)(**given)[0])
+    torch.testing.assert_close(mine, penalty(torchs), rtol=1e-9, atol=1e-9)
 
 
 def _with_torchs_blocks(encoder: Encoder) -> Encoder:
@@ -214,12 +242,13 @@ def _stages(encoder: Encoder, images: Tensor) -> list[Tensor]:
         return list(encoder(images).stages)
 
 
+@pytest.mark.parametrize("dtype", ROUNDING)
 @pytest.mark.parametrize("arch", ["resnet18", "resnet50"])
 @pytest.mark.parametrize("training", [True, False])
 def test_an_encoder_gives_the_same_stages_and_statistics(
-    arch: str, training: bool, monkeypatch: pytest.MonkeyPatch
+    arch: str, training: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    images = torch.rand(4, 3, 64, 64, generator=torch.Generator().manual_seed(0)).bfloat16()
+    images = torch.rand(4, 3, 64, 64, generator=torch.Generator().manual_seed(0)).to(dtype)
     encoders = [Encoder(arch, seed=3, zero_init_residual=False).to(memory_format=torch.channels_last) for _ in range(3)]
     counted = Mock(wraps=batch_norm)
     monkeypatch.setattr(blocks, "batch_norm", counted)
@@ -230,11 +259,12 @@ def test_an_encoder_gives_the_same_stages_and_statistics(
         plain_stages = _stages(_with_torchs_blocks(encoders[1].train(training)), images)
     projections = sum(name.endswith("downsample.1") for name, _ in encoders[0].named_modules())
     assert counted.call_count == (len(norms) - projections if training and dispatch.native is not None else 0)
-    exact_stages = _stages(encoders[2].train(training), images.float())
+    wide = torch.float32 if dtype == torch.bfloat16 else torch.float64
+    exact_stages = _stages(encoders[2].train(training).to(wide), images.to(wide))
     for mine, torchs, wanted in zip(fused_stages, plain_stages, exact_stages, strict=True):
         if training:
-            # As near to float32's as torch's modules come in bfloat16: there is one rounding in place of three.
-            assert (mine.float() - wanted).norm() <= 1.1 * (torchs.float() - wanted).norm()
+            # As near to the wider type's as torch's modules come: there is one rounding in place of three.
+            assert (mine.to(wide) - wanted).norm() <= 1.1 * (torchs.to(wide) - wanted).norm()
         else:
             assert torch.equal(mine, torchs)
     counts = [buffer for name, buffer in encoders[0].named_buffers() if name.endswith("num_batches_tracked")]
@@ -270,16 +300,28 @@ def test_running_statistics_move_as_torchs() -> None:
         torch.testing.assert_close(mine.get_buffer(name).to(value.dtype), value, rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_wider_maps_are_left_to_torch(dtype: torch.dtype) -> None:
+def test_float64_is_left_to_torch() -> None:
     """To the last bit, running statistics and gradients included."""
-    images = torch.rand(2, 3, 64, 64, dtype=dtype)
-    encoders = [Encoder("resnet18", seed=3).to(dtype, memory_format=torch.channels_last) for _ in range(2)]
+    images = torch.rand(2, 3, 64, 64, dtype=torch.float64)
+    encoders = [Encoder("resnet18", seed=3).to(torch.float64, memory_format=torch.channels_last) for _ in range(2)]
     _with_torchs_blocks(encoders[1])
     for encoder in encoders:
         sum(stage.square().mean() for stage in _stages(encoder, images)).backward()  # type: ignore[union-attr]
     mine, torchs = ([*(p.grad for p in e.parameters()), *e.buffers(), *_stages(e.eval(), images)] for e in encoders)
     assert all(torch.equal(a, b) for a, b in zip(mine, torchs, strict=True))  # type: ignore[arg-type]
+
+
+def test_forward_mode_is_left_to_torch() -> None:
+    x = inputs((3, 5, 4, 3), residual=False, dtype=torch.float32)["x"]
+    assert x is not None
+    found = []
+    for kind in (blocks.FusedBatchNorm2d, nn.BatchNorm2d):
+        norm = kind(5)
+        with forward_ad.dual_level():
+            y = blocks.normalize_relu(norm, nn.ReLU(), forward_ad.make_dual(x, x.flip(0)))
+            found.append([*forward_ad.unpack_dual(y), norm.running_var])
+    assert all(torch.equal(mine, torchs) for mine, torchs in zip(*found, strict=True))
+    assert not torch.equal(found[0][1], torch.zeros_like(x))
 
 
 @pytest.mark.parametrize("options", [{"affine": False}, {"track_running_stats": False}, {"momentum": None}])

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from fastmoco.ops import dispatch
 from fastmoco.ops.batch_norm import batch_norm
+from fastmoco.ops.library import transformed
 
 
 class FusedBatchNorm2d(nn.BatchNorm2d):
@@ -29,9 +30,9 @@ class FusedBatchNorm2d(nn.BatchNorm2d):
 def normalize_relu(norm: nn.Module, relu: nn.Module, x: Tensor, residual: Tensor | None = None) -> Tensor:
     """`relu(norm(x) + residual)` of a map (N, C, H, W), and the running statistics with it.
 
-    Under torch each is a pass over the map and a rounding of it, and a quarter of a step on a CPU. Maps in bfloat16 and
-    channels-last memory format that a FusedBatchNorm2d in training takes on a CPU go through ops.batch_norm; all
-    else through the modules: in float32 torch's own passes are as fast, forward and backward together.
+    Under torch each is a pass over the map and a rounding of it, and a quarter of a step on a CPU. Maps in bfloat16 or
+    float32 and channels-last memory format that a FusedBatchNorm2d in training takes on a CPU go through
+    ops.batch_norm; all else goes through the modules, and so do torch.func's transforms.
     """
     if isinstance(norm, FusedBatchNorm2d) and _fuses(norm, x, residual):
         # By a call of the module: what shares out weights over processes brings a module's together when it is called.
@@ -47,7 +48,9 @@ def normalize_relu(norm: nn.Module, relu: nn.Module, x: Tensor, residual: Tensor
 def _fuses(norm: FusedBatchNorm2d, x: Tensor, residual: Tensor | None) -> bool:
     if not (norm.training and norm.affine and norm.track_running_stats):
         return False
-    if x.device.type != "cpu" or x.dtype != torch.bfloat16 or norm.momentum is None or dispatch.native is None:
+    if x.device.type != "cpu" or norm.momentum is None or dispatch.native is None or transformed():
+        return False
+    if x.dtype not in (torch.bfloat16, torch.float32):
         return False
     if residual is not None and (residual.dtype != x.dtype or residual.shape != x.shape):
         return False

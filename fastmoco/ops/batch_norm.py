@@ -20,7 +20,6 @@ import torch
 from torch import Tensor
 
 from fastmoco.ops import dispatch
-from fastmoco.ops.derivatives import refuse_second_derivative
 from fastmoco.ops.library import define
 from fastmoco.ops.precision import no_autocast, wide
 
@@ -40,10 +39,10 @@ def batch_norm(
     `x` is (N, C, H, W), `residual` of its shape and dtype, `weight` and `bias` (C,), of any floating dtypes. Returns
     the map in x's dtype and channels-last memory format, and (3, C): mean, 1 / sqrt(biased variance + epsilon) and
     unbiased variance of each channel, float32, or float64 for float64 maps, as the arithmetic is. Gradients reach `x`,
-    `weight`, `bias` and `residual`, not through the statistics; they have none themselves, and a backward with
-    `create_graph=True` raises RuntimeError. Deterministic, for any number of threads.
+    `weight`, `bias` and `residual`, not through the statistics, which have none themselves; those of gradients are of
+    torch's own operations. Deterministic, for any number of threads.
 
-    implementation: "reference" or "native" (bfloat16 maps on the CPU); None has it chosen.
+    implementation: "reference" or "native" (bfloat16 and float32 maps on the CPU); None has it chosen.
 
     Raises ValueError for shapes, dtypes or devices that do not fit, and for a single value a channel, which has no
     variance.
@@ -122,7 +121,7 @@ _backward_op = define(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    x, weight, bias, residual, ctx.relu, _, ctx.implementation = inputs
+    x, weight, bias, residual, ctx.relu, ctx.epsilon, ctx.implementation = inputs
     y, statistics = output
     ctx.mark_non_differentiable(statistics)
     ctx.set_materialize_grads(False)
@@ -133,11 +132,27 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 def _gradients(ctx: Any, dy: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
     if dy is None:
         return (None,) * 7
-    refuse_second_derivative("batch_norm", instead="torch.nn.functional.batch_norm")
+    # Grad mode is on in a backward with create_graph=True, and while a compiler traces it.
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        return _differentiable_gradients(ctx, dy)
     x, y, weight, bias, statistics = ctx.saved_tensors
     dx, dresidual, dweight, dbias = _backward_op(dy, x, y, weight, bias, statistics, ctx.relu, ctx.implementation)
     beside = (dy if y is None else dresidual) if ctx.needs_input_grad[3] else None
     return dx, dweight, dbias, beside, None, None, None
+
+
+def _differentiable_gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    """The gradients of torch's own operations, which have further ones."""
+    x, y, weight, bias, _ = ctx.saved_tensors
+    with no_autocast(x):
+        normalised, _ = _normalise(wide(x), weight, bias, ctx.epsilon)
+        g = torch.where((normalised if y is None else y) <= 0, 0, dy) if ctx.relu else dy
+        needed = zip((x, weight, bias), ctx.needs_input_grad[:3], strict=True)
+        leaves = [leaf if trained else None for leaf, trained in needed]
+        of = [leaf for leaf in leaves if leaf is not None]
+        found = iter(torch.autograd.grad(normalised, of, g.to(normalised.dtype), create_graph=True) if of else ())
+    gradients = [None if leaf is None else next(found) for leaf in leaves]
+    return *gradients, g if ctx.needs_input_grad[3] else None, None, None, None
 
 
 _forward_op = define(
@@ -155,10 +170,7 @@ def reference(
 ) -> tuple[Tensor, Tensor]:
     """Any device and dtype: the definition."""
     with no_autocast(x):
-        z = wide(x)
-        variance, mean = torch.var_mean(z, dim=(0, 2, 3), correction=0)
-        invstd = (variance + epsilon).rsqrt()
-        y = _affine(z, weight, bias, mean, invstd)
+        y, (mean, invstd, variance) = _normalise(wide(x), weight, bias, epsilon)
         if residual is not None:
             y = y + residual
         if relu:
@@ -187,6 +199,13 @@ def reference_backward(
 
 def _channels(row: Tensor) -> Tensor:
     return row[:, None, None]
+
+
+def _normalise(z: Tensor, weight: Tensor, bias: Tensor, epsilon: float) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
+    """z normalised, and its mean, 1 / sqrt(biased variance + epsilon) and biased variance."""
+    variance, mean = torch.var_mean(z, dim=(0, 2, 3), correction=0)
+    invstd = (variance + epsilon).rsqrt()
+    return _affine(z, weight, bias, mean, invstd), (mean, invstd, variance)
 
 
 def _affine(z: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, invstd: Tensor) -> Tensor:
@@ -218,6 +237,7 @@ def _native(
         relu=relu,
         rows=x.numel() // channels,
         channels=channels,
+        dtype=str(x.dtype).removeprefix("torch."),
         threads=torch.get_num_threads(),
     )
     return y, statistics
@@ -247,6 +267,7 @@ def _native_backward(
         relu=relu,
         rows=x.numel() // channels,
         channels=channels,
+        dtype=str(x.dtype).removeprefix("torch."),
         threads=torch.get_num_threads(),
     )
     return dx, dresidual, dweight.to(weight.dtype), dbias.to(bias.dtype)
@@ -262,6 +283,6 @@ for _name, _definition, _fast in (
         "native",
         _fast,
         device_types=("cpu",),
-        dtypes=(torch.bfloat16,),
+        dtypes=(torch.bfloat16, torch.float32),
         missing=dispatch.NATIVE_MISSING,
     )
