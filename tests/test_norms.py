@@ -157,14 +157,18 @@ def test_groups_have_their_own_statistics(shape: tuple[int, ...]) -> None:
         grouped(x[:10])
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize(("norm", "groups"), [("sync", 1), ("frozen", 1), ("batch", 2)])
-def test_an_encoder_keeps_its_keys_and_its_blocks(norm: str, groups: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In bfloat16 too, where plain BatchNorms are fused with what follows."""
+def test_an_encoder_keeps_its_keys_and_its_blocks(
+    norm: str, groups: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where plain BatchNorms would be fused with what follows."""
 
     def refuse(*_: object, **__: object) -> None:
         raise AssertionError("the fused normalisation ran")
 
     monkeypatch.setattr(blocks, "batch_norm", refuse)
+    monkeypatch.setattr(blocks, "LARGE", 0)
     encoder = Encoder("resnet18", seed=0)
     before = {name: value.clone() for name, value in encoder.state_dict().items()}
     converted = copy.deepcopy(encoder)
@@ -174,7 +178,7 @@ def test_an_encoder_keeps_its_keys_and_its_blocks(norm: str, groups: int, monkey
     assert list(converted.state_dict()) == list(before)
     assert all(torch.equal(value, before[name]) for name, value in converted.state_dict().items())
     if norm != "sync":
-        images = torch.rand(4, 3, 32, 32).bfloat16().to(memory_format=torch.channels_last)
-        with torch.autocast("cpu", dtype=torch.bfloat16):
+        images = torch.rand(4, 3, 32, 32).to(dtype, memory_format=torch.channels_last)
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
             stages = converted.to(memory_format=torch.channels_last)(images).stages
-        assert all(stage.dtype == torch.bfloat16 and stage.isfinite().all() for stage in stages)
+        assert all(stage.dtype == dtype and stage.isfinite().all() for stage in stages)

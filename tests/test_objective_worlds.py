@@ -50,6 +50,7 @@ def objective(
             barlow_correlation=correlation,  # type: ignore[arg-type]
             key_shuffle=key_shuffle,  # type: ignore[arg-type]
         ),
+        # Of a seed with which no projector has all its ReLUs open: gradients of biases before them would be zero.
         seed=6,
         world=world,
     ).double()

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 import fastmoco
-from fastmoco.train.metrics import read_rows
+from fastmoco.train.curves import draw_curves
+from fastmoco.train.metrics import Row, read_rows
 from fastmoco.train.pretrain import pretrain
 from runs import draw_images, small_config
 
@@ -42,3 +43,16 @@ def test_a_run_folder_holds_what_the_readme_says(tmp_path: Path) -> None:
     exported = fastmoco.load_encoder(run / "encoder.safetensors")
     for name, value in exported.backbone.state_dict().items():
         assert torch.equal(value, encoder.backbone.state_dict()[name]), name
+
+
+@pytest.mark.parametrize("missing", [["knn_accuracy"], ["infonce", "stage1", "stage2"], ["top1", "top5", "lr"]])
+def test_curves_are_of_what_there_is(missing: list[str], tmp_path: Path) -> None:
+    names = ["infonce", "stage1", "stage2", "stage3", "stage4", "top1", "top5", "embedding_std", "lr", "knn_accuracy"]
+    rows: list[Row] = [{"step": step} | {n: 1.0 / step for n in names if n not in missing} for step in (1, 2)]
+    draw_curves([*rows, {"step": 3, "pairs_per_s": 7.0}], tmp_path / "curves.png")
+    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_run_that_ended_before_its_first_step_has_no_curves(tmp_path: Path) -> None:
+    draw_curves([], tmp_path / "curves.png")
+    assert not list(tmp_path.iterdir())

@@ -77,6 +77,15 @@ def test_architectures_are_told_from_their_keys(arch: str) -> None:
         assert infer_arch(getattr(torchvision.models, arch)().state_dict(), Path("x")) == arch
 
 
+@pytest.mark.parametrize("first", [torch.zeros(32, 3, 7, 7), torch.tensor(1.0), None])
+def test_other_widths_are_refused(first: torch.Tensor | None) -> None:
+    with torch.device("meta"):
+        state = torchvision.models.resnet18().state_dict()
+    others = {name: value for name, value in state.items() if name != "conv1.weight"}
+    with pytest.raises(UserError, match=r"not a torchvision ResNet 18 to 152 \(blocks \(2, 2, 2, 2\), (32|0) channels"):
+        infer_arch(others if first is None else others | {"conv1.weight": first}, Path("x"))
+
+
 def test_a_torchvision_file_loads(tmp_path: Path) -> None:
     model = torchvision.models.resnet18()
     torch.save(model.state_dict(), tmp_path / "r.pth")

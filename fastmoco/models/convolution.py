@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from fastmoco.ops.library import transformed
+from fastmoco.ops.library import left_to_torch
 from fastmoco.ops.unfold import unfold, windows
 
 
@@ -44,7 +44,7 @@ class Convolution(nn.Conv2d):
             return False
         if self.groups != 1 or self.dilation != (1, 1) or self.padding_mode != "zeros" or isinstance(self.padding, str):
             return False
-        if torch.jit.is_tracing() or torch.compiler.is_exporting() or transformed():
+        if left_to_torch():
             return False
         sides = [side + 2 * pad for side, pad in zip(x.shape[2:], self.padding, strict=True)]
         if any(side < kernel for side, kernel in zip(sides, self.kernel_size, strict=True)):

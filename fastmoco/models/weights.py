@@ -161,7 +161,8 @@ def infer_arch(state: dict[str, Tensor], file: Path) -> str:
         len({m[1] for name in state if (m := re.match(rf"layer{stage}\.(\d+)\.", name))}) for stage in (1, 2, 3, 4)
     )
     block = Bottleneck if "layer1.0.conv3.weight" in state else BasicBlock
-    channels = len(state.get("conv1.weight", ()))
+    first = state["conv1.weight"].shape if "conv1.weight" in state else ()
+    channels = first[0] if len(first) == 4 else 0
     arch = next((arch for arch, plan in ARCHS.items() if plan == (block, blocks, channels)), None)
     if arch is None:
         shown = ", ".join(list(state)[:3])

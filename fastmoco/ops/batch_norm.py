@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from fastmoco.ops import dispatch
-from fastmoco.ops.library import define
+from fastmoco.ops.library import batched, define
 from fastmoco.ops.precision import no_autocast, wide
 
 
@@ -39,8 +39,9 @@ def batch_norm(
     `x` is (N, C, H, W), `residual` of its shape and dtype, `weight` and `bias` (C,), of any floating dtypes. Returns
     the map in x's dtype and channels-last memory format, and (3, C): mean, 1 / sqrt(biased variance + epsilon) and
     unbiased variance of each channel, float32, or float64 for float64 maps, as the arithmetic is. Gradients reach `x`,
-    `weight`, `bias` and `residual`, not through the statistics, which have none themselves; those of gradients are of
-    torch's own operations. Deterministic, for any number of threads.
+    `weight`, `bias` and `residual`, not through the statistics, which have none themselves. A backward with
+    `create_graph=True`, or of many gradients at once (`is_grads_batched`), is done by torch's own operations, which
+    normalise once more. Deterministic, for any number of threads.
 
     implementation: "reference" or "native" (bfloat16 and float32 maps on the CPU); None has it chosen.
 
@@ -133,8 +134,9 @@ def _gradients(ctx: Any, dy: Tensor | None, *_: Any) -> tuple[Tensor | None, ...
     if dy is None:
         return (None,) * 7
     # Grad mode is on in a backward with create_graph=True, and while a compiler traces it.
-    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-        return _differentiable_gradients(ctx, dy)
+    if (torch.is_grad_enabled() and not torch.compiler.is_compiling()) or batched(dy):
+        with torch.enable_grad():
+            return _differentiable_gradients(ctx, dy)
     x, y, weight, bias, statistics = ctx.saved_tensors
     dx, dresidual, dweight, dbias = _backward_op(dy, x, y, weight, bias, statistics, ctx.relu, ctx.implementation)
     beside = (dy if y is None else dresidual) if ctx.needs_input_grad[3] else None
@@ -142,8 +144,10 @@ def _gradients(ctx: Any, dy: Tensor | None, *_: Any) -> tuple[Tensor | None, ...
 
 
 def _differentiable_gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-    """The gradients of torch's own operations, which have further ones."""
+    """The gradients of torch's own operations, which have further ones and can be mapped."""
     x, y, weight, bias, _ = ctx.saved_tensors
+    # Where one was made from another, or used before, the derivative must not go on into that: the caller does.
+    x, weight, bias = (tensor.view_as(tensor) for tensor in (x, weight, bias))
     with no_autocast(x):
         normalised, _ = _normalise(wide(x), weight, bias, ctx.epsilon)
         g = torch.where((normalised if y is None else y) <= 0, 0, dy) if ctx.relu else dy

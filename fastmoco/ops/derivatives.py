@@ -5,15 +5,14 @@ from __future__ import annotations
 import torch
 
 
-def refuse_second_derivative(operation: str, *, instead: str = "") -> None:
+def refuse_second_derivative(operation: str) -> None:
     """To be called in a backward: RuntimeError where its gradients are to be differentiated in turn.
 
-    They would be taken for constants, and a gradient penalty be silently wrong. `instead` names what can be; by
-    default the definition of the operation.
+    They would be taken for constants, and a gradient penalty be silently wrong. The operation's definition can be.
     """
     # Grad mode is on in a backward with create_graph=True, and while a compiler traces it.
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
         raise RuntimeError(
             f"{operation} has no second derivative: its gradients come with the loss, without a graph of their own. "
-            f"{instead or f'fastmoco.ops.definitions.{operation}'} has one."
+            f"fastmoco.ops.definitions.{operation} has one."
         )
