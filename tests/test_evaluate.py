@@ -1,4 +1,4 @@
-"""Evaluation from image files to tables, on small generated images and a randomly initialised ResNet-18."""
+"""Evaluation from image files to tables, on small generated images and a randomly initialised narrow ResNet-18."""
 
 from __future__ import annotations
 
@@ -32,6 +32,7 @@ from fastmoco.evaluate.report import Result, print_result, to_csv, to_json, to_m
 from fastmoco.evaluate.run import EvaluateArgs, default_folder, evaluate, evaluate_command
 from fastmoco.models.encoder import Encoder
 from fastmoco.models.weights import save_encoder
+from runs import NARROW
 
 SIZE = 33
 IMAGES = 90
@@ -67,7 +68,7 @@ def manifest(folder: Path) -> Manifest:
 
 @pytest.fixture(scope="module")
 def encoder() -> Encoder:
-    return Encoder("resnet18", head="mlp", dim=7, seed=1)
+    return Encoder(NARROW, head="mlp", dim=7, seed=1)
 
 
 @pytest.mark.parametrize("sides", [(29, 83), (83, 30), (24, 24), (5, 7), (640, 481)])
@@ -87,14 +88,14 @@ def test_evaluation_image_is_torchvisions_on_floats(sides: tuple[int, int], kind
 def test_features_are_the_pooled_stages_in_the_manifests_order(manifest: Manifest, encoder: Encoder) -> None:
     features = extract(encoder, manifest, size=SIZE, resize=1.1, batch_size=32, progress=False)
     assert {name: values.shape for name, values in features.items()} == {
-        "stage1": (IMAGES, 64),
-        "stage2": (IMAGES, 128),
-        "stage3": (IMAGES, 256),
-        "stage4": (IMAGES, 512),
+        "stage1": (IMAGES, 16),
+        "stage2": (IMAGES, 32),
+        "stage3": (IMAGES, 64),
+        "stage4": (IMAGES, 128),
         "final": (IMAGES, 7),
     }
     assert {values.dtype for values in features.values()} == {np.dtype(np.float32)}
-    wide = Encoder("resnet18", head="mlp", dim=7, seed=1).double().eval()
+    wide = Encoder(NARROW, head="mlp", dim=7, seed=1).double().eval()
     for i in (0, 31, 32, 89):
         with Image.open(manifest.path(i)) as image:
             x = evaluation_image(np.asarray(image), size=SIZE, resize=1.1).double()[None]
@@ -135,7 +136,7 @@ def test_modes_come_back_after_an_error_too(manifest: Manifest, encoder: Encoder
 
 
 def test_without_a_head_there_is_no_final_and_bf16_is_near(manifest: Manifest) -> None:
-    bare = Encoder("resnet18", seed=1)
+    bare = Encoder(NARROW, seed=1)
     some = manifest.select(np.arange(8))
     exact = extract(bare, some, size=SIZE, progress=False)
     assert list(exact) == ["stage1", "stage2", "stage3", "stage4"]
@@ -303,7 +304,7 @@ def test_a_test_split_of_one_class_is_undefined_not_an_error(
 
 
 def test_evaluate_from_files(manifest: Manifest, encoder: Encoder) -> None:
-    encoders = {"random": Encoder("resnet18", seed=0), "pretrained": encoder}
+    encoders = {"random": Encoder(NARROW, seed=0), "pretrained": encoder}
     result = evaluate(encoders, manifest, label="warm", size=SIZE, progress=False)
     assert [(r.encoder, r.features) for r in result.rows if r.method == "probe"] == [
         ("colour statistics", "image"),

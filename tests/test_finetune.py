@@ -21,7 +21,7 @@ from fastmoco.evaluate.finetune import FinetuneConfig, Finetuned, finetune
 from fastmoco.evaluate.images import Images, load_images
 from fastmoco.evaluate.targets import Target, make_target
 from fastmoco.models.encoder import Encoder
-from runs import draw_images
+from runs import NARROW, draw_images
 
 SIZE = 24
 VIEWS = ViewConfig(size=SIZE, resize=1.0, crop_scale=(0.4, 1.0), flip_p=0.5)
@@ -48,7 +48,7 @@ def target(manifest: Manifest) -> Target:
 
 @pytest.fixture(scope="module")
 def encoder() -> Encoder:
-    return Encoder("resnet18", head="mlp", dim=8, seed=1)
+    return Encoder(NARROW, head="mlp", dim=8, seed=1)
 
 
 def _run(
