@@ -26,19 +26,6 @@ struct Tile {
   std::size_t offset, column, rows, width, stride;
 };
 
-// What is stored of a map is T: bits of bfloat16, or float.
-FASTMOCO_INLINE float value_of(std::uint16_t bits) { return bf16_value(bits); }
-FASTMOCO_INLINE float value_of(float value) { return value; }
-
-template <typename T>
-FASTMOCO_INLINE T stored(float value) {
-  if constexpr (std::is_same_v<T, float>) {
-    return value;
-  } else {
-    return bf16_bits(value);
-  }
-}
-
 // Masks in place of branches, which would keep the compiler from using vectors. NaN, which bf16_bits makes positive,
 // passes, as with torch's ReLU.
 FASTMOCO_INLINE std::uint16_t where_positive(std::uint16_t sign, std::uint16_t bits) {
@@ -196,7 +183,8 @@ FASTMOCO_INLINE void write_gradient(const Behind<T>& from, T* dx, const float* l
     apply<kResidual, kRelu>(x, residual, y, k, t);                                                                  \
   }
 #define NORM_SUM(clones, T, name, kAct)                                                                             \
-  clones void name(const Behind<T>& from, T* dresidual, float* sum, float* along, const Channels& k, const Tile& t) { \
+  clones void name(const Behind<T>& from, T* dresidual, float* sum, float* along, const Channels& k,                \
+                   const Tile& t) {                                                                                 \
     sum_gradient<kAct>(from, dresidual, sum, along, k, t);                                                          \
   }
 #define NORM_WRITE(clones, T, name, kAct)                                                                           \

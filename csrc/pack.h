@@ -64,6 +64,20 @@ FASTMOCO_HOST_DEVICE FASTMOCO_INLINE float bf16_value(std::uint16_t bits) {
   return x;
 }
 
+// The number that is stored as T: as itself, or as the bits of a bfloat16.
+FASTMOCO_INLINE float value_of(std::uint16_t bits) { return bf16_value(bits); }
+FASTMOCO_INLINE float value_of(float value) { return value; }
+FASTMOCO_INLINE double value_of(double value) { return value; }
+
+template <typename T, typename Wide>
+FASTMOCO_INLINE T stored(Wide value) {
+  if constexpr (sizeof(T) == 2) {
+    return bf16_bits(value);
+  } else {
+    return value;
+  }
+}
+
 // Elements of T from the bits of as many bfloat16.
 template <typename T, int kWidth>
 FASTMOCO_HOST_DEVICE FASTMOCO_INLINE Pack<T, kWidth> load_bf16(const std::uint16_t* address) {

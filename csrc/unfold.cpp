@@ -26,32 +26,30 @@ void by_line(std::size_t images, std::size_t lines, std::size_t bytes, int threa
   for (std::size_t i = 0; i < images * lines; ++i) run(i / lines, i % lines);
 }
 
-template <typename Wide, typename T, typename Value, typename Bits>
-FASTMOCO_INLINE void add_up(const T* const* from, std::size_t count, T* to, std::size_t size, const Value& value,
-                            const Bits& bits) {
+template <typename T>
+FASTMOCO_INLINE void add_up(const T* const* from, std::size_t count, T* to, std::size_t size) {
+  using Wide = decltype(value_of(T{}));
   for (std::size_t begin = 0; begin < size; begin += kBlock) {
     const std::size_t width = std::min(kBlock, size - begin);
     Wide sum[kBlock];
-    for (std::size_t c = 0; c < width; ++c) sum[c] = value(from[0][begin + c]);
+    for (std::size_t c = 0; c < width; ++c) sum[c] = value_of(from[0][begin + c]);
     for (std::size_t k = 1; k < count; ++k) {
       const T* next = from[k] + begin;
-      for (std::size_t c = 0; c < width; ++c) sum[c] += value(next[c]);
+      for (std::size_t c = 0; c < width; ++c) sum[c] += value_of(next[c]);
     }
-    for (std::size_t c = 0; c < width; ++c) to[begin + c] = bits(sum[c]);
+    for (std::size_t c = 0; c < width; ++c) to[begin + c] = stored<T>(sum[c]);
   }
 }
 
 // to <- the sums of `count` vectors. Functions by name, since a template cannot be cloned.
 FASTMOCO_CLONES_16 void add(const std::uint16_t* const* from, std::size_t count, std::uint16_t* to, std::size_t size) {
-  add_up<float>(from, count, to, size, bf16_value, bf16_bits);
+  add_up(from, count, to, size);
 }
 FASTMOCO_CLONES void add(const float* const* from, std::size_t count, float* to, std::size_t size) {
-  const auto same = [](float x) { return x; };
-  add_up<float>(from, count, to, size, same, same);
+  add_up(from, count, to, size);
 }
 FASTMOCO_CLONES void add(const double* const* from, std::size_t count, double* to, std::size_t size) {
-  const auto same = [](double x) { return x; };
-  add_up<double>(from, count, to, size, same, same);
+  add_up(from, count, to, size);
 }
 
 // The window that has its place `tap` over `place` of the map, or `windows` where none has.

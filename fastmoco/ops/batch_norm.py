@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from fastmoco.ops import dispatch
+from fastmoco.ops.derivatives import differentiated_again
 from fastmoco.ops.library import batched, define
 from fastmoco.ops.precision import no_autocast, wide
 
@@ -133,8 +134,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 def _gradients(ctx: Any, dy: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
     if dy is None:
         return (None,) * 7
-    # Grad mode is on in a backward with create_graph=True, and while a compiler traces it.
-    if (torch.is_grad_enabled() and not torch.compiler.is_compiling()) or batched(dy):
+    if differentiated_again() or batched(dy):
         with torch.enable_grad():
             return _differentiable_gradients(ctx, dy)
     x, y, weight, bias, statistics = ctx.saved_tensors
