@@ -26,6 +26,7 @@ from rich.table import Table
 from bench.loaders import Setting, read_manifest
 from bench.photographs import draw_photographs
 from bench.plot import save_speeds
+from bench.products import Products
 from bench.step import FLOAT32_TOLERANCE, LOSS_TOLERANCE, StepArgs
 from bench.timing import environment, save
 from bench.turns import Contestant, Missing, Turn, as_rows, rounds, summary
@@ -40,9 +41,13 @@ LOSSES = 2
 TO_LIGHTLY = 2.0
 # What each ratio is to.
 BASES = {"ratio": EAGER, "ratio_flushed": FLUSHED, "ratio_lightly": LIGHTLY}
+OF_EAGER = ("ratio", "ratio_low", "ratio_high")
+# No way from files to weights, but what takes turns with them.
+LIMIT = "products alone"
 COLUMNS = ["images", "implementation", "precision", "pairs_per_s", "slow_pairs_per_s", "fast_pairs_per_s"]
 COLUMNS += ["cpu_ms_per_pair", "peak_mb", "waiting"]
-COLUMNS += [f"{name}{which}" for name in BASES for which in ("", "_low", "_high")] + ["target", "met", "loss_error"]
+COLUMNS += [f"{name}{which}" for name in BASES for which in ("", "_low", "_high")]
+COLUMNS += ["limit", "limit_low", "limit_high", "target", "met", "loss_error"]
 NOTE = (
     "Medians of turns that alternate; slow and fast are their 20th and 80th percentile. precision: fastmoco trains "
     "channels-last and in bfloat16 where the processor has it, the others in float32, as the paper's code and "
@@ -51,7 +56,9 @@ NOTE = (
     "as it is used, as the same with denormals flushed, and as lightly's example, in turns that stand side by side: "
     "their median, the lowest and the highest. The blur of torchvision multiplies by denormal weights, which some "
     "processors do a hundred times as slowly; the targets are to the eager reference as it is used. lightly's example "
-    "has plain SGD, without momentum and weight decay. loss_error: the greatest relative difference of the first "
+    "has plain SGD, without momentum and weight decay. limit: as ratio, of as many multiplications as the step's "
+    "convolutions and linear layers have, as square matrix products in fastmoco's precision and nothing else "
+    "(--limit): what multiplies as often cannot be faster. loss_error: the greatest relative difference of the first "
     "losses from the eager reference's, given the same views, weights and negatives "
     f"(limit {FLOAT32_TOLERANCE:g} in float32, {LOSS_TOLERANCE:g} in bfloat16)."
 )
@@ -95,6 +102,8 @@ class E2eArgs:
     """Length of a turn, in seconds; at least some whole steps are taken."""
     rounds: int = 3
     """Turns of each way."""
+    limit: bool = False
+    """Also time the multiplications of a step alone: how much faster than the eager reference anything can be."""
     quick: bool = False
     """One small case and short turns: a check that all of it runs, not a measurement."""
     device: str = "cpu"
@@ -126,6 +135,8 @@ def measure(case: Case, setting: Setting, name: str, args: E2eArgs, console: Con
         errors = disagreements(losses, limits, console.print)
         for way in [way for way, error in errors.items() if not error <= limits[way]]:
             ways.pop(way).close()
+        if args.limit:
+            ways[LIMIT] = stack.enter_context(Contestant(Products, step, preload=PRELOAD))
         turns = rounds(ways, "turn", args.seconds, count=args.rounds)
     rows: list[dict[str, Any]] = []
     for way, error in errors.items():
@@ -134,7 +145,8 @@ def measure(case: Case, setting: Setting, name: str, args: E2eArgs, console: Con
         row |= {"K": args.queue_size, "workers": args.workers, "precision": str(variants[way]), "loss_error": error}
         if way in turns:
             row |= summary(turns[way]) | ratios(turns, way) | {"every_turn": as_rows(turns[way])}
-            row |= judged(row, case) if way == OURS else {}
+            if way == OURS:
+                row |= judged(row, case) | limits_of(turns)
         rows.append(row | environment(args.device))
     return rows
 
@@ -166,6 +178,13 @@ def ratios(turns: Mapping[str, Sequence[Turn]], way: str) -> dict[str, float | N
     return found
 
 
+def limits_of(turns: Mapping[str, Sequence[Turn]]) -> dict[str, float | None]:
+    """`ratio` of the multiplications alone, by its own name; nothing where they were not timed."""
+    if LIMIT not in turns:
+        return {}
+    return {name.replace("ratio", "limit"): value for name, value in ratios(turns, LIMIT).items() if name in OF_EAGER}
+
+
 def judged(row: Mapping[str, Any], case: Case) -> dict[str, str]:
     """What is asked of our row, beside what was timed, and whether it is met: yes, or no and beside which not."""
     asked = {"ratio": (case.to_eager, "eager"), "ratio_lightly": (TO_LIGHTLY, "lightly")}
@@ -179,7 +198,8 @@ def judged(row: Mapping[str, Any], case: Case) -> dict[str, str]:
 
 def show(rows: list[dict[str, Any]], console: Console) -> None:
     """One table for each case."""
-    headings = ("files to weights", "pairs/s", "20-80 %", "CPU ms", "MB", "to eager", "flushed", "to lightly", "met")
+    headings = ["files to weights", "pairs/s", "20-80 %", "CPU ms", "MB", "to eager", "flushed", "to lightly"]
+    headings += ["limit", "met"]
     for images in dict.fromkeys(row["images"] for row in rows):
         table = Table(title=images)
         for heading in headings:
@@ -195,6 +215,7 @@ def show(rows: list[dict[str, Any]], console: Console) -> None:
                 f"{row['cpu_ms_per_pair']:.1f}",
                 f"{row['peak_mb']:.0f}",
                 *("-" if row[name] is None else f"{row[name]:.2f}x" for name in BASES),
+                "" if row.get("limit") is None else f"{row['limit']:.2f}x",
                 row.get("met", ""),
             )
         console.print(table)
@@ -239,7 +260,8 @@ def main(args: E2eArgs) -> int:
             title=f"From files to updated weights, {args.recipe}",
             command=f"{command} --device {args.device} --seconds {args.seconds} --rounds {args.rounds}"
             + f" --archs {' '.join(args.archs)} --sizes {' '.join(map(str, args.sizes))}"
-            + (" --data IMAGES" if args.data else ""),
+            + (" --data IMAGES" if args.data else "")
+            + (" --limit" if args.limit else ""),
             columns=COLUMNS,
             note=NOTE,
         )

@@ -6,16 +6,20 @@ import json
 import math
 from collections.abc import Callable
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from bench import e2e, ways
-from bench.e2e import BASES, LOSSES, Case, E2eArgs, cases, disagreements, judged, ratios
+from bench.e2e import BASES, LIMIT, LOSSES, Case, E2eArgs, cases, disagreements, judged, limits_of, ratios
 from bench.loaders import Pair
+from bench.products import SIDE, Products, multiplications
 from bench.step import FLOAT32_TOLERANCE, LOSS_TOLERANCE, PLAIN, StepArgs, as_run
 from bench.turns import Missing, Turn
 from bench.ways import EAGER, FLUSHED, LIGHTLY, OURS, WAYS, Steps, eager_steps, fastmoco_steps, lightly_steps
+from fastmoco.models.encoder import Encoder
 
 Make = Callable[[StepArgs], Steps]
 
@@ -118,6 +122,28 @@ def test_targets_are_judged_by_what_was_timed() -> None:
     assert judged(alone, Case("resnet50", 64, 32)) == {"target": "3x eager", "met": "yes"}
 
 
+def test_the_limit_is_of_the_same_rounds() -> None:
+    turns = {EAGER: taken(4, 2, 4), OURS: taken(12, 6, 16), LIMIT: taken(20, 8, 16)}
+    assert limits_of(turns) == {"limit": 4, "limit_low": 4, "limit_high": 5}
+    assert limits_of({EAGER: taken(4), OURS: taken(12)}) == {}
+
+
+@pytest.mark.parametrize("arch", ["resnet18", "resnet50"])
+def test_the_multiplications_of_a_step_are_those_that_torch_counts(arch: Literal["resnet18", "resnet50"]) -> None:
+    args = StepArgs(recipe="mocov2", arch=arch, size=64, batch_size=3)
+    images = torch.empty(3, 3, 64, 64, device="meta")
+    with torch.device("meta"):
+        encoder = Encoder(arch, head="mlp")
+    with FlopCounterMode(display=False) as counted:
+        encoder(images).embedding.sum().backward()
+        with torch.no_grad():
+            encoder(images)
+    # Of a multiplication and an addition each.
+    assert 2 * multiplications(args) == counted.get_total_flops()
+    done = Products(args).count * SIDE**3
+    assert 0 <= multiplications(args) - done < SIDE**3
+
+
 def test_both_encoders_at_both_sizes_are_measured() -> None:
     assert [(case.arch, case.size, case.batch_size, case.to_eager) for case in cases(E2eArgs())] == [
         ("resnet18", 64, 32, 3.0),
@@ -131,7 +157,7 @@ def test_both_encoders_at_both_sizes_are_measured() -> None:
 def test_every_row_is_whole(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("lightly", reason="lightly is not installed")
     out = tmp_path / "e2e.md"
-    assert e2e.main(E2eArgs(quick=True, workers=1, out=out)) == 0
+    assert e2e.main(E2eArgs(quick=True, limit=True, workers=1, out=out)) == 0
     shown = capsys.readouterr().out
     rows = json.loads(out.with_suffix(".json").read_text())
     assert [row["implementation"] for row in rows] == list(WAYS)
@@ -140,8 +166,9 @@ def test_every_row_is_whole(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
         assert 0 <= row["waiting"] < 1 and row["cpu_ms_per_pair"] > 0 and row["peak_mb"] > 50
         assert row["loss_error"] <= LOSS_TOLERANCE and len(row["every_turn"]) == row["turns"] == 2
         assert all(0 < row[f"{name}_low"] <= row[name] <= row[f"{name}_high"] for name in BASES)
-        assert ("met" in row) == (row["implementation"] == OURS)
+        assert ("met" in row) == ("limit" in row) == (row["implementation"] == OURS)
         assert row["precision"] == str(as_run("cpu") if row["implementation"] == OURS else PLAIN)
+    assert 0 < rows[-1]["limit_low"] <= rows[-1]["limit"] <= rows[-1]["limit_high"]
     assert rows[0]["implementation"] == EAGER and rows[0]["ratio"] == 1 and rows[0]["loss_error"] == 0
     assert rows[1]["implementation"] == FLUSHED and rows[1]["ratio_flushed"] == 1
     assert rows[2]["implementation"] == LIGHTLY and rows[2]["ratio_lightly"] == 1
