@@ -11,6 +11,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -131,12 +132,16 @@ def main(args: StartupArgs) -> int:
         images, cache = Path(folder, "images"), Path(folder, "cache")
         draw(images, args.images)
         runs: dict[str, Callable[[], object]] = {}
-        for name, failure in failures(cache).items():
+        # None of this is timed, so both at once.
+        with ThreadPoolExecutor() as pool:
+            importing = pool.submit(failures, cache)
+            launched = launches(images, Path(folder), args.limit)
+        for name, failure in importing.result().items():
             if failure:
                 print(f"{name}: left out, {failure}")
                 continue
             runs[name] = lambda code=IMPORTS[name]: run("-c", code, cache=cache)  # type: ignore[misc]
-        runs |= launches(images, Path(folder), args.limit)
+        runs |= launched
         # The libraries' files are in the system's cache by now: all have been imported.
         seconds = interleaved(runs, rounds=args.rounds, warmup=0)
     rows: list[dict[str, Any]] = []
