@@ -24,14 +24,14 @@ from rich.table import Table
 
 from bench.floors import FLOORS
 from bench.loaders import BASELINE, DEFINITION, LOADERS, OURS, Setting, first_views, read_manifest, statistics
-from bench.photographs import draw_photographs
+from bench.photographs import COUNT, SIDE, draw_photographs, mean_bytes
 from bench.plot import save_speeds
 from bench.timing import environment, save
 from bench.turns import Contestant, Missing, Turn, as_rows, rounds, summary, take_turn
 from fastmoco.data.manifest import Manifest
 from fastmoco.train.recipes import find
 
-PRELOAD = ("torch", "torchvision.transforms.v2", "bench.loaders", "bench.floors")
+PRELOAD = ("torch", "torchvision.transforms.v2", "bench.loaders", "bench.floors", "bench.plot", "tyro")
 # Mean over a view of |difference|, in 255ths, between one of our loaders and torchvision's transforms of what Pillow
 # decodes, given the same draws: decoders differ by so much in a JPEG's chroma, and views agree to a hundredth of it.
 SAME_VIEWS = 1.0
@@ -49,6 +49,8 @@ class DataArgs:
     """Folders of images to load too."""
     sets: int | None = None
     """So many sets of images alone: first the generated ones of 512 pixels, then those of 1,024, then yours."""
+    generated: Path | None = None
+    """Folder with the generated images of 512 pixels, where they have been drawn before."""
     quick: bool = False
     """One small generated set, small views and short turns: a check that all of it runs, not a measurement."""
     size: int = 224
@@ -90,10 +92,13 @@ class Loading:
         """As `bench.loaders.statistics`."""
         return statistics(self._open, self._setting, pairs)
 
-    def apart(self, batches: int) -> float:
+    def definition(self, batches: int) -> np.ndarray:
+        """The first views that the definition makes."""
+        return first_views(DEFINITION, self._setting, batches)
+
+    def apart(self, batches: int, definition: np.ndarray) -> float:
         """The greatest mean |difference|, in 255ths, of a view from what the definition makes with the same draws."""
-        ours, definition = (first_views(opener, self._setting, batches) for opener in (self._open, DEFINITION))
-        return float(np.abs(ours - definition).mean((1, 2, 3)).max() * 255)
+        return float(np.abs(first_views(self._open, self._setting, batches) - definition).mean((1, 2, 3)).max() * 255)
 
 
 class Asked(Protocol):
@@ -109,6 +114,8 @@ def agreement(contestants: Mapping[str, Asked], pairs: int, say: Callable[[str],
     Each one's views must have the baseline's statistics; ours must be the definition's, given the same draws.
     """
     reference = contestants[BASELINE].ask("statistics", pairs)
+    # Made once for all of ours: it takes longer than loading the same.
+    definition = contestants[BASELINE].ask("definition", 2)
     agreed = {BASELINE: True}
     for name in LOADERS:
         if name not in contestants or name == BASELINE:
@@ -117,7 +124,7 @@ def agreement(contestants: Mapping[str, Asked], pairs: int, say: Callable[[str],
         say(f"  {name}: statistics off by {errors:.2g} standard errors (limit {SAME_STATISTICS:g})")
         agreed[name] = errors <= SAME_STATISTICS
         if name in OURS:
-            apart = contestants[name].ask("apart", 2)
+            apart = contestants[name].ask("apart", 2, definition)
             say(f"  {name}: {apart:.2g} 255ths from torchvision with the same draws (limit {SAME_VIEWS:g})")
             agreed[name] &= apart <= SAME_VIEWS
         if not agreed[name]:
@@ -183,9 +190,14 @@ def show(rows: list[dict[str, Any]], console: Console) -> None:
 
 def sets(args: DataArgs, folder: Path) -> Iterator[tuple[str, Manifest]]:
     """The images to load, by the name that the table gives them."""
-    for side, count in ((128, 24),) if args.quick else ((512, 192), (1024, 96)):
-        mean = draw_photographs(folder / str(side), count, side)
-        yield f"generated {side} px, {mean / 1000:.0f} kB", read_manifest(folder / str(side))
+    for side, count in ((128, 24),) if args.quick else ((SIDE, COUNT), (1024, 96)):
+        images = folder / str(side)
+        if side == SIDE and args.generated is not None:
+            images = args.generated
+            mean = mean_bytes(sorted(images.iterdir()))
+        else:
+            mean = draw_photographs(images, count, side)
+        yield f"generated {side} px, {mean / 1000:.0f} kB", read_manifest(images)
     for given in args.images:
         manifest = read_manifest(given)
         height, width = np.median(manifest.sizes, axis=0).astype(int)

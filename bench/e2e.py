@@ -24,7 +24,7 @@ from rich.console import Console
 from rich.table import Table
 
 from bench.loaders import Setting, read_manifest
-from bench.photographs import draw_photographs
+from bench.photographs import COUNT, SIDE, draw_photographs
 from bench.plot import save_speeds
 from bench.products import Products
 from bench.step import FLOAT32_TOLERANCE, LOSS_TOLERANCE, StepArgs
@@ -34,7 +34,7 @@ from bench.ways import EAGER, FLUSHED, LIGHTLY, OURS, WAYS, Training
 from fastmoco.errors import UserError
 from fastmoco.train.recipes import find
 
-PRELOAD = ("torch", "torchvision.transforms.v2", "bench.loaders", "bench.step", "bench.ways")
+PRELOAD = ("torch", "torchvision.transforms.v2", "bench.loaders", "bench.step", "bench.ways", "bench.plot", "tyro")
 # Losses that are compared: the second's negatives have the first's keys among them.
 LOSSES = 2
 # Times as fast as lightly's example that is asked for; of the eager reference, as it is used, each case says.
@@ -87,6 +87,8 @@ class E2eArgs:
 
     data: Path | None = None
     """Folder of images; without it, generated JPEGs of 512 pixels."""
+    generated: Path | None = None
+    """Folder with these, where they have been drawn before."""
     recipe: str = "mocov2"
     """Recipe whose method, head and constants are used; the views are MoCo v2's. lightly's example is left out where
     the method has stage losses."""
@@ -238,9 +240,9 @@ def main(args: E2eArgs) -> int:
     with tempfile.TemporaryDirectory() as folder:
         # What is found out about the files is of no use to anybody later.
         os.environ["XDG_CACHE_HOME"] = str(Path(folder, "cache"))
-        source = args.data or Path(folder, "images")
-        if args.data is None:
-            side, count = (128, 16) if args.quick else (512, 192)
+        source = args.data or args.generated or Path(folder, "images")
+        if args.data is None and args.generated is None:
+            side, count = (128, 16) if args.quick else (SIDE, COUNT)
             draw_photographs(source, count, side)
         manifest = read_manifest(source)
         height, width = np.median(manifest.sizes, axis=0).astype(int)

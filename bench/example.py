@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from typing import cast
 
 import torch
-import torchvision
 from torch import Tensor, nn
 
 from fastmoco.adapters import lightly as ours
@@ -80,7 +79,10 @@ class Example:
         accelerated: bool = False,
         device: str = "cpu",
     ) -> None:
-        resnet = torchvision.models.get_model(arch, weights=None)
+        # Here, as in bench.paper.
+        from torchvision.models import get_model
+
+        resnet = get_model(arch, weights=None)
         width = resnet.fc.in_features
         resnet.fc = nn.Identity()
         self.resnet: nn.Module = resnet

@@ -177,13 +177,16 @@ def time_runs(runs: Mapping[str, Run], device: str, seconds: float) -> dict[str,
     """Quantiles of each run, interleaved for about `seconds`; on CUDA also those of its replay from a graph."""
     if not runs:
         return {}
-    once = interleaved(runs, rounds=1, device=device, warmup=1)
-    rounds = min(200, max(3, int(seconds / sum(values[0] for values in once.values()))))
+    cuda = torch.device(device).type == "cuda"
+    # On CPUs the run that was compared has warmed up; the first round, which says how many fit, is one of them.
+    first = interleaved(runs, rounds=1, device=device, warmup=1 if cuda else 0)
+    rounds = min(200, max(3, int(seconds / sum(values[0] for values in first.values()))))
+    others = interleaved(runs, rounds=rounds - 1, device=device, warmup=0)
     timings: dict[str, dict[str, Any]] = {
-        name: quantiles(values) | {"graph_p50_ms": None, "rounds": rounds}
-        for name, values in interleaved(runs, rounds=rounds, device=device, warmup=1).items()
+        name: quantiles([*first[name], *values]) | {"graph_p50_ms": None, "rounds": rounds}
+        for name, values in others.items()
     }
-    if torch.device(device).type == "cuda":
+    if cuda:
         replays = {}
         for name, run in runs.items():
             try:

@@ -11,13 +11,14 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torchvision.models import get_model
-from torchvision.models.resnet import ResNet
+
+if TYPE_CHECKING:
+    from torchvision.models.resnet import ResNet
 
 State = dict[str, Tensor]
 StageLoss = Literal["none", "mse", "barlow"]
@@ -35,8 +36,10 @@ BARLOW_TWINS_OFFDIAG = 0.005
 
 def build_encoder(arch: str, dim: int, mlp: bool) -> ResNet:
     """torchvision's ResNet, zero-init residual, `fc` giving (N, dim): one layer, with `mlp` MoCo v2's two."""
-    encoder = get_model(arch, weights=None, num_classes=dim, zero_init_residual=True)
-    assert isinstance(encoder, ResNet)
+    # Here: it takes as long to import as torch itself, which whoever only names this step need not wait for.
+    from torchvision.models import resnet
+
+    encoder: ResNet = getattr(resnet, arch)(weights=None, num_classes=dim, zero_init_residual=True)
     if mlp:
         width = encoder.fc.in_features
         encoder.fc = nn.Sequential(nn.Linear(width, width), nn.ReLU(), encoder.fc)

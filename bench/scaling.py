@@ -9,7 +9,8 @@ where they disagree.
 from __future__ import annotations
 
 import json
-import subprocess
+import multiprocessing
+import socket
 import sys
 import tempfile
 from collections import Counter
@@ -20,7 +21,9 @@ from typing import Any
 import numpy as np
 import tyro
 from rich.console import Console
+from torch.multiprocessing.spawn import start_processes
 
+from bench import scaling_rank
 from bench.scaling_rank import Setting, configure
 from bench.timing import cell, environment, quantiles, save
 from fastmoco.errors import UserError
@@ -58,14 +61,17 @@ def planned(setting: Setting, world: int) -> Counter[str]:
 
 
 def run(setting: Setting, world: int) -> dict[str, Any]:
-    """What `world` processes measured (bench.scaling_rank). Raises subprocess.CalledProcessError where one fails."""
-    with tempfile.TemporaryDirectory() as folder:
+    """What `world` processes measured (bench.scaling_rank). Raises ProcessException of torch's where one fails.
+
+    They are forked from one that has imported all that they need, as importing takes each longer than a step.
+    """
+    multiprocessing.set_forkserver_preload(["bench.scaling_rank", "bench.timing", "fastmoco.plan.traffic", "tyro"])
+    with tempfile.TemporaryDirectory() as folder, socket.socket() as free:
         path = Path(folder, "measured.json")
-        options = [f"--{name.replace('_', '-')}={value}" for name, value in asdict(setting).items()]
-        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world}"]
-        if world == 1:
-            launcher = [sys.executable]
-        subprocess.run([*launcher, "-m", "bench.scaling_rank", *options, f"--write={path}"], check=True)
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+        free.close()
+        start_processes(scaling_rank.main, (world, port, setting, path), nprocs=world, start_method="forkserver")
         found: dict[str, Any] = json.loads(path.read_text())
         return found
 

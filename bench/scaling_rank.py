@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import json
-import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
-import tyro
 
 from fastmoco.data.loader import Batch
 from fastmoco.distributed.collectives import gather, start_sum
-from fastmoco.distributed.launch import joined
+from fastmoco.distributed.launch import Launch, joined
 from fastmoco.distributed.world import World
 from fastmoco.train.config import Config
 from fastmoco.train.recipes import find
@@ -47,14 +45,6 @@ class Setting:
     """Timed steps of each kind."""
 
 
-@dataclass(kw_only=True)
-class RankArgs(Setting):
-    """Run one process; started by torchrun. Rank 0 writes what all measured."""
-
-    write: Path
-    """JSON file to write."""
-
-
 def configure(setting: Setting, *, batch_size: int) -> Config:
     """The configuration of `setting` for a world that shares out `batch_size` images."""
     config = find(setting.recipe)(Path(), Path())
@@ -82,7 +72,7 @@ def measure(world: World, setting: Setting) -> dict[str, Any]:
     shared = Trainer(configure(setting, batch_size=setting.batch_size), precision=setting.precision, world=world)
     alone = Trainer(configure(setting, batch_size=rows), precision=setting.precision, world=World(device=world.device))
     steps: list[Callable[[], None]] = [lambda: shared.step([batch], lr=1e-4), lambda: alone.step([batch], lr=1e-4)]
-    for step in steps * 3:
+    for step in steps:
         step()
     sent = dict(world.sent)
     taken = torch.zeros(setting.rounds, len(steps), 2, dtype=torch.float64)
@@ -102,16 +92,10 @@ def measure(world: World, setting: Setting) -> dict[str, Any]:
     return {"seconds": everyone[..., 0].tolist(), "cpu_seconds": everyone[..., 1].tolist(), "sent": counted}
 
 
-def main(args: RankArgs) -> int:
-    """Measure, with the other processes; status 0."""
+def main(rank: int, size: int, port: int, setting: Setting, path: Path) -> None:
+    """Measure, as process `rank` of `size`; the first writes what all measured to `path`."""
     torch.set_num_threads(1)
-    setting = Setting(**{name: value for name, value in asdict(args).items() if name != "write"})
-    with joined("cpu") as world:
+    with joined("cpu", launch=Launch("torchrun", rank, size, rank, size, port=port)) as world:
         found = measure(world, setting)
         if world.first:
-            args.write.write_text(json.dumps(found))
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main(tyro.cli(RankArgs, prog="python -m bench.scaling_rank")))
+            path.write_text(json.dumps(found))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -10,6 +11,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -57,11 +59,30 @@ def draw(folder: Path, count: int) -> None:
         shutil.copyfile(folder / f"{i % DISTINCT:04d}.jpg", folder / f"{i:06d}.jpg")
 
 
-def run(*command: str, cache: Path) -> None:
-    """A command of Python's. Raises UserError where it fails."""
+def run(*command: str, cache: Path) -> str:
+    """What a command of Python's prints. Raises UserError where it fails."""
     done = subprocess.run([sys.executable, *command], env=_environment(cache), capture_output=True, text=True)
     if done.returncode:
         raise UserError(f"python {' '.join(command)} failed:\n{done.stdout}{done.stderr}")
+    return done.stdout
+
+
+def failures(cache: Path) -> dict[str, str]:
+    """Of each of `IMPORTS` why it fails here, in a line; empty where it does not. All in one process, as each brings
+    much of the others."""
+    code = (
+        "import json\n"
+        "found = {}\n"
+        f"for name, code in {IMPORTS!r}.items():\n"
+        "    try:\n"
+        "        exec(code)\n"
+        "        found[name] = ''\n"
+        "    except Exception as error:\n"
+        "        found[name] = f'{type(error).__name__}: {error}'\n"
+        "print(json.dumps(found))\n"
+    )
+    found: dict[str, str] = json.loads(run("-c", code, cache=cache).splitlines()[-1])
+    return found
 
 
 def first_step(*options: str, cache: Path, limit: float) -> None:
@@ -111,14 +132,16 @@ def main(args: StartupArgs) -> int:
         images, cache = Path(folder, "images"), Path(folder, "cache")
         draw(images, args.images)
         runs: dict[str, Callable[[], object]] = {}
-        for name, code in IMPORTS.items():
-            try:
-                run("-c", code, cache=cache)
-            except UserError as error:
-                print(f"{name}: left out, {str(error).splitlines()[-1]}")
+        # None of this is timed, so both at once.
+        with ThreadPoolExecutor() as pool:
+            importing = pool.submit(failures, cache)
+            launched = launches(images, Path(folder), args.limit)
+        for name, failure in importing.result().items():
+            if failure:
+                print(f"{name}: left out, {failure}")
                 continue
-            runs[name] = lambda code=code: run("-c", code, cache=cache)  # type: ignore[misc]
-        runs |= launches(images, Path(folder), args.limit)
+            runs[name] = lambda code=IMPORTS[name]: run("-c", code, cache=cache)  # type: ignore[misc]
+        runs |= launched
         # The libraries' files are in the system's cache by now: all have been imported.
         seconds = interleaved(runs, rounds=args.rounds, warmup=0)
     rows: list[dict[str, Any]] = []

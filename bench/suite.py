@@ -19,7 +19,7 @@ import tyro
 
 from bench import page
 from bench.gpu import Outcome, Step, run
-from bench.photographs import draw_photographs
+from bench.photographs import COUNT, SIDE, draw_photographs
 from fastmoco.atomic import write_text
 
 # Stands for a folder of generated images in a part's options.
@@ -51,18 +51,23 @@ class Part:
 
 
 PARTS = (
-    Part("parity", "", "", (5, 5)),
-    Part("infonce", "--device cpu --headline --seconds 1", "--device cpu --seconds 2", (25, 110)),
-    Part("crosscorr", "--device cpu --headline --seconds 1", "--device cpu --seconds 2", (25, 110)),
-    Part("pooled_mse", "--device cpu --headline --seconds 0.5", "--device cpu --seconds 2", (20, 50)),
-    Part("ema", "--device cpu --seconds 1", "--device cpu --seconds 2", (16, 20)),
-    Part("views", "--drawn 4 --rounds 3", "", (35, 300)),
-    Part("data", "--sets 1 --seconds 0.5 --rounds 2", "--seconds 1.5 --rounds 4", (75, 400)),
-    Part("step", "--rounds 4", "", (30, 60)),
-    Part("e2e", "--sizes 64 --seconds 1 --rounds 2", "", (140, 480)),
-    Part("dropin", f"--data {IMAGES} --turns 3 --steps 4", f"--data {IMAGES}", (45, 80), needs=("lightly",)),
-    Part("scaling", "--rounds 2", "", (60, 200)),
-    Part("startup", "--images 1000 --rounds 2", "--rounds 5", (60, 150)),
+    Part("parity", "", "", (6, 5)),
+    Part("infonce", "--device cpu --headline --seconds 1", "--device cpu --seconds 2", (34, 110)),
+    Part("crosscorr", "--device cpu --headline --seconds 1", "--device cpu --seconds 2", (44, 110)),
+    Part("pooled_mse", "--device cpu --headline --seconds 0.5", "--device cpu --seconds 2", (18, 50)),
+    Part("ema", "--device cpu --seconds 1", "--device cpu --seconds 2", (14, 20)),
+    Part("views", "--drawn 4 --rounds 3", "", (20, 300)),
+    Part(
+        "data",
+        f"--generated {IMAGES} --sets 1 --seconds 0.5 --rounds 2",
+        f"--generated {IMAGES} --seconds 1.5 --rounds 4",
+        (65, 400),
+    ),
+    Part("step", "--rounds 3", "", (42, 60)),
+    Part("e2e", f"--generated {IMAGES} --sizes 64 --seconds 0.5 --rounds 2", f"--generated {IMAGES}", (99, 480)),
+    Part("dropin", f"--data {IMAGES} --turns 2 --steps 3", f"--data {IMAGES}", (61, 80), needs=("lightly",)),
+    Part("scaling", "--rounds 2", "", (40, 200)),
+    Part("startup", "--images 1000 --rounds 2", "--rounds 5", (65, 150)),
 )
 
 
@@ -130,8 +135,8 @@ def measure(parts: Sequence[Part], out: Path, *, full: bool) -> list[Outcome]:
             planned += ahead[part.name]
             where = f"[{number}/{len(parts)}] {part.name}"
             print(f"{where} ... {minutes(spent)} so far, about {minutes(left)} to go", flush=True)
-            if IMAGES in part.options(full=full):
-                draw_photographs(images, 192, 512)
+            if IMAGES in part.options(full=full) and not images.exists():
+                draw_photographs(images, COUNT, SIDE)
             # What an earlier run left is not to be taken for what this one measured.
             for suffix in (".json", ".md", ".png"):
                 (out / f"{part.name}{suffix}").unlink(missing_ok=True)

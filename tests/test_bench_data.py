@@ -31,6 +31,13 @@ def test_photographs_are_the_same_and_compress_as_photographs_do(tmp_path: Path)
     assert len({path.read_bytes() for path in files[0]}) == 3
 
 
+def test_photographs_that_are_there_are_not_drawn_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    mean = draw_photographs(tmp_path / "there", 2, 512)
+    monkeypatch.setattr(data, "draw_photographs", lambda *args: pytest.fail("drawn again"))
+    name, manifest = next(data.sets(DataArgs(generated=tmp_path / "there"), tmp_path))
+    assert name == f"generated 512 px, {mean / 1000:.0f} kB" and len(manifest) == 2
+
+
 def busy(seconds: float, started: Any, ended: Any) -> None:
     kept = np.ones(40 << 20, dtype=np.uint8)
     began = time.process_time()
@@ -163,7 +170,7 @@ class Answers:
     """A loader whose views have these statistics, and lie so far from the definition."""
 
     def __init__(self, statistics: np.ndarray, apart: float) -> None:
-        self.answers = {"statistics": statistics, "apart": apart}
+        self.answers = {"statistics": statistics, "definition": None, "apart": apart}
 
     def ask(self, method: str, *args: object) -> Any:
         return self.answers[method]
