@@ -42,7 +42,8 @@ MORE = """## More results
 - [The paper's study](../../docs/results/study/report/report.md) on tissue, fundus photographs and X-rays, three seeds;
   [what matters on small sets](../../docs/results/search.md), with what did not help.
 - [foreign](../../docs/results/foreign.md): checkpoints written by eight libraries' own code, read here, and ours there;
-  [dropin_curves](../../docs/results/dropin_curves.md): the losses of lightly's loop and of ours.
+  dropin_curves: the losses of lightly's loop and of ours, [ResNet-18](../../docs/results/dropin_curves.md) with our
+  arithmetic in bfloat16, [ResNet-50](../../docs/results/dropin_curves_resnet50.md) in float32.
 - [e2e_float32](../../docs/results/e2e_float32.md): from files to weights at 64 px on a processor without bfloat16,
   where fastmoco trains in float32 too.
 - [objectives](../../docs/results/objectives.md): what each objective learns on tissue patches, beside random weights.
