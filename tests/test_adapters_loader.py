@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,8 @@ import torch
 from torch import Tensor
 
 from fastmoco.adapters.loader import PairLoader
+from fastmoco.data.manifest import load_manifest
+from fastmoco.data.manifest_file import write_manifest
 from fastmoco.data.views import ViewConfig
 from fastmoco.distributed.world import World
 from fastmoco.errors import UserError
@@ -64,6 +67,30 @@ def test_targets_are_the_labels_of_the_files(folder: Path, tmp_path: Path) -> No
         assert x0.shape == (2, 3, 16, 16) and x0.dtype == torch.float16
         seen |= dict(zip(names, targets.tolist(), strict=True))
     assert seen == dict(zip(files, kinds, strict=True))
+
+
+def test_an_image_without_a_class_has_target_minus_one(folder: Path, tmp_path: Path) -> None:
+    """As SupConLoss takes it, and the others are numbered as without it."""
+    files = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*.png"))[:6]
+    listed = tmp_path / "l.csv"
+    with listed.open("w", newline="") as stream:
+        csv.writer(stream).writerows([("file", "kind"), *zip(files, ["b", "", "a", "b", "", "c"], strict=True)])
+    options = {"views": VIEWS, "batch_size": 3, "loader": "pillow"}
+    write_manifest(tmp_path / "m.csv", load_manifest(folder, listed, all_labels=True, progress=False))
+    for path, label in ((listed, "kind"), (tmp_path / "m.csv", "kind"), (tmp_path / "m.csv", None)):
+        (epoch,) = epochs(PairLoader(folder, labels=path, label=label, **options), 1)  # type: ignore[arg-type]
+        seen: dict[str, int] = {}
+        for _, targets, names in epoch:
+            seen |= dict(zip(names, targets.tolist(), strict=True))
+        assert seen == dict(zip(files, [1, -1, 0, 1, -1, 2], strict=True))
+
+
+def test_files_left_out_are_told(folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder, tmp_path / "data")
+    (tmp_path / "data" / "bad.png").write_bytes(b"no image")
+    with pytest.warns(UserWarning, match=r"left out 1 file, the first bad\.png: "):
+        loader = PairLoader(tmp_path / "data", views=VIEWS, batch_size=6, loader="pillow")
+    assert len(loader) == 3
 
 
 def test_pairs_may_be_of_two_images_of_a_patient(folder: Path, tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import csv
 import dataclasses
 import io
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -374,6 +375,30 @@ def test_command_with_class_folders(folder: Path, tmp_path: Path, encoder: Encod
     assert result["label"] == "folder" and result["patients"] is None
     assert {r["encoder"] for r in result["rows"]} == {"pretrained"}
     assert result["origin"] == "test drawn by image; validation drawn by image from the training images"
+
+
+def test_images_without_a_class_and_files_not_there_are_left_out_and_told(
+    folder: Path, tmp_path: Path, encoder: Encoder, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "encoder.safetensors"
+    save_encoder(path, encoder, {})
+    header, *lines = (folder / "labels.csv").read_text().splitlines()
+    unknown = [re.sub(r"[01],([01])$", r",\1", line) if i % 9 == 0 else line for i, line in enumerate(lines)]
+    kept = [line for i, line in enumerate(lines) if i % 9]
+    found = []
+    for name, rows in (("partly", [*unknown, "gone.png,p0,train,1,0"]), ("known", kept)):
+        (tmp_path / f"{name}.csv").write_text("\n".join([header, *rows]) + "\n")
+        args = EvaluateArgs(
+            run=path, data=folder, labels=tmp_path / f"{name}.csv", label=("warm",), size=32, workers=0,
+            baselines=False, out=tmp_path / name,
+        )  # fmt: skip
+        assert evaluate_command(args) == 0
+        (result,) = json.loads((tmp_path / name / "evaluation.json").read_text())
+        found.append(result["rows"])
+    shown = capsys.readouterr().out
+    assert "left out 1 file, the first gone.png: no such file" in shown
+    assert "left out 10 images without a class in warm" in shown and "1 file left out: not there" in shown
+    assert found[0] == found[1]
 
 
 def test_one_image_in_two_splits_stops_the_command_where_it_is_told_to_look(

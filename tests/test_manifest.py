@@ -15,7 +15,8 @@ from fastmoco.data.dali import dali_installed
 from fastmoco.data.decode import decode
 from fastmoco.data.manifest import Manifest, load_manifest
 from fastmoco.data.manifest_file import write_manifest
-from fastmoco.data.store import BadFile
+from fastmoco.data.store import ABSENT, BadFile
+from fastmoco.data.verify import Skipped, describe_skipped
 from fastmoco.errors import UserError
 
 NEEDS_DALI = pytest.mark.skipif(not dali_installed(), reason="no DALI here")
@@ -252,6 +253,36 @@ def test_listed_files_that_are_not_there_are_left_out(tmp_path: Path) -> None:
     bare = table(tmp_path / "bare.csv", [{"file": "c"}, {"file": "a"}])
     with pytest.raises(UserError, match=r"none of its 2 files .* first 'c'; .*with their suffix: c\.png is there"):
         load_manifest(tmp_path, bare, progress=False)
+
+
+def test_files_not_there_are_counted_apart_from_others(tmp_path: Path) -> None:
+    skipped = [Skipped("x.png", "empty"), Skipped("a.png", ABSENT), Skipped("b.png", ABSENT)]
+    said = "left out 2 files, the first a.png: no such file; and 1 file, the first x.png: empty"
+    assert describe_skipped(skipped) == said
+    assert describe_skipped(skipped[:1]) == "left out 1 file, the first x.png: empty"
+
+
+def test_images_without_a_class(tmp_path: Path) -> None:
+    rows = [
+        {"file": f"{i}.png", "kind": kind, "side": side}
+        for i, (kind, side) in enumerate([("10", "l"), ("", "r"), ("9", "r"), ("10", "")])
+    ]
+    for row in rows:
+        picture(tmp_path / row["file"])
+    listed = table(tmp_path / "l.csv", rows)
+    write_manifest(tmp_path / "m.csv", load_manifest(tmp_path, listed, all_labels=True, progress=False))
+    for path in (listed, tmp_path / "m.csv"):
+        with pytest.raises(UserError, match=r"line 3: column 'kind' is empty; fill it in, or leave the row out"):
+            load_manifest(tmp_path, path, label=["kind"], progress=False)
+        found = load_manifest(tmp_path, path, label=["kind", "side"], partly=True, progress=False)
+        assert found.classes("kind").tolist() == [1, -1, 0, 1] and found.classes("side").tolist() == [0, 1, 1, -1]
+        known = found.only_labelled()
+        assert known.files == ["0.png", "2.png"] and known.class_names == {"kind": ["9", "10"], "side": ["l", "r"]}
+        assert known.labels["kind"].tolist() == [1, 0] and known.labels["side"].tolist() == [0, 1]
+        assert known.only_labelled() is known
+        one = found.select(np.array([0, 1, 3]))
+        with pytest.raises(UserError, match=r"--label kind: 1 of 3 images have a class in every column of labels"):
+            one.only_labelled()
 
 
 def test_every_column_that_may_be_a_label_where_all_are_asked_for(tmp_path: Path) -> None:

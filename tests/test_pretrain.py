@@ -230,7 +230,7 @@ def test_bad_files_are_left_out_and_listed(tmp_path: Path, capsys: pytest.Captur
     images = draw_images(tmp_path / "data", 9)
     (images / "000.jpg").write_bytes(b"not an image")
     pretrain(small_config(images, tmp_path / "run", steps=2))
-    assert "left out 1 files" in capsys.readouterr().out
+    assert "left out 1 file, the first 000.jpg: " in capsys.readouterr().out
     assert (tmp_path / "run" / "skipped.txt").read_text().startswith("000.jpg: ")
 
 

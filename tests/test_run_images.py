@@ -155,6 +155,21 @@ def test_the_knn_monitor_leaves_out_what_it_cannot_read(tmp_path: Path, monkeypa
     assert row["step"] == 6 and row["bad_files"] == 0 and 0 <= row["knn_accuracy"] <= 1
 
 
+def test_the_knn_monitor_is_of_images_with_a_class(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    images = draw_images(tmp_path / "data")
+    names = sorted(path.name for path in images.iterdir())
+    kinds = [("b", "", "a")[i % 3] for i in range(len(names))]
+    (tmp_path / "l.csv").write_text("\n".join(["file,kind", *map(",".join, zip(names, kinds, strict=True))]) + "\n")
+    seen: list[list[int]] = []
+    monkeypatch.setattr(
+        "fastmoco.train.monitor.monitor",
+        lambda features, classes, patients: seen.append(classes.tolist()) or {"accuracy": 0.5},
+    )
+    given = {"labels": tmp_path / "l.csv", "label": ("kind",)}
+    pretrain(small_config(images, tmp_path / "run", knn_every=1, checkpoint_every=1000, **given))
+    assert seen and all(classes == ["ab".index(kind) for kind in kinds if kind] for classes in seen)
+
+
 def test_a_run_among_the_images_is_refused(images: Path) -> None:
     for changes, option in (({"out": images / "run"}, "--out"), ({"stage": images / "disk"}, "--stage")):
         out = images.parent / "run"

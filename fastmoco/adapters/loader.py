@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -17,14 +18,16 @@ from fastmoco.data.manifest import load_manifest
 from fastmoco.data.order import Order
 from fastmoco.data.pairs import PairKind, find_pairs
 from fastmoco.data.quarantine import Quarantine
+from fastmoco.data.verify import describe_skipped
 from fastmoco.data.views import ViewConfig
 from fastmoco.device import find_device
 from fastmoco.errors import UserError
 from fastmoco.train.recipes import find
 
 PairBatch = tuple[list[Tensor], Tensor, list[str]]
-"""Two views (N, 3, size, size) in [0, 1], targets (N,) int64, 0 where there are none, and file names, as a DataLoader
-of lightly's gives them: `for (x0, x1), targets, filenames in loader`."""
+"""Two views (N, 3, size, size) in [0, 1], targets (N,) int64, and file names, as a DataLoader of lightly's gives them:
+`for (x0, x1), targets, filenames in loader`. Targets are classes by the first label, -1 where an image has none, and 0
+throughout where there is no label."""
 
 
 class PairLoader:
@@ -39,7 +42,8 @@ class PairLoader:
         `patient_column` names (see `fastmoco pretrain`).
     loader: dali, pillow, torchvision, or auto, which takes DALI where it is installed. Views are made on the `device`.
     dtype: of the views, which are made in float16.
-    max_bad: images that may turn out to be unreadable, each of which another stands in for.
+    max_bad: images that may turn out to be unreadable, each of which another stands in for. Files that are not there or
+        that do not decode from the start are left out, with a warning that says how many.
 
     An epoch's images and draws depend on `seed` and the epoch's number alone. `set_epoch` sets that of the next, where
     training is resumed; `state_dict` and `load_state_dict` keep the place in it too. Lightning calls them by itself.
@@ -78,9 +82,12 @@ class PairLoader:
             label=() if label is None else (label,),
             patient_column=patient_column,
             split_column=split_column,
+            partly=True,
             decoder="dali" if loader == "dali" or (loader == "auto" and dali_installed()) else "pillow",
             progress=progress,
         )
+        if manifest.skipped:
+            warnings.warn(describe_skipped(manifest.skipped), stacklevel=2)
         self._manifest = manifest if split is None else manifest.only_split(split)
         here = world()
         self._order = Order(
@@ -92,7 +99,8 @@ class PairLoader:
         # Epoch and batch: of what was given out last, and where the next pass begins.
         self._done = self._next = (0, 0)
         none = np.zeros(len(self._manifest), dtype=np.int64)
-        self._targets = torch.from_numpy(next(iter(self._manifest.labels.values()), none))
+        first = next(iter(self._manifest.labels), None)
+        self._targets = torch.from_numpy(none if first is None else self._manifest.classes(first))
 
     def __len__(self) -> int:
         """Batches in an epoch."""

@@ -17,6 +17,7 @@ from fastmoco.data.decode import IMAGE_SUFFIXES
 from fastmoco.data.manifest_file import (
     MOST_CLASSES,
     SHARD_INDEX,
+    empty_cell,
     is_manifest_file,
     read_manifest_file,
     require_columns,
@@ -105,14 +106,15 @@ def list_table(
     patient_column: str,
     split_column: str,
     all_labels: bool = False,
+    partly: bool = False,
 ) -> Listing:
     """The images below `data` that the file `path` lists: CSV with a header, or lines "name 0 0 1 ..." without one.
 
     Of a CSV, the columns `label` are taken, or with `all_labels` and no `label` every other column that holds 2 to 1000
     different values, as those of a list without a header are; `file_column` has the paths, and `patient_column` and
     `split_column` are used where they are there; only under their usual names, "patient" and "split", may they be
-    missing. A line without a header has 14 numbers, 0 or 1, for the FINDINGS; the patient is taken from names such as
-    00000231_013.png.
+    missing. With `partly` cells of the columns `label` may be empty. A line without a header has 14 numbers, 0 or 1,
+    for the FINDINGS; the patient is taken from names such as 00000231_013.png.
 
     Files that are not there stay in the listing: reading them says so. Raises UserError for a missing or empty column,
     a file listed twice, or where no listed file is there.
@@ -129,7 +131,13 @@ def list_table(
         listing = Listing(root=data, files=files, columns=columns, patients=patients)
     else:
         said = (patient_column, split_column)
-        table = _read_csv(path, required=(file_column, *label), optional=said, others=all_labels and not label)
+        table = _read_csv(
+            path,
+            required=(file_column, *label),
+            optional=said,
+            others=all_labels and not label,
+            empty=label if partly else (),
+        )
         taken = label or [
             name
             for name, cells in table.items()
@@ -239,11 +247,10 @@ def _separator(header: Sequence[str], name: str) -> str | None:
 
 
 def _read_csv(
-    path: Path, *, required: Sequence[str], optional: Sequence[str], others: bool
+    path: Path, *, required: Sequence[str], optional: Sequence[str], others: bool, empty: Sequence[str]
 ) -> dict[str, list[str]]:
-    """The cells of the columns `required`, none of them empty, of those in `optional` that there are, and of `others`.
-
-    Others are all that have a name.
+    """The cells of the columns `required`, none of them empty but of those in `empty` too, of those in `optional` that
+    there are, and of `others`, which are all that have a name.
     """
     try:
         with path.open(newline="", encoding="utf-8-sig") as stream:
@@ -266,8 +273,8 @@ def _read_csv(
                     continue
                 for name, place in places.items():
                     cell = row[place] if place < len(row) else ""
-                    if not cell and name in required:
-                        raise UserError(f"{path}, line {reader.line_num}: column {name!r} is empty")
+                    if not cell and name in required and name not in empty:
+                        raise UserError(f"{path}, line {reader.line_num}: {empty_cell(name)}")
                     table[name].append(cell)
     except FileNotFoundError:
         raise UserError(f"--labels {path}: no such file") from None

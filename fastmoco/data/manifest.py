@@ -37,8 +37,8 @@ class Manifest:
     `dali` is (n,) bool: whether DALI decodes the file to what `decode` returns; all True where it is not given.
     `offsets` is (n,) int64, where each member of a tar shard begins in it, and None where the files lie by
     themselves. `labels` maps a column's name to (n,) int64 class numbers, and `class_names` says what each number
-    was called. `patients` and `splits` are (n,) arrays of strings, or None where the data do not say. `skipped`
-    lists the files that were left out, and why.
+    was called, "" where its cell was empty. `patients` and `splits` are (n,) arrays of strings, or None where the data
+    do not say. `skipped` lists the files that were left out, and why.
     """
 
     root: Path
@@ -112,6 +112,32 @@ class Manifest:
         some._store = self._store
         return some
 
+    def classes(self, label: str) -> np.ndarray:
+        """(n,) int64: the class of every image by column `label` among those with a name, in their order; -1 where its
+        cell is empty."""
+        names, numbers = self.class_names[label], self.labels[label]
+        if "" not in names:
+            return numbers
+        empty = names.index("")
+        return np.where(numbers == empty, -1, numbers - (numbers > empty))
+
+    def only_labelled(self) -> Manifest:
+        """The images that every label column has a class of. Raises UserError where one has a single class then."""
+        found = {label: self.classes(label) for label in self.labels}
+        known = np.all([numbers >= 0 for numbers in found.values()], axis=0)
+        if known.all():
+            return self
+        some = self.select(known)
+        some.labels = {label: numbers[known] for label, numbers in found.items()}
+        some.class_names = {label: [name for name in names if name] for label, names in self.class_names.items()}
+        for label, numbers in some.labels.items():
+            if len(np.unique(numbers)) < 2:
+                raise UserError(
+                    f"--label {label}: {len(some)} of {len(self)} images have a class in every column of labels, and "
+                    "fewer than two classes are among them; name fewer columns"
+                )
+        return some
+
     def only_split(self, split: str) -> Manifest:
         """The images whose split column says `split`. Raises UserError where there are none."""
         if self.splits is None:
@@ -148,6 +174,7 @@ def load_manifest(
     patient_column: str = "patient",
     split_column: str = "split",
     all_labels: bool = False,
+    partly: bool = False,
     decoder: str = "pillow",
     workers: int = 0,
     progress: bool = True,
@@ -160,7 +187,8 @@ def load_manifest(
     If `labels` is a manifest file, or an index.csv beside the shards is one (see `trusted_list`), it is trusted, and
     nothing is opened; only the lengths of shards are looked at.
     `label` chooses among the label columns; of CSV files it names them, and where it is empty none are taken, or with
-    `all_labels` every column that holds 2 to 1000 different values.
+    `all_labels` every column that holds 2 to 1000 different values. With `partly` their cells may be empty: the class
+    of such an image is not known.
 
     `decoder` is "pillow", or "dali" to find out which files DALI may decode; images that do not decode on the host
     and listed files that are not there are left out, and are in `skipped`. `workers` threads check them; 0: one a core.
@@ -179,7 +207,9 @@ def load_manifest(
     written = trusted_list(data, labels)
     if written is not None:
         root = data.parent if shards == [data] else data
-        fields = read_manifest_file(written, label=label, patient_column=patient_column, split_column=split_column)
+        fields = read_manifest_file(
+            written, label=label, patient_column=patient_column, split_column=split_column, partly=partly
+        )
         if fields["offsets"] is not None:
             require_shards(root, fields["files"], (fields["offsets"] + fields["stamps"][:, 0]).tolist(), written)
         return _without_constants(Manifest(root=root, **fields), label)
@@ -194,6 +224,7 @@ def load_manifest(
             patient_column=patient_column,
             split_column=split_column,
             all_labels=all_labels,
+            partly=partly,
         )
     elif data.is_dir():
         require_columns(data, (), patient_column=patient_column, split_column=split_column)

@@ -12,6 +12,7 @@ from fastmoco.data.members import compare
 from fastmoco.data.pack import pack
 from fastmoco.data.sizes import parse_bytes, show_count
 from fastmoco.data.source import Source
+from fastmoco.data.verify import describe_skipped
 from fastmoco.errors import UserError
 
 
@@ -39,7 +40,7 @@ def pack_command(args: list[str]) -> int:
     shard_bytes = parse_bytes(options.shard_size, "--shard-size")
     manifest = options.manifest()
     if manifest.skipped:
-        print(f"left out {show_count(len(manifest.skipped), 'file')}, the first {manifest.skipped[0]}")
+        print(describe_skipped(manifest.skipped))
     packed = pack(manifest, options.out, shard_bytes=shard_bytes, seed=options.seed, workers=options.threads())
     shards = {name.split("/", 1)[0] for name in packed.files}
     held = f"{show_count(len(packed), 'image')} in {show_count(len(shards), 'shard')}"

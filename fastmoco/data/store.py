@@ -16,6 +16,8 @@ import numpy as np
 
 from fastmoco.errors import UserError
 
+# The reason of a file that is missing.
+ABSENT = "no such file"
 # Shards kept open at once, well below the 1024 descriptors that a process may have.
 _OPEN_SHARDS = 128
 _HEADER = tarfile.BLOCKSIZE
@@ -75,7 +77,7 @@ class Files:
                 _compare(path, (found.st_size, found.st_mtime_ns), stamp)
                 data = stream.readall()
         except FileNotFoundError:
-            raise BadFile(path, "no such file") from None
+            raise BadFile(path, ABSENT) from None
         except OSError as error:
             raise BadFile(path, f"cannot be read ({error.strerror})") from error
         if len(data) != found.st_size:

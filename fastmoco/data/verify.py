@@ -16,7 +16,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from fastmoco.data.dali_check import DaliCheck
 from fastmoco.data.decode import decode
 from fastmoco.data.listing import Listing
-from fastmoco.data.store import BadFile, Store, open_store
+from fastmoco.data.sizes import show_count
+from fastmoco.data.store import ABSENT, BadFile, Store, open_store
 from fastmoco.data.undecodable import DecoderMissing, Undecodable
 from fastmoco.data.verdicts import Verdict, VerdictFile
 
@@ -37,6 +38,14 @@ class Skipped:
 
     def __str__(self) -> str:
         return f"{self.file}: {self.reason}"
+
+
+def describe_skipped(skipped: Sequence[Skipped]) -> str:
+    """In a line how many files were left out, those that are not there apart from others, and the first of both."""
+    absent = [item for item in skipped if item.reason == ABSENT]
+    others = [item for item in skipped if item.reason != ABSENT]
+    parts = [f"{show_count(len(some), 'file')}, the first {some[0]}" for some in (absent, others) if some]
+    return f"left out {'; and '.join(parts)}".encode(errors="backslashreplace").decode()
 
 
 @dataclass(frozen=True)

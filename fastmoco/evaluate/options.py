@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fastmoco.data.manifest import Manifest, load_manifest
+from fastmoco.data.sizes import show_count
+from fastmoco.data.verify import describe_skipped
 from fastmoco.errors import UserError
 from fastmoco.models.encoder import Encoder
 from fastmoco.models.weights import weights_file
@@ -44,9 +46,9 @@ class LabelledImages:
                 finite = "" if math.isfinite(value) else "finite and "
                 raise UserError(f"--{name.replace('_', '-')} must be {finite}at least {least}, not {value}")
 
-    def manifest(self, *, all_labels: bool = False) -> Manifest:
-        """The images. `all_labels` and raises are those of `load_manifest`."""
-        return load_manifest(
+    def manifest(self, *, all_labels: bool = False, partly: bool = False) -> Manifest:
+        """The images; what was left out is said. `all_labels`, `partly` and raises are those of `load_manifest`."""
+        manifest = load_manifest(
             self.data,
             self.labels,
             label=self.label,
@@ -54,11 +56,16 @@ class LabelledImages:
             patient_column=self.patient_column,
             split_column=self.split_column,
             all_labels=all_labels,
+            partly=partly,
         )
+        if manifest.skipped:
+            print(describe_skipped(manifest.skipped))
+        return manifest
 
     def labelled(self) -> Manifest:
-        """The images with at least one label column. Raises UserError where there is none."""
-        manifest = self.manifest()
+        """The images with a class in every label column; how many have none is said. Raises UserError where there is no
+        such column."""
+        manifest = self.manifest(partly=True)
         if not manifest.labels:
             raise UserError(
                 f"--data {self.data}: no labels to evaluate with; sort the images into two or more class folders, or "
@@ -66,7 +73,11 @@ class LabelledImages:
                 if self.labels is None
                 else f"--labels {self.labels}: say with --label which of its columns to evaluate"
             )
-        return manifest
+        known = manifest.only_labelled()
+        if len(known) < len(manifest):
+            columns = ", ".join(manifest.labels)
+            print(f"left out {show_count(len(manifest) - len(known), 'image')} without a class in {columns}")
+        return known
 
     def input_size(self, encoder: Encoder | None, run: Path | None) -> int:
         """Pixels a side of what `encoder`, read from `run`, is shown. Raises UserError where neither says."""

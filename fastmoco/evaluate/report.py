@@ -16,6 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from fastmoco.atomic import write_text
+from fastmoco.data.sizes import show_count
 from fastmoco.errors import UserError
 from fastmoco.evaluate.intervals import INTERVAL
 from fastmoco.evaluate.scores import Scores
@@ -82,7 +83,7 @@ def remarks(result: Result) -> list[str]:
     ]
     lines += result.context
     if result.left_out:
-        lines.append(f"{result.left_out} files could not be decoded and were left out.")
+        lines.append(f"{show_count(result.left_out, 'file')} left out: not there, or not to be decoded.")
     notes: dict[str, list[str]] = {}
     for row in result.rows:
         for note in row.test.notes:

@@ -22,14 +22,16 @@ MONITOR_IMAGES = 2000
 def knn_row(
     trainer: Trainer, encoder: Encoder, manifest: Manifest, quarantine: Quarantine, alive: Callable[[], None]
 ) -> Row:
-    """Leave-one-out kNN scores of `encoder`'s pooled stage-4 feature on some of the training images.
+    """Leave-one-out kNN scores of `encoder`'s pooled stage-4 feature on some of the training images with a class.
 
     Images in `quarantine` and others that cannot be read are left out: a score is no reason to set them aside, nor to
     stop. {} where fewer than two are left. `alive` is called after each image looked at and each batch of features.
     """
     name = next(iter(manifest.labels))
     rng = np.random.Generator(np.random.Philox(key=[trainer.config.run.seed, 0x5A37]))
-    drawn = np.sort(rng.permutation(len(manifest))[:MONITOR_IMAGES]).tolist()
+    classes = manifest.classes(name)
+    known = np.flatnonzero(classes >= 0)
+    drawn = np.sort(known[rng.permutation(len(known))[:MONITOR_IMAGES]]).tolist()
     chosen = [index for index in drawn if index not in quarantine and _readable(manifest, index, alive)]
     views = trainer.config.views
     while len(chosen) > 1:
@@ -49,7 +51,7 @@ def knn_row(
         except BadImage as bad:
             del chosen[bad.index]
             continue
-        scores = monitor(features["stage4"], some.labels[name], some.patients)
+        scores = monitor(features["stage4"], classes[chosen], some.patients)
         return {f"knn_{score}": value for score, value in scores.items() if value is not None}
     return {}
 

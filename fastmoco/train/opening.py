@@ -11,6 +11,7 @@ from fastmoco.data.dali import dali_installed
 from fastmoco.data.manifest import Manifest
 from fastmoco.data.order import Order
 from fastmoco.data.pairs import find_pairs
+from fastmoco.data.verify import describe_skipped
 from fastmoco.distributed.world import World
 from fastmoco.errors import UserError
 from fastmoco.models.weights import initial_backbone
@@ -89,8 +90,7 @@ def describe(trainer: Trainer, manifest: Manifest, order: Order, plan: Plan, *, 
     config, world = trainer.config, trainer.world
     skipped = manifest.skipped
     if skipped:
-        first = str(skipped[0]).encode(errors="backslashreplace").decode()
-        print(f"left out {len(skipped)} files, the first {first}; see skipped.txt")
+        print(f"{describe_skipped(skipped)}; see skipped.txt")
     where = world.device if world.alone else world.device.type
     shared = "" if world.alone else f" by {world.size} processes ({trainer.engine.name})"
     print(
