@@ -33,6 +33,7 @@ def pretrain(args: list[str]) -> int:
     config = read_options(args)
 
     from fastmoco.distributed.launch import find_launch
+    from fastmoco.distributed.roll import AGAIN
     from fastmoco.train.pretrain import Stopped
     from fastmoco.train.pretrain import pretrain as train
     from fastmoco.train.stop import end_undisturbed
@@ -42,7 +43,7 @@ def pretrain(args: list[str]) -> int:
         folder = train(config)
     except Stopped as stopped:
         if launch.rank == 0:
-            print(stopped, file=sys.stderr)
+            print(f"{stopped}; {AGAIN}", file=sys.stderr)
         return 128 + stopped.signal
     finally:
         if launch.size > 1:
@@ -185,8 +186,13 @@ def study(args: list[str]) -> int:
 def demo(args: list[str]) -> int:
     """Draw tissue patches, pretrain on them, and show what was gained."""
     from fastmoco.demo import DemoArgs, run_demo
+    from fastmoco.train.pretrain import Stopped
 
-    return run_demo(read_arguments(DemoArgs, prog="fastmoco demo", args=args))
+    try:
+        return run_demo(read_arguments(DemoArgs, prog="fastmoco demo", args=args))
+    except Stopped as stopped:
+        print(f"{stopped}; the same command goes on from there", file=sys.stderr)
+        return 128 + stopped.signal
 
 
 COMMANDS: dict[str, Command] = {

@@ -167,7 +167,18 @@ def test_version(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[
     assert "fastmoco 0.1.0" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(("rank", "said"), [(0, "stopped at step 3\n"), (1, "")])
+def test_a_demo_that_is_stopped_says_how_it_goes_on(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def stop(args: object) -> int:
+        raise Stopped("stopped at step 3", 2)
+
+    monkeypatch.setattr("fastmoco.demo.run_demo", stop)
+    assert fastmoco(monkeypatch, "demo") == 130
+    assert capsys.readouterr().err == "stopped at step 3; the same command goes on from there\n"
+
+
+@pytest.mark.parametrize(("rank", "said"), [(0, "stopped at step 3; go on with --resume\n"), (1, "")])
 def test_only_the_first_process_says_where_the_run_stopped(
     rank: int, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

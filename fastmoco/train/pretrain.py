@@ -28,6 +28,7 @@ from fastmoco.train.checkpoint import Checkpoint, Store
 from fastmoco.train.classes import classes
 from fastmoco.train.clock import Clock
 from fastmoco.train.config import Config
+from fastmoco.train.crowding import Crowding
 from fastmoco.train.folder import BAD_FILES, find_checkpoint, writing
 from fastmoco.train.images import fingerprint, root_of, staged
 from fastmoco.train.metrics import Row
@@ -117,6 +118,7 @@ class _Run:
         )  # fmt: skip
         self.plan = plan(config, self.order)
         refuse_single_images(world, config, self.order)
+        self.crowding = Crowding(torch.get_num_threads() if world.device.type == "cpu" else 1)
         self.start = 0
         if saved is not None:
             trainer.restore(saved)
@@ -168,6 +170,7 @@ class _Run:
             stop.begin()
             self.record = record
             clock = Clock(trainer.pairs)
+            self.crowding.restart()
             self.monitor.beat(self.start)
             batches = clock.timing(loader)
             for done in range(self.start, total):
@@ -207,7 +210,7 @@ class _Run:
             agree_to_raise(self.world, problem and type(problem)(f"{problem}\n{saved}"))
         if asked:
             path = self._finish_at(done, clock)
-            raise Stopped(f"stopped at step {done} of {self.plan.total}; saved {path}; go on with --resume", asked)
+            raise Stopped(f"stopped at step {done} of {self.plan.total}; saved {path}", asked)
         return ready
 
     def _after(self, done: int, clock: Clock) -> None:
@@ -227,10 +230,13 @@ class _Run:
                 )
             self.monitor.alive()
         self.record.write(rows)
+        if told := self.crowding.read():
+            self.record.say(told)
         if save:
             self.saving.save(done, now=done == self.plan.total, before=self.record.sync)
         # Neither a score nor a checkpoint counts in the speed.
         clock.restart(self.trainer.pairs)
+        self.crowding.restart()
 
     def _lr(self, step: int) -> float:
         optim = self.config.optim

@@ -37,6 +37,9 @@ class Record(Protocol):
     def bad_files(self, quarantine: Quarantine, new: int) -> None:
         """List the images that went bad, the last `new` of which nobody was told of."""
 
+    def say(self, text: str) -> None:
+        """Tell the person who watches."""
+
     def sync(self) -> None:
         """Bring what was written to the disk."""
 
@@ -83,6 +86,9 @@ class Files:
                 # Checkpoints hold the list too, and the next image that goes bad has it written again.
                 self.progress.say(f"warning: {self.out / BAD_FILES} could not be written: {error}")
 
+    def say(self, text: str) -> None:
+        self.progress.say(text)
+
     def sync(self) -> None:
         self.metrics.sync()
 
@@ -105,6 +111,9 @@ class Silence:
         pass
 
     def bad_files(self, quarantine: Quarantine, new: int) -> None:
+        pass
+
+    def say(self, text: str) -> None:
         pass
 
     def sync(self) -> None:
