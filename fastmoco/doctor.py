@@ -108,14 +108,22 @@ def _gpus() -> list[Row]:
 
 
 def _packages() -> list[Row]:
+    found = {name: _version(name) for name, _ in PACKAGES}
+    # Of builds for several CUDA versions one is enough.
+    dali = [name for name, version in found.items() if name.startswith("nvidia-dali") and version]
     rows = []
     for name, extra in PACKAGES:
-        try:
-            value = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            value = f"not installed: pip install 'fastmoco[{extra}]'" if extra else "not installed"
-        rows.append(Row("Packages", name, value))
+        enough = f" ({dali[0]} is enough)" if dali and name.startswith("nvidia-dali") else ""
+        absent = f"not installed{enough}: pip install 'fastmoco[{extra}]'" if extra else "not installed"
+        rows.append(Row("Packages", name, found[name] or absent))
     return rows
+
+
+def _version(distribution: str) -> str | None:
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return None
 
 
 def _extension() -> list[Row]:

@@ -48,13 +48,23 @@ def test_without_extras_it_names_them(monkeypatch: pytest.MonkeyPatch) -> None:
     assert found["torch"] == "not installed"
 
 
+def test_one_build_of_dali_is_enough(monkeypatch: pytest.MonkeyPatch) -> None:
+    def version(name: str) -> str:
+        if name == "nvidia-dali-cuda120":
+            raise metadata.PackageNotFoundError(name)
+        return "2.3"
+
+    monkeypatch.setattr(metadata, "version", version)
+    found = values()
+    absent = "not installed (nvidia-dali-cuda130 is enough): pip install 'fastmoco[dali-cuda12]'"
+    assert (found["nvidia-dali-cuda130"], found["nvidia-dali-cuda120"]) == ("2.3", absent)
+
+
 def test_without_the_extension_it_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
     missing = "the C++ extension was not built: no compiler"
     monkeypatch.setattr(dispatch, "native", None)
     monkeypatch.setattr(dispatch, "NATIVE_MISSING", missing)
-    monkeypatch.setitem(
-        dispatch._registry["ema"], "native", dispatch.Implementation(lambda: None, ("cpu",), missing)
-    )
+    monkeypatch.setitem(dispatch._registry["ema"], "native", dispatch.Implementation(lambda: None, ("cpu",), missing))
     found = values()
     assert found["fastmoco._C"] == missing
     assert found["ema on cpu"].startswith(f"reference; not native: {missing}; ")

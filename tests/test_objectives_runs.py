@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -107,6 +108,14 @@ def test_a_run_trains_and_its_encoder_loads(name: str, tmp_path: Path) -> None:
     metrics = (out / "metrics.jsonl").read_text().splitlines()
     assert len(metrics) == 4 and ("queue_fill" in metrics[-1]) == (name == "symmetric")
     assert (out / "curves.png").stat().st_size > 1000
+
+
+def test_barlow_twins_with_another_head_is_warned_of(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    images = draw_images(tmp_path, side=36)
+    for head in ("projector", "mlp"):
+        config = config_of("barlow-twins", tmp_path / head, images, steps=1)
+        pretrain(replace(config, model=replace(config.model, head=head)))  # type: ignore[arg-type]
+        assert ("warning: --head mlp: Barlow Twins wants" in capsys.readouterr().out) == (head == "mlp")
 
 
 def test_classes_are_numbered_by_what_is_there_the_same_for_all_who_read_the_list(tmp_path: Path) -> None:

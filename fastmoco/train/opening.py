@@ -106,6 +106,8 @@ def describe(trainer: Trainer, manifest: Manifest, order: Order, plan: Plan, *, 
             f"warning: --stage-weight {config.loss.stage_weight:g} is for --method mse; of barlow the paper has 5e-5, "
             "and 5e-4 goes with --barlow-scale 1 --barlow-off-diagonal 0.005"
         )
+    if config.loss.objective == "barlow-twins" and config.model.head != "projector":
+        print(f"warning: --head {config.model.head}: Barlow Twins wants --head projector, as wide as --dim")
     if trainer.targets is not None:
         print(describe_classes(manifest, trainer.targets))
     if config.model.norm == "frozen" and config.model.init is None:
