@@ -23,6 +23,7 @@ from torchvision import tv_tensors
 from torchvision.transforms import v2
 
 from fastmoco.data.manifest import Manifest, load_manifest
+from fastmoco.data.manifest_file import write_manifest
 from fastmoco.errors import UserError
 from fastmoco.evaluate.baselines import colour_statistics, gray_pixels
 from fastmoco.evaluate.features import evaluation_image, extract
@@ -399,6 +400,20 @@ def test_images_without_a_class_and_files_not_there_are_left_out_and_told(
     assert "left out 1 file, the first gone.png: no such file" in shown
     assert "left out 10 images without a class in warm" in shown and "1 file left out: not there" in shown
     assert found[0] == found[1]
+
+
+def test_test_images_that_were_pretrained_on_are_told(folder: Path, tmp_path: Path, encoder: Encoder) -> None:
+    path = tmp_path / "run" / "encoder.safetensors"
+    save_encoder(path, encoder, {})
+    labels = folder / "labels.csv"
+    everything = load_manifest(folder, labels, label=("warm",), progress=False)
+    assert everything.splits is not None
+    args = EvaluateArgs(run=path, data=folder, labels=labels, label=("warm",), size=32, workers=0, baselines=False)
+    for some, said in ((everything, True), (everything.only_split("train"), False)):
+        write_manifest(tmp_path / "run" / "manifest.csv", some)
+        assert evaluate_command(args) == 0
+        (result,) = json.loads((default_folder(path) / "evaluation.json").read_text())
+        assert any("30 of the 30 test images were pretrained on" in line for line in result["context"]) is said
 
 
 def test_one_image_in_two_splits_stops_the_command_where_it_is_told_to_look(

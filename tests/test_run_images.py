@@ -12,11 +12,11 @@ from typing import Any
 import pytest
 from test_pretrain import LOADERS, final_tensors, loss_columns, resumed, stop_after
 
+from fastmoco.data.manifest_file import MANIFEST
 from fastmoco.data.order import Order
 from fastmoco.data.quarantine import ImagesGone, TooManyBad
 from fastmoco.errors import UserError
 from fastmoco.train.config import Config
-from fastmoco.train.images import MANIFEST
 from fastmoco.train.metrics import read_rows
 from fastmoco.train.pretrain import Stopped, pretrain
 from fastmoco.train.trainer import Trainer

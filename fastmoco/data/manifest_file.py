@@ -22,6 +22,8 @@ OFFSET = "offset"
 PATIENT, SPLIT = "patient", "split"
 # A manifest file of this name beside tar shards says what is in them.
 SHARD_INDEX = "index.csv"
+# One of this name in a run folder, which images it is trained on.
+MANIFEST = "manifest.csv"
 # What no label can be called in a file.
 RESERVED = frozenset({*COLUMNS, OFFSET, PATIENT, SPLIT})
 # A label column names classes; with more values than this it is something else.

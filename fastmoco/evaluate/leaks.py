@@ -5,10 +5,12 @@ from __future__ import annotations
 import os
 from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 
 from fastmoco.data.manifest import Manifest
+from fastmoco.data.manifest_file import is_manifest_file, read_manifest_file
 from fastmoco.data.stats import pixel_hash
 from fastmoco.errors import UserError
 from fastmoco.evaluate.splits import Splits
@@ -29,9 +31,7 @@ def find_leaks(manifest: Manifest, splits: Splits, *, workers: int = 0) -> list[
     return _patients(manifest, part) + _duplicates(manifest, part, workers or os.cpu_count() or 1)
 
 
-def refuse_leaks(
-    manifest: Manifest, splits: Splits, *, allowed: bool, leave: str = "pass --allow-leaks"
-) -> list[str]:
+def refuse_leaks(manifest: Manifest, splits: Splits, *, allowed: bool, leave: str = "pass --allow-leaks") -> list[str]:
     """`find_leaks`; raises UserError with the first of them where there are any, unless they are `allowed`.
 
     `leave` says there how to allow them.
@@ -74,3 +74,18 @@ def _duplicates(manifest: Manifest, part: np.ndarray, workers: int) -> list[str]
         for images in same.values()
         if len({str(part[i]) for i in images}) > 1
     ]
+
+
+def seen_before(listed: Path, manifest: Manifest, splits: Splits) -> str | None:
+    """What to say of test images whose names are in `listed`, the manifest file of what an encoder was pretrained on;
+    None where there are none, or no such file."""
+    if not is_manifest_file(listed):
+        return None
+    names = set(read_manifest_file(listed)["files"])
+    seen = sum(manifest.files[i] in names for i in splits.test.tolist())
+    if not seen:
+        return None
+    return (
+        f"{seen} of the {len(splits.test)} test images were pretrained on, without their labels, by their names in "
+        f"{listed}; pretrain with --split train to keep them apart."
+    )

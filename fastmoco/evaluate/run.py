@@ -12,10 +12,11 @@ import tyro
 from rich.console import Console
 
 from fastmoco.data.manifest import Manifest
+from fastmoco.data.manifest_file import MANIFEST
 from fastmoco.device import find_device
 from fastmoco.evaluate.baselines import colour_statistics, gray_pixels
 from fastmoco.evaluate.features import describe_input, extract
-from fastmoco.evaluate.leaks import refuse_leaks
+from fastmoco.evaluate.leaks import refuse_leaks, seen_before
 from fastmoco.evaluate.options import LabelledImages
 from fastmoco.evaluate.protocol import evaluate_features
 from fastmoco.evaluate.report import Result, print_result, write_results
@@ -134,11 +135,13 @@ def evaluate_command(args: EvaluateArgs) -> int:
     size = args.input_size(encoder, args.run)
     resize = encoder.resize or 1.0
     manifest = args.labelled()
+    seen: dict[str, str | None] = {}
     for label in manifest.labels:
         # Whatever is wrong with a label's splits is said before minutes go into features.
         splits = make_splits(manifest, label, seed=args.seed, allow_leaks=args.allow_leaks)
         if args.duplicates:
             refuse_leaks(manifest, splits, allowed=args.allow_leaks)
+        seen[label] = seen_before(run_folder(args.run) / MANIFEST, manifest, splits)
     encoders = {"random": Encoder(encoder.arch, seed=args.seed)} if args.baselines else {}
     features = collect_features(
         {**encoders, "pretrained": encoder},
@@ -157,7 +160,12 @@ def evaluate_command(args: EvaluateArgs) -> int:
     for label in manifest.labels:
         with console.status(f"scoring {label}"):
             result = evaluate_features(
-                features, manifest, label=label, seed=args.seed, allow_leaks=args.allow_leaks, context=context
+                features,
+                manifest,
+                label=label,
+                seed=args.seed,
+                allow_leaks=args.allow_leaks,
+                context=(*context, *filter(None, [seen[label]])),
             )
         print_result(result)
         results.append(result)

@@ -9,15 +9,13 @@ from dataclasses import replace
 import numpy as np
 
 from fastmoco.data.manifest import Manifest, load_manifest, refuse_inside
-from fastmoco.data.manifest_file import read_manifest_file, write_manifest
+from fastmoco.data.manifest_file import MANIFEST, read_manifest_file, write_manifest
 from fastmoco.data.quarantine import check_there
 from fastmoco.data.stage import stage
 from fastmoco.errors import UserError
 from fastmoco.train.checkpoint import Checkpoint
 from fastmoco.train.classes import names_of
 from fastmoco.train.config import Config
-
-MANIFEST = "manifest.csv"
 
 
 def find_images(config: Config, saved: Checkpoint | None, *, listed: bool = False) -> Manifest:
