@@ -166,13 +166,18 @@ def test_an_idle_process_beside_changes_no_peak() -> None:
     assert 30 << 20 <= alone - childless < 60 << 20
 
 
+DEFINED = np.zeros((2, 2))
+
+
 class Answers:
     """A loader whose views have these statistics, and lie so far from the definition."""
 
     def __init__(self, statistics: np.ndarray, apart: float) -> None:
-        self.answers = {"statistics": statistics, "definition": None, "apart": apart}
+        self.answers = {"statistics": statistics, "apart": apart}
 
     def ask(self, method: str, *args: object) -> Any:
+        if method == "apart":
+            assert args[1] is DEFINED
         return self.answers[method]
 
 
@@ -181,10 +186,13 @@ def test_what_loads_other_views_disagrees() -> None:
     right = [rng.normal(0.4, 0.1, (400, 6)) for _ in LOADERS]
     said: list[str] = []
     loaders = {name: Answers(values, 0.01) for name, values in zip(LOADERS, right, strict=True)}
-    assert all(agreement(loaders, 200, said.append).values()) and len(said) == len(LOADERS) - 1 + len(OURS)
+    assert all(agreement(loaders, DEFINED, 200, said.append).values()) and len(said) == len(LOADERS) - 1 + len(OURS)
     loaders["lightly"] = Answers(right[0] + np.array([0, 0, 0, 0, 0.05, 0]), 0.01)
     loaders[OURS[1]] = Answers(right[1], 1.5)
-    assert {name for name, agrees in agreement(loaders, 200, said.append).items() if not agrees} == {"lightly", OURS[1]}
+    assert {name for name, agrees in agreement(loaders, DEFINED, 200, said.append).items() if not agrees} == {
+        "lightly",
+        OURS[1],
+    }
     assert sum("PARITY FAILS" in line for line in said) == 2
     assert deviations(np.full((9, 6), np.nan), right[0]) == np.inf
 
