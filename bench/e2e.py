@@ -45,6 +45,8 @@ BASES = {"ratio": EAGER, "ratio_flushed": FLUSHED, "ratio_lightly": LIGHTLY}
 OF_EAGER = ("ratio", "ratio_low", "ratio_high")
 # No way from files to weights, but what takes turns with them.
 LIMIT = "products alone"
+# Of what is printed: a table with every column and the longest verdict.
+WIDTH = 150
 COLUMNS = ["images", "implementation", "precision", "pairs_per_s", "slow_pairs_per_s", "fast_pairs_per_s"]
 COLUMNS += ["cpu_ms_per_pair", "peak_mb", "waiting"]
 COLUMNS += [f"{name}{which}" for name in BASES for which in ("", "_low", "_high")]
@@ -202,7 +204,8 @@ def judged(row: Mapping[str, Any], case: Case) -> dict[str, str]:
 def show(rows: list[dict[str, Any]], console: Console) -> None:
     """One table for each case."""
     headings = ["files to weights", "pairs/s", "20-80 %", "CPU ms", "MB", "to eager", "flushed", "to lightly"]
-    headings += ["limit", "met"]
+    limited = any(row.get("limit") is not None for row in rows)
+    headings += [*(["limit"] if limited else []), "met"]
     for images in dict.fromkeys(row["images"] for row in rows):
         table = Table(title=images)
         for heading in headings:
@@ -218,10 +221,16 @@ def show(rows: list[dict[str, Any]], console: Console) -> None:
                 f"{row['cpu_ms_per_pair']:.1f}",
                 f"{row['peak_mb']:.0f}",
                 *("-" if row[name] is None else f"{row[name]:.2f}x" for name in BASES),
-                "" if row.get("limit") is None else f"{row['limit']:.2f}x",
+                *(["" if row.get("limit") is None else f"{row['limit']:.2f}x"] if limited else []),
                 row.get("met", ""),
             )
         console.print(table)
+
+
+def shown(rows: list[dict[str, Any]]) -> list[str]:
+    """The columns of the file; those of the limit only where it was timed."""
+    limited = any(row.get("limit") is not None for row in rows)
+    return [name for name in COLUMNS if limited or not name.startswith("limit")]
 
 
 def cases(args: E2eArgs) -> list[Case]:
@@ -233,7 +242,7 @@ def cases(args: E2eArgs) -> list[Case]:
 
 def main(args: E2eArgs) -> int:
     """Run the benchmark; status 1 where a first loss disagrees."""
-    console = Console(width=130, highlight=False)
+    console = Console(width=WIDTH, highlight=False)
     if args.limit and torch.device(args.device).type != "cpu":
         raise UserError(f"--limit is of CPUs: on {args.device} the launches of products take the time; leave it out")
     if args.quick:
@@ -267,7 +276,7 @@ def main(args: E2eArgs) -> int:
             + f" --archs {' '.join(args.archs)} --sizes {' '.join(map(str, args.sizes))}"
             + (" --data IMAGES" if args.data else "")
             + (" --limit" if args.limit else ""),
-            columns=COLUMNS,
+            columns=shown(rows),
             note=NOTE,
         )
         console.print(save_speeds(rows, args.out.with_suffix(".png"), title="Pairs a second, from files to weights"))

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import pytest
 import torch
+from rich.console import Console
 from torch.utils.flop_counter import FlopCounterMode
 
 from bench import e2e, products, ways
@@ -18,7 +20,7 @@ from bench.e2e import BASES, LIMIT, LOSSES, Case, E2eArgs, cases, disagreements,
 from bench.loaders import Pair
 from bench.products import DTYPES, Product, Products, candidates, fastest, multiplications
 from bench.step import FLOAT32_TOLERANCE, LOSS_TOLERANCE, PLAIN, StepArgs, as_run
-from bench.turns import Missing, Turn
+from bench.turns import Missing, Turn, summary
 from bench.ways import EAGER, FLUSHED, LIGHTLY, OURS, WAYS, Steps, eager_steps, fastmoco_steps, lightly_steps
 from fastmoco.errors import UserError
 from fastmoco.models.encoder import Encoder
@@ -128,6 +130,21 @@ def test_the_limit_is_of_the_same_rounds() -> None:
     turns = {EAGER: taken(4, 2, 4), OURS: taken(12, 6, 16), LIMIT: taken(20, 8, 16)}
     assert limits_of(turns) == {"limit": 4, "limit_low": 4, "limit_high": 5}
     assert limits_of({EAGER: taken(4), OURS: taken(12)}) == {}
+
+
+@pytest.mark.parametrize("limit", [None, 3.21])
+def test_the_limit_is_shown_where_it_was_timed_and_the_verdict_whole(limit: float | None) -> None:
+    turns = {EAGER: taken(41, 40), FLUSHED: taken(42, 43), LIGHTLY: taken(51, 50), OURS: taken(101, 100)}
+    rows: list[dict[str, Any]] = [
+        {"implementation": way, "images": "images"} | summary(turns[way]) | ratios(turns, way) for way in turns
+    ]
+    rows[-1] |= {"met": "no: eager, lightly", "peak_mb": 1234.0} | ({} if limit is None else {"limit": limit})
+    console = Console(width=e2e.WIDTH, file=io.StringIO())
+    e2e.show(rows, console)
+    text = console.file.getvalue()  # type: ignore[attr-defined]
+    assert "no: eager, lightly" in text and "…" not in text
+    assert ("limit" in text) == ("3.21x" in text) == (limit is not None)
+    assert ("limit_low" in e2e.shown(rows)) == (limit is not None) and e2e.shown(rows)[-2:] == ["met", "loss_error"]
 
 
 @pytest.mark.parametrize("arch", ["resnet18", "resnet50"])
