@@ -46,7 +46,8 @@ VARIANTS = {
 }
 # Times as fast as lightly's loop that is asked for of all changes together.
 TARGET = 2.0
-# At the start of a turn, so that what was loaded ahead during others' turns is used up.
+# At the start of a turn, as caches are others'; of what was loaded ahead during their turns, two batches a worker with
+# torch's loader, they use up a part.
 UNTIMED = 2
 COLUMNS = ["implementation", "precision", "pairs_per_s", "slow_pairs_per_s", "fast_pairs_per_s"]
 COLUMNS += ["ratio", "ratio_low", "ratio_high", "gain", "step", *PARTS, "loss_error"]
