@@ -23,12 +23,23 @@ from rich.console import Console
 from rich.table import Table
 
 from bench.floors import FLOORS
-from bench.loaders import BASELINE, DEFINITION, LOADERS, OURS, Setting, first_views, read_manifest, statistics
+from bench.loaders import (
+    BASELINE,
+    DEFINITION,
+    LOADERS,
+    OURS,
+    Setting,
+    first_views,
+    read_generated,
+    read_manifest,
+    statistics,
+)
 from bench.photographs import COUNT, SIDE, draw_photographs, mean_bytes
 from bench.plot import save_speeds
 from bench.timing import environment, save
 from bench.turns import Contestant, Missing, Turn, as_rows, rounds, summary, take_turn
 from fastmoco.data.manifest import Manifest
+from fastmoco.errors import UserError
 from fastmoco.train.recipes import find
 
 PRELOAD = ("torch", "torchvision.transforms.v2", "bench.loaders", "bench.floors", "bench.plot", "tyro")
@@ -198,11 +209,13 @@ def sets(args: DataArgs, folder: Path) -> Iterator[tuple[str, Manifest]]:
     for side, count in ((128, 24),) if args.quick else ((SIDE, COUNT), (1024, 96)):
         images = folder / str(side)
         if side == SIDE and args.generated is not None:
-            images = args.generated
-            mean = mean_bytes(sorted(images.iterdir()))
+            manifest = read_generated(args.generated)
         else:
-            mean = draw_photographs(images, count, side)
-        yield f"generated {side} px, {mean / 1000:.0f} kB", read_manifest(images)
+            draw_photographs(images, count, side)
+            manifest = read_manifest(images)
+        # Of the images alone, whatever else lies there.
+        mean = mean_bytes([manifest.path(index) for index in range(len(manifest))])
+        yield f"generated {side} px, {mean / 1000:.0f} kB", manifest
     for given in args.images:
         manifest = read_manifest(given)
         height, width = np.median(manifest.sizes, axis=0).astype(int)
@@ -211,6 +224,8 @@ def sets(args: DataArgs, folder: Path) -> Iterator[tuple[str, Manifest]]:
 
 def main(args: DataArgs) -> int:
     """Run the benchmark; status 1 where parity fails."""
+    if args.generated is not None and args.quick:
+        raise UserError("--generated: the images of --quick are smaller ones; leave one of both out")
     console = Console(width=120, highlight=False)
     views = find("mocov2")(Path(), Path()).views
     if args.quick:
@@ -239,4 +254,7 @@ def main(args: DataArgs) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(tyro.cli(DataArgs, prog="python -m bench.data")))
+    try:
+        sys.exit(main(tyro.cli(DataArgs, prog="python -m bench.data")))
+    except UserError as error:
+        sys.exit(f"error: {error}")

@@ -24,7 +24,7 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from bench.loaders import Setting, read_manifest
+from bench.loaders import Setting, read_generated, read_manifest
 from bench.photographs import COUNT, SIDE, draw_photographs
 from bench.plot import save_speeds
 from bench.products import Products
@@ -245,6 +245,9 @@ def main(args: E2eArgs) -> int:
     console = Console(width=WIDTH, highlight=False)
     if args.limit and torch.device(args.device).type != "cpu":
         raise UserError(f"--limit is of CPUs: on {args.device} the launches of products take the time; leave it out")
+    if args.generated is not None and (args.quick or args.data is not None):
+        other = "--quick draws smaller ones" if args.quick else "--data has its own"
+        raise UserError(f"--generated: {other}; leave one of both out")
     if args.quick:
         args = replace(args, seconds=0.1, rounds=2)
     views = find("mocov2")(Path(), Path()).views
@@ -252,11 +255,14 @@ def main(args: E2eArgs) -> int:
     with tempfile.TemporaryDirectory() as folder:
         # What is found out about the files is of no use to anybody later.
         os.environ["XDG_CACHE_HOME"] = str(Path(folder, "cache"))
-        source = args.data or args.generated or Path(folder, "images")
-        if args.data is None and args.generated is None:
-            side, count = (128, 16) if args.quick else (SIDE, COUNT)
-            draw_photographs(source, count, side)
-        manifest = read_manifest(source)
+        if args.generated is not None:
+            manifest = read_generated(args.generated)
+        else:
+            source = args.data or Path(folder, "images")
+            if args.data is None:
+                side, count = (128, 16) if args.quick else (SIDE, COUNT)
+                draw_photographs(source, count, side)
+            manifest = read_manifest(source)
         height, width = np.median(manifest.sizes, axis=0).astype(int)
         kind = "generated JPEGs" if args.data is None else "images"
         for case in cases(args):

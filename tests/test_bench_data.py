@@ -13,13 +13,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from bench import data
+from bench import data, e2e
 from bench.data import DataArgs, agreement, deviations
 from bench.floors import FLOORS
 from bench.loaders import BASELINE, LOADERS, OURS
 from bench.photographs import draw_photographs
 from bench.process import cpu_seconds, peak_bytes, restart_peak
 from bench.turns import Contestant, Missing, Turn, summary, take_turn
+from fastmoco.errors import UserError
 
 
 def test_photographs_are_the_same_and_compress_as_photographs_do(tmp_path: Path) -> None:
@@ -34,8 +35,25 @@ def test_photographs_are_the_same_and_compress_as_photographs_do(tmp_path: Path)
 def test_photographs_that_are_there_are_not_drawn_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     mean = draw_photographs(tmp_path / "there", 2, 512)
     monkeypatch.setattr(data, "draw_photographs", lambda *args: pytest.fail("drawn again"))
+    # What else lies there is no image.
+    (tmp_path / "there" / "notes.txt").write_bytes(bytes(10**6))
+    (tmp_path / "there" / "more").mkdir()
     name, manifest = next(data.sets(DataArgs(generated=tmp_path / "there"), tmp_path))
     assert name == f"generated 512 px, {mean / 1000:.0f} kB" and len(manifest) == 2
+
+
+def test_generated_images_are_there_and_the_only_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # It is set for the process, to a folder that is gone by then.
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    for absent in (DataArgs(generated=tmp_path / "absent"), e2e.E2eArgs(generated=tmp_path / "absent")):
+        with pytest.raises(UserError, match=r"--generated .*absent: no such folder"):
+            data.main(absent) if isinstance(absent, DataArgs) else e2e.main(absent)
+    with pytest.raises(UserError, match="--generated: the images of --quick"):
+        data.main(DataArgs(generated=tmp_path, quick=True))
+    with pytest.raises(UserError, match="--generated: --quick"):
+        e2e.main(e2e.E2eArgs(generated=tmp_path, quick=True))
+    with pytest.raises(UserError, match="--generated: --data"):
+        e2e.main(e2e.E2eArgs(generated=tmp_path, data=tmp_path))
 
 
 def busy(seconds: float, started: Any, ended: Any) -> None:
