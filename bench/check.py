@@ -35,7 +35,7 @@ Row = dict[str, Any]
 
 @dataclass(kw_only=True)
 class CheckArgs:
-    """Compare two runs of a benchmark, or of all; exit status 1 where a row of ours has become slower.
+    """Compare two runs of a benchmark, or of all; exit status 1 where a row of ours is slower or gone, or none in both.
 
     What is compared is how many times as fast as its baseline, timed in turn with it, a row is: other machines and
     loads change that little. Slower is what lies beyond the noise of both, as the spread of their repeats gives it.
@@ -110,8 +110,10 @@ def load(path: Path) -> list[Row]:
 def read_rows(path: Path) -> dict[str, Timed]:
     """The rows of ours in a file, or in the files of a folder, that have a ratio, by what was run.
 
-    Raises UserError for what is no benchmark's JSON, and where there is no such row.
+    Raises UserError for what is no benchmark's JSON or not there, and where there is no such row.
     """
+    if not path.exists():
+        raise UserError(f"{path}: no such file or folder")
     found = {}
     for file in sorted(path.glob("*.json")) if path.is_dir() else [path]:
         rows = [row for row in load(file) if row.get("ratio") is not None]
@@ -195,7 +197,7 @@ def compare(old: dict[str, Timed], new: dict[str, Timed]) -> list[Change]:
 
 
 def main(args: CheckArgs) -> int:
-    """Print what changed; 1 where something is slower or has gone."""
+    """Print what changed; 1 where something is slower or has gone, or nothing could be compared."""
     old, new = read_rows(args.old), read_rows(args.new)
     changes = compare(old, new)
     slower = [change for change in changes if change.verdict(args.least) == "slower"]
@@ -206,7 +208,9 @@ def main(args: CheckArgs) -> int:
     for name in gone:
         print(f"gone: {name}")
     print(f"{len(changes)} rows compared, {len(slower)} slower, {len(gone)} gone")
-    return int(bool(slower or gone))
+    if not changes:
+        print(f"nothing was compared: no row of {args.old} is in {args.new}; are both of the same options and machine?")
+    return int(bool(slower or gone or not changes))
 
 
 if __name__ == "__main__":

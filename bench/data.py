@@ -23,18 +23,31 @@ from rich.console import Console
 from rich.table import Table
 
 from bench.floors import FLOORS
-from bench.loaders import BASELINE, DEFINITION, LOADERS, OURS, Setting, first_views, read_manifest, statistics
+from bench.loaders import (
+    BASELINE,
+    DEFINITION,
+    LOADERS,
+    OURS,
+    Setting,
+    first_views,
+    read_generated,
+    read_manifest,
+    statistics,
+)
 from bench.photographs import COUNT, SIDE, draw_photographs, mean_bytes
 from bench.plot import save_speeds
 from bench.timing import environment, save
 from bench.turns import Contestant, Missing, Turn, as_rows, rounds, summary, take_turn
 from fastmoco.data.manifest import Manifest
+from fastmoco.errors import UserError
 from fastmoco.train.recipes import find
 
 PRELOAD = ("torch", "torchvision.transforms.v2", "bench.loaders", "bench.floors", "bench.plot", "tyro")
 # Mean over a view of |difference|, in 255ths, between one of our loaders and torchvision's transforms of what Pillow
 # decodes, given the same draws: decoders differ by so much in a JPEG's chroma, and views agree to a hundredth of it.
 SAME_VIEWS = 1.0
+# Batches of which views are compared one by one.
+BATCHES = 2
 # Means and standard deviations of the views, in standard errors of their difference.
 SAME_STATISTICS = 4.0
 COLUMNS = ["images", "implementation", "pairs_per_s", "slow_pairs_per_s", "fast_pairs_per_s", "ratio"]
@@ -108,14 +121,14 @@ class Asked(Protocol):
         """What `method` of its `Loading` returns."""
 
 
-def agreement(contestants: Mapping[str, Asked], pairs: int, say: Callable[[str], None]) -> dict[str, bool]:
+def agreement(
+    contestants: Mapping[str, Asked], definition: np.ndarray, pairs: int, say: Callable[[str], None]
+) -> dict[str, bool]:
     """Which loaders load what they should, by `pairs` pairs of each; every difference and its limit is said.
 
-    Each one's views must have the baseline's statistics; ours must be the definition's, given the same draws.
+    Each one's views must have the baseline's statistics; ours must be those of `definition`, given the same draws.
     """
     reference = contestants[BASELINE].ask("statistics", pairs)
-    # Made once for all of ours: it takes longer than loading the same.
-    definition = contestants[BASELINE].ask("definition", 2)
     agreed = {BASELINE: True}
     for name in LOADERS:
         if name not in contestants or name == BASELINE:
@@ -124,7 +137,7 @@ def agreement(contestants: Mapping[str, Asked], pairs: int, say: Callable[[str],
         say(f"  {name}: statistics off by {errors:.2g} standard errors (limit {SAME_STATISTICS:g})")
         agreed[name] = errors <= SAME_STATISTICS
         if name in OURS:
-            apart = contestants[name].ask("apart", 2, definition)
+            apart = contestants[name].ask("apart", BATCHES, definition)
             say(f"  {name}: {apart:.2g} 255ths from torchvision with the same draws (limit {SAME_VIEWS:g})")
             agreed[name] &= apart <= SAME_VIEWS
         if not agreed[name]:
@@ -141,6 +154,9 @@ def deviations(some: np.ndarray, others: np.ndarray) -> float:
 
 def measure(name: str, setting: Setting, args: DataArgs, console: Console) -> list[dict[str, Any]]:
     """Rows for the images called `name`; those of loaders that disagree have no speed."""
+    # Once for all of ours, as it takes longer than loading the same; elsewhere, as it adds to a process's memory.
+    with Contestant(Loading, BASELINE, setting, preload=PRELOAD) as maker:
+        definition = maker.ask("definition", BATCHES)
     with ExitStack() as stack:
         contestants: dict[str, Contestant] = {}
         for loader in (*LOADERS, *FLOORS):
@@ -148,7 +164,7 @@ def measure(name: str, setting: Setting, args: DataArgs, console: Console) -> li
                 contestants[loader] = stack.enter_context(Contestant(Loading, loader, setting, preload=PRELOAD))
             except Missing as reason:
                 console.print(f"  {loader}: left out, {reason}")
-        agreed = agreement(contestants, 32 if args.quick else 128, console.print)
+        agreed = agreement(contestants, definition, 32 if args.quick else 128, console.print)
         for loader in [loader for loader, agrees in agreed.items() if not agrees]:
             contestants.pop(loader).close()
         turns = rounds(contestants, "turn", args.seconds, count=args.rounds)
@@ -193,11 +209,13 @@ def sets(args: DataArgs, folder: Path) -> Iterator[tuple[str, Manifest]]:
     for side, count in ((128, 24),) if args.quick else ((SIDE, COUNT), (1024, 96)):
         images = folder / str(side)
         if side == SIDE and args.generated is not None:
-            images = args.generated
-            mean = mean_bytes(sorted(images.iterdir()))
+            manifest = read_generated(args.generated)
         else:
-            mean = draw_photographs(images, count, side)
-        yield f"generated {side} px, {mean / 1000:.0f} kB", read_manifest(images)
+            draw_photographs(images, count, side)
+            manifest = read_manifest(images)
+        # Of the images alone, whatever else lies there.
+        mean = mean_bytes([manifest.path(index) for index in range(len(manifest))])
+        yield f"generated {side} px, {mean / 1000:.0f} kB", manifest
     for given in args.images:
         manifest = read_manifest(given)
         height, width = np.median(manifest.sizes, axis=0).astype(int)
@@ -206,6 +224,8 @@ def sets(args: DataArgs, folder: Path) -> Iterator[tuple[str, Manifest]]:
 
 def main(args: DataArgs) -> int:
     """Run the benchmark; status 1 where parity fails."""
+    if args.generated is not None and args.quick:
+        raise UserError("--generated: the images of --quick are smaller ones; leave one of both out")
     console = Console(width=120, highlight=False)
     views = find("mocov2")(Path(), Path()).views
     if args.quick:
@@ -234,4 +254,7 @@ def main(args: DataArgs) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(tyro.cli(DataArgs, prog="python -m bench.data")))
+    try:
+        sys.exit(main(tyro.cli(DataArgs, prog="python -m bench.data")))
+    except UserError as error:
+        sys.exit(f"error: {error}")

@@ -36,7 +36,7 @@ class CurvesArgs(LoopArgs):
     """Trainings of each, with seeds 0, 1, ...; at least 2."""
     steps: int = 60
     """Steps of each; at least 3."""
-    out: Path = Path("docs/results/dropin_curves.md")
+    out: Path | None = None
     """Markdown file to write; a JSON file and a plot of the same name are put beside it."""
 
 
@@ -92,9 +92,18 @@ def main(args: CurvesArgs) -> int:
         print(f"{row['implementation']}: mean loss of the last third {row['loss_at_end']:.4f} {found}")
         print(f"  by seed: {row['by_seed']}")
     print(said)
+    if args.out is not None:
+        write(rows, args, args.out, said)
+        plot = args.out.with_suffix(".png")
+        print(save_curves(curves, plot, title="Loss: mean over seeds, standard deviation shaded"))
+    return 0 if same else 1
+
+
+def write(rows: list[dict[str, Any]], args: CurvesArgs, out: Path, said: str) -> None:
+    """Write the table to `out`, and say so."""
     save(
         rows,
-        args.out,
+        out,
         title=f"Loss curves of lightly's MoCo loop, {args.arch}, {args.size} px, batches of {args.batch_size}",
         command=command("dropin_curves", args),
         columns=COLUMNS,
@@ -105,8 +114,7 @@ def main(args: CurvesArgs) -> int:
         "over the whole of the Gaussian; ours, and torchvision's, is cut to a tenth of the view's side, so that a "
         "blurred view is somewhat sharper and pairs are somewhat easier.",
     )
-    print(save_curves(curves, args.out.with_suffix(".png"), title="Loss: mean over seeds, standard deviation shaded"))
-    return 0 if same else 1
+    print(f"written: {out} and {out.with_suffix('.json')}")
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ from fastmoco.data.loader import LoaderKind, make_loader
 from fastmoco.data.manifest import Manifest, load_manifest
 from fastmoco.data.order import Order
 from fastmoco.data.views import ViewConfig
+from fastmoco.errors import UserError
 
 Pair = tuple[Tensor, Tensor]
 Opened = AbstractContextManager[Iterator[Pair]]
@@ -49,6 +50,13 @@ class Setting:
 def read_manifest(folder: Path) -> Manifest:
     """The images of `folder` that our fastest loader here can read. Raises UserError as `load_manifest` does."""
     return load_manifest(folder, decoder="dali" if dali_installed() else "pillow", progress=False)
+
+
+def read_generated(folder: Path) -> Manifest:
+    """As `read_manifest`, of generated images. Raises UserError where --generated is no folder."""
+    if not folder.is_dir():
+        raise UserError(f"--generated {folder}: no such folder; without it they are drawn")
+    return read_manifest(folder)
 
 
 def fastmoco_loader(kind: LoaderKind) -> Callable[[Setting], Opened]:

@@ -37,9 +37,10 @@ BARLOW_TWINS_OFFDIAG = 0.005
 def build_encoder(arch: str, dim: int, mlp: bool) -> ResNet:
     """torchvision's ResNet, zero-init residual, `fc` giving (N, dim): one layer, with `mlp` MoCo v2's two."""
     # Here: it takes as long to import as torch itself, which whoever only names this step need not wait for.
-    from torchvision.models import resnet
+    from torchvision.models import ResNet, get_model
 
-    encoder: ResNet = getattr(resnet, arch)(weights=None, num_classes=dim, zero_init_residual=True)
+    encoder = get_model(arch, weights=None, num_classes=dim, zero_init_residual=True)
+    assert isinstance(encoder, ResNet)
     if mlp:
         width = encoder.fc.in_features
         encoder.fc = nn.Sequential(nn.Linear(width, width), nn.ReLU(), encoder.fc)

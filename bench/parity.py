@@ -29,7 +29,7 @@ LIMIT = 1e-5
 class ParityArgs:
     """Compare the operations with lightly's, the paper's and torch's, on the same float32 inputs."""
 
-    out: Path = Path("docs/results/parity.md")
+    out: Path | None = None
     """Markdown file to write; a JSON file of the same name is put beside it."""
 
 
@@ -87,20 +87,40 @@ def moving_average() -> dict[str, Any]:
     return line | {"value": value, "gradient": None, "holds": value <= LIMIT}
 
 
+def said(line: dict[str, Any]) -> str:
+    """Both differences of a line, or why there are none."""
+    if line["holds"] is None:
+        return f"left out, {line['peer']}"
+    gradient = "no gradient" if line["gradient"] is None else f"gradient {line['gradient']:.1e}"
+    return f"value {line['value']:.1e}, {gradient}{'' if line['holds'] else '  DIFFERS'}"
+
+
+def verdict(rows: Sequence[dict[str, Any]]) -> str:
+    """Whether all that was compared holds, or what does not, and how many had no peer."""
+    compared = [line for line in rows if line["holds"] is not None]
+    wrong = [line["ours"] for line in compared if not line["holds"]]
+    left_out = f"; {len(rows) - len(compared)} left out" if len(compared) < len(rows) else ""
+    if wrong:
+        return f"{len(wrong)} of {len(compared)} comparisons DO NOT hold, limit {LIMIT:g}: {', '.join(wrong)}{left_out}"
+    return f"all {len(compared)} comparisons hold, limit {LIMIT:g}{left_out}"
+
+
 def main(args: ParityArgs) -> int:
     """Compare, print and write the table; 1 where a difference is above its limit."""
     rows = [*map(row, CHECKS), moving_average()]
     for line in rows:
-        said = line["peer"] if line["holds"] is None else f"{line['value']:.1e}"
-        print(f"{line['ours']}: {said}{'' if line['holds'] is not False else '  DIFFERS'}")
-    save(
-        rows,
-        args.out,
-        title="Our operations beside the peers' own: largest differences",
-        command="python -m bench.parity",
-        columns=COLUMNS,
-        note="float32; differences as shares of the largest number expected. A dash: no gradient, or no peer here.",
-    )
+        print(f"{line['ours']}: {said(line)}")
+    print(verdict(rows))
+    if args.out is not None:
+        save(
+            rows,
+            args.out,
+            title="Our operations beside the peers' own: largest differences",
+            command="python -m bench.parity",
+            columns=COLUMNS,
+            note="float32; differences as shares of the largest number expected. A dash: no gradient, or no peer here.",
+        )
+        print(f"written: {args.out} and {args.out.with_suffix('.json')}")
     return int(any(line["holds"] is False for line in rows))
 
 

@@ -2,23 +2,61 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
+from dataclasses import dataclass
 from itertools import repeat
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bench.step import StepArgs, as_run
+from bench.timing import interleaved
 from bench.turns import Turn, take_turn
 from fastmoco.models.encoder import Encoder
 from fastmoco.train.recipes import find
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-# Of the matrices that are multiplied: products of this size are among the fastest.
-SIDE = 1024
+# Of the square matrices that are multiplied, where those are fastest.
+SIDES = (512, 1024)
+# Images, channels and side of the maps, where convolutions are.
+MAPS = (8, 256, 16)
+
+
+@dataclass(frozen=True)
+class Product:
+    """So many multiplications at a call of `run`."""
+
+    run: Callable[[], object]
+    multiplications: int
+
+
+def candidates(dtype: torch.dtype) -> dict[str, Product]:
+    """What may multiply fastest on a CPU: matrix products, and a channels-last convolution of 3 x 3. The padding counts
+    as it does in the layers'."""
+
+    def matrices(side: int) -> Product:
+        a, b, out = (torch.randn(side, side).to(dtype) for _ in range(3))
+        return Product(lambda: torch.mm(a, b, out=out), side**3)
+
+    def convolution() -> Product:
+        images, channels, side = MAPS
+        maps, weight = (
+            torch.randn(shape).to(dtype, memory_format=torch.channels_last)
+            for shape in ((images, channels, side, side), (channels, channels, 3, 3))
+        )
+        return Product(lambda: F.conv2d(maps, weight, padding=1), images * side**2 * weight.numel())
+
+    return {f"products of {side} x {side}": matrices(side) for side in SIDES} | {"convolutions": convolution()}
+
+
+def fastest(products: Mapping[str, Product], *, rounds: int = 5) -> Product:
+    """That with the most multiplications a second in its best of some runs by turns, warmed up."""
+    taken = interleaved({name: product.run for name, product in products.items()}, rounds=rounds)
+    return max(products.items(), key=lambda item: item[1].multiplications / min(taken[item[0]]))[1]
 
 
 def multiplications(args: StepArgs) -> int:
@@ -42,24 +80,23 @@ def multiplications(args: StepArgs) -> int:
 
 
 class Products:
-    """As many multiplications as a step has, as products of square matrices in the dtype that a run has: the fastest
-    that there are, without any layer's own shape, memory and work between products."""
+    """As many multiplications as a step has, by the fastest of `candidates` in the dtype that a run has, without any
+    layer's own shape, memory and work between products. On CPUs: elsewhere launches are what takes the time."""
 
     def __init__(self, args: StepArgs) -> None:
-        self._args = args
-        # Rounded down, that the limit is not understated.
-        self.count = max(1, multiplications(args) // SIDE**3)
-        dtype = DTYPES[as_run(args.device).precision]
-        self._a, self._b, self._out = (torch.randn(SIDE, SIDE, device=args.device).to(dtype) for _ in range(3))
+        self.product = fastest(candidates(DTYPES[as_run("cpu").precision]))
+        wanted = multiplications(args)
+        self.count = max(1, wanted // self.product.multiplications)
+        # What is done amounts to so many pairs; rounded up, that the limit is not understated.
+        self.pairs = -(-self.count * self.product.multiplications * args.batch_size // wanted)
 
     def turn(self, seconds: float) -> Turn:
         """One turn of about `seconds`."""
 
         def use(_: Any) -> int:
             for _ in range(self.count):
-                torch.mm(self._a, self._b, out=self._out)
-            return self._args.batch_size
+                self.product.run()
+            return self.pairs
 
         batches: Iterator[None] = repeat(None)
-        finish = torch.cuda.synchronize if self._args.device != "cpu" else lambda: None
-        return take_turn(nullcontext(batches), use, seconds=seconds, burst=1, finish=finish)
+        return take_turn(nullcontext(batches), use, seconds=seconds, burst=1)

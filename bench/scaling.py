@@ -60,17 +60,22 @@ def planned(setting: Setting, world: int) -> Counter[str]:
     return found
 
 
+def free_port() -> int:
+    """A port that nobody listens at just now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
 def run(setting: Setting, world: int) -> dict[str, Any]:
     """What `world` processes measured (bench.scaling_rank). Raises ProcessException of torch's where one fails.
 
     They are forked from one that has imported all that they need, as importing takes each longer than a step.
     """
     multiprocessing.set_forkserver_preload(["bench.scaling_rank", "bench.timing", "fastmoco.plan.traffic", "tyro"])
-    with tempfile.TemporaryDirectory() as folder, socket.socket() as free:
+    port = free_port() if world > 1 else 0
+    with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "measured.json")
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-        free.close()
         start_processes(scaling_rank.main, (world, port, setting, path), nprocs=world, start_method="forkserver")
         found: dict[str, Any] = json.loads(path.read_text())
         return found

@@ -95,7 +95,7 @@ def measure(world: World, setting: Setting) -> dict[str, Any]:
 def main(rank: int, size: int, port: int, setting: Setting, path: Path) -> None:
     """Measure, as process `rank` of `size`; the first writes what all measured to `path`."""
     torch.set_num_threads(1)
-    with joined("cpu", launch=Launch("torchrun", rank, size, rank, size, port=port)) as world:
+    with joined("cpu", launch=Launch("bench.scaling", rank, size, rank, size, port=port)) as world:
         found = measure(world, setting)
         if world.first:
             path.write_text(json.dumps(found))

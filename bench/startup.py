@@ -61,28 +61,47 @@ def draw(folder: Path, count: int) -> None:
 
 def run(*command: str, cache: Path) -> str:
     """What a command of Python's prints. Raises UserError where it fails."""
-    done = subprocess.run([sys.executable, *command], env=_environment(cache), capture_output=True, text=True)
+    done = _python(*command, cache=cache)
     if done.returncode:
         raise UserError(f"python {' '.join(command)} failed:\n{done.stdout}{done.stderr}")
     return done.stdout
 
 
+def _python(*command: str, cache: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, *command], env=_environment(cache), capture_output=True, text=True)
+
+
 def failures(cache: Path) -> dict[str, str]:
     """Of each of `IMPORTS` why it fails here, in a line; empty where it does not. All in one process, as each brings
-    much of the others."""
-    code = (
-        "import json\n"
-        "found = {}\n"
-        f"for name, code in {IMPORTS!r}.items():\n"
-        "    try:\n"
-        "        exec(code)\n"
-        "        found[name] = ''\n"
-        "    except Exception as error:\n"
-        "        found[name] = f'{type(error).__name__}: {error}'\n"
-        "print(json.dumps(found))\n"
-    )
-    found: dict[str, str] = json.loads(run("-c", code, cache=cache).splitlines()[-1])
-    return found
+    much of the others; what did not get through there is tried alone."""
+    with tempfile.TemporaryDirectory() as folder:
+        # In a file: libraries print, some only as they end.
+        through = Path(folder, "through.json")
+        code = (
+            "import json, pathlib\n"
+            "through = []\n"
+            f"for name, code in {IMPORTS!r}.items():\n"
+            "    try:\n"
+            "        exec(code, {})\n"
+            "        through.append(name)\n"
+            "    except BaseException:\n"
+            "        pass\n"
+            f"pathlib.Path({str(through)!r}).write_text(json.dumps(through))\n"
+        )
+        _python("-c", code, cache=cache)
+        whole = json.loads(through.read_text()) if through.exists() else []
+    return {name: "" if name in whole else _failure(code, cache) for name, code in IMPORTS.items()}
+
+
+def _failure(code: str, cache: Path) -> str:
+    """Why `code` does not get to its end in a process of its own, in a line; empty where it does."""
+    with tempfile.TemporaryDirectory() as folder:
+        ended = Path(folder, "ended")
+        done = _python("-c", f"{code}\nopen({str(ended)!r}, 'w').close()", cache=cache)
+        if ended.exists() and not done.returncode:
+            return ""
+    lines = done.stderr.strip().splitlines()
+    return lines[-1] if lines else f"python ended with status {done.returncode}"
 
 
 def first_step(*options: str, cache: Path, limit: float) -> None:

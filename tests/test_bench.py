@@ -227,6 +227,26 @@ def test_rounds_take_turns() -> None:
     assert quantiles([0.001, 0.002, 0.003])["p50_ms"] == pytest.approx(2.0)
 
 
+def test_every_round_that_is_counted_is_run_and_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a clock that only the runs move: 4 rounds of 2 and 3 seconds fit into 20, the first among them."""
+    now, called = [0.0], {"a": 0, "b": 0}
+
+    def takes(name: str, seconds: float) -> Run:
+        def run() -> Outputs:
+            called[name] += 1
+            now[0] += seconds
+            return {}
+
+        return run
+
+    monkeypatch.setattr("bench.timing.time.perf_counter", lambda: now[0])
+    for seconds, rounds in ((20.0, 4), (1.0, 3), (1e6, 200)):
+        called.update(a=0, b=0)
+        timings = harness.time_runs({"a": takes("a", 2.0), "b": takes("b", 3.0)}, "cpu", seconds)
+        assert called == {"a": rounds, "b": rounds} == {name: row["rounds"] for name, row in timings.items()}
+        assert [row["p50_ms"] for row in timings.values()] == [2000.0, 3000.0]
+
+
 def test_the_shapes_are_resnet50s() -> None:
     assert [tuple(p.shape) for p in resnet50(num_classes=128).parameters()] == resnet50_shapes(128)
 

@@ -131,6 +131,22 @@ def test_folders_are_compared_file_by_file(tmp_path: Path, capsys: pytest.Captur
     assert main(CheckArgs(old=RESULTS, new=RESULTS)) == 0
 
 
+@pytest.mark.parametrize("common", [False, True])
+def test_nothing_in_common_is_no_success(common: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name, n in (("old", 4), ("new", 8)):
+        (tmp_path / f"{name}.json").write_text(json.dumps([row(np.ones(9), N=n)]))
+    assert main(CheckArgs(old=tmp_path / "old.json", new=tmp_path / "new.json", common=common)) == 1
+    said = capsys.readouterr().out
+    assert "0 rows compared" in said and "nothing was compared: no row of" in said and "same options" in said
+
+
+def test_what_is_not_there_is_said_not_to_be(tmp_path: Path) -> None:
+    (tmp_path / "x.json").write_text(json.dumps([row(np.ones(9))]))
+    for name in ("absent", "absent.json"):
+        with pytest.raises(UserError, match=rf"{name}: no such file or folder$"):
+            main(CheckArgs(old=tmp_path / "x.json", new=tmp_path / name))
+
+
 def test_what_is_no_result_is_refused(tmp_path: Path) -> None:
     (tmp_path / "x.json").write_text("{")
     with pytest.raises(UserError, match="not the JSON file of a benchmark"):

@@ -13,13 +13,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from bench import data
+from bench import data, e2e
 from bench.data import DataArgs, agreement, deviations
 from bench.floors import FLOORS
 from bench.loaders import BASELINE, LOADERS, OURS
 from bench.photographs import draw_photographs
 from bench.process import cpu_seconds, peak_bytes, restart_peak
 from bench.turns import Contestant, Missing, Turn, summary, take_turn
+from fastmoco.errors import UserError
 
 
 def test_photographs_are_the_same_and_compress_as_photographs_do(tmp_path: Path) -> None:
@@ -34,8 +35,25 @@ def test_photographs_are_the_same_and_compress_as_photographs_do(tmp_path: Path)
 def test_photographs_that_are_there_are_not_drawn_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     mean = draw_photographs(tmp_path / "there", 2, 512)
     monkeypatch.setattr(data, "draw_photographs", lambda *args: pytest.fail("drawn again"))
+    # What else lies there is no image.
+    (tmp_path / "there" / "notes.txt").write_bytes(bytes(10**6))
+    (tmp_path / "there" / "more").mkdir()
     name, manifest = next(data.sets(DataArgs(generated=tmp_path / "there"), tmp_path))
     assert name == f"generated 512 px, {mean / 1000:.0f} kB" and len(manifest) == 2
+
+
+def test_generated_images_are_there_and_the_only_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # It is set for the process, to a folder that is gone by then.
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    for absent in (DataArgs(generated=tmp_path / "absent"), e2e.E2eArgs(generated=tmp_path / "absent")):
+        with pytest.raises(UserError, match=r"--generated .*absent: no such folder"):
+            data.main(absent) if isinstance(absent, DataArgs) else e2e.main(absent)
+    with pytest.raises(UserError, match="--generated: the images of --quick"):
+        data.main(DataArgs(generated=tmp_path, quick=True))
+    with pytest.raises(UserError, match="--generated: --quick"):
+        e2e.main(e2e.E2eArgs(generated=tmp_path, quick=True))
+    with pytest.raises(UserError, match="--generated: --data"):
+        e2e.main(e2e.E2eArgs(generated=tmp_path, data=tmp_path))
 
 
 def busy(seconds: float, started: Any, ended: Any) -> None:
@@ -166,13 +184,18 @@ def test_an_idle_process_beside_changes_no_peak() -> None:
     assert 30 << 20 <= alone - childless < 60 << 20
 
 
+DEFINED = np.zeros((2, 2))
+
+
 class Answers:
     """A loader whose views have these statistics, and lie so far from the definition."""
 
     def __init__(self, statistics: np.ndarray, apart: float) -> None:
-        self.answers = {"statistics": statistics, "definition": None, "apart": apart}
+        self.answers = {"statistics": statistics, "apart": apart}
 
     def ask(self, method: str, *args: object) -> Any:
+        if method == "apart":
+            assert args[1] is DEFINED
         return self.answers[method]
 
 
@@ -181,10 +204,13 @@ def test_what_loads_other_views_disagrees() -> None:
     right = [rng.normal(0.4, 0.1, (400, 6)) for _ in LOADERS]
     said: list[str] = []
     loaders = {name: Answers(values, 0.01) for name, values in zip(LOADERS, right, strict=True)}
-    assert all(agreement(loaders, 200, said.append).values()) and len(said) == len(LOADERS) - 1 + len(OURS)
+    assert all(agreement(loaders, DEFINED, 200, said.append).values()) and len(said) == len(LOADERS) - 1 + len(OURS)
     loaders["lightly"] = Answers(right[0] + np.array([0, 0, 0, 0, 0.05, 0]), 0.01)
     loaders[OURS[1]] = Answers(right[1], 1.5)
-    assert {name for name, agrees in agreement(loaders, 200, said.append).items() if not agrees} == {"lightly", OURS[1]}
+    assert {name for name, agrees in agreement(loaders, DEFINED, 200, said.append).items() if not agrees} == {
+        "lightly",
+        OURS[1],
+    }
     assert sum("PARITY FAILS" in line for line in said) == 2
     assert deviations(np.full((9, 6), np.nan), right[0]) == np.inf
 

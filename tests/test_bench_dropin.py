@@ -27,6 +27,7 @@ def test_the_loops_train_by_turns(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert dropin.main(args) == 0
     shown = capsys.readouterr().out
     assert shown.index("first loss") < shown.index("pairs/s"), "parity comes before speed"
+    assert shown.endswith(f"written: {tmp_path / 'x.md'} and {tmp_path / 'x.json'}\n")
     rows = json.loads((tmp_path / "x.json").read_text())
     assert [row["implementation"] for row in rows] == list(VARIANTS) and rows[0]["ratio"] == rows[0]["gain"] == 1
     assert [row["precision"] for row in rows] == [*["fp32 NCHW"] * 3, str(as_run("cpu"))] and list(VARIANTS)[-1] == ALL
@@ -42,6 +43,20 @@ def test_the_loops_train_by_turns(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert judged(rows[-1]["ratio"]) in text and str(tmp_path) not in text
     options = "--arch resnet18 --size 32 --batch-size 4 --workers 0 --steps 2 --turns 1"
     assert f"`python -m bench.dropin --data IMAGES {options}`" in text
+
+
+def test_nothing_is_written_unasked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("lightly", reason="lightly is not installed")
+    draw_images(tmp_path / "images", 12)
+    monkeypatch.chdir(tmp_path)
+    for module in (dropin, dropin_curves):
+        name = "VARIANTS" if module is dropin else "COMPARED"
+        monkeypatch.setattr(module, name, {LIGHTLY: VARIANTS[LIGHTLY]})
+    assert dropin.main(DropInArgs(data=tmp_path / "images", steps=1, turns=1, **SMALL)) == 0
+    assert dropin_curves.main(CurvesArgs(data=tmp_path / "images", seeds=2, steps=3, **SMALL)) == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["images"] and "written" not in capsys.readouterr().out
 
 
 def test_a_loss_that_is_off_has_no_speed(

@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
+import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import pytest
 import torch
+from rich.console import Console
 from torch.utils.flop_counter import FlopCounterMode
 
-from bench import e2e, ways
+from bench import e2e, products, ways
 from bench.e2e import BASES, LIMIT, LOSSES, Case, E2eArgs, cases, disagreements, judged, limits_of, ratios
 from bench.loaders import Pair
-from bench.products import SIDE, Products, multiplications
+from bench.products import DTYPES, Product, Products, candidates, fastest, multiplications
 from bench.step import FLOAT32_TOLERANCE, LOSS_TOLERANCE, PLAIN, StepArgs, as_run
-from bench.turns import Missing, Turn
+from bench.turns import Missing, Turn, summary
 from bench.ways import EAGER, FLUSHED, LIGHTLY, OURS, WAYS, Steps, eager_steps, fastmoco_steps, lightly_steps
+from fastmoco.errors import UserError
 from fastmoco.models.encoder import Encoder
 
 Make = Callable[[StepArgs], Steps]
@@ -128,6 +132,21 @@ def test_the_limit_is_of_the_same_rounds() -> None:
     assert limits_of({EAGER: taken(4), OURS: taken(12)}) == {}
 
 
+@pytest.mark.parametrize("limit", [None, 3.21])
+def test_the_limit_is_shown_where_it_was_timed_and_the_verdict_whole(limit: float | None) -> None:
+    turns = {EAGER: taken(41, 40), FLUSHED: taken(42, 43), LIGHTLY: taken(51, 50), OURS: taken(101, 100)}
+    rows: list[dict[str, Any]] = [
+        {"implementation": way, "images": "images"} | summary(turns[way]) | ratios(turns, way) for way in turns
+    ]
+    rows[-1] |= {"met": "no: eager, lightly", "peak_mb": 1234.0} | ({} if limit is None else {"limit": limit})
+    console = Console(width=e2e.WIDTH, file=io.StringIO())
+    e2e.show(rows, console)
+    text = console.file.getvalue()  # type: ignore[attr-defined]
+    assert "no: eager, lightly" in text and "…" not in text
+    assert ("limit" in text) == ("3.21x" in text) == (limit is not None)
+    assert ("limit_low" in e2e.shown(rows)) == (limit is not None) and e2e.shown(rows)[-2:] == ["met", "loss_error"]
+
+
 @pytest.mark.parametrize("arch", ["resnet18", "resnet50"])
 def test_the_multiplications_of_a_step_are_those_that_torch_counts(arch: Literal["resnet18", "resnet50"]) -> None:
     args = StepArgs(recipe="mocov2", arch=arch, size=64, batch_size=3)
@@ -140,8 +159,49 @@ def test_the_multiplications_of_a_step_are_those_that_torch_counts(arch: Literal
             encoder(images)
     # Of a multiplication and an addition each.
     assert 2 * multiplications(args) == counted.get_total_flops()
-    done = Products(args).count * SIDE**3
-    assert 0 <= multiplications(args) - done < SIDE**3
+    alone = Products(args)
+    done = alone.count * alone.product.multiplications
+    assert 0 <= multiplications(args) - done < alone.product.multiplications
+    with FlopCounterMode(display=False) as counted:
+        for _ in range(alone.count):
+            alone.product.run()
+    assert 2 * done == counted.get_total_flops()
+
+
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+def test_a_products_multiplications_are_those_that_torch_counts(dtype: torch.dtype) -> None:
+    for product in candidates(dtype).values():
+        with FlopCounterMode(display=False) as counted:
+            product.run()
+        assert 2 * product.multiplications == counted.get_total_flops()
+
+
+def test_the_fastest_is_by_multiplications_a_second() -> None:
+    slow, large = Product(lambda: time.sleep(0.01), 10), Product(lambda: time.sleep(0.03), 60)
+    assert fastest({"slow": slow, "large": large}) is large
+    assert fastest({"large": Product(large.run, 15), "slow": slow}) is slow
+
+
+@pytest.mark.parametrize("batch_size", [2, 3, 32])
+def test_what_is_done_is_counted_as_pairs(batch_size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    args = StepArgs(recipe="mocov2", arch="resnet18", size=32, batch_size=batch_size)
+    for unit in (multiplications(args) // 1000, multiplications(args) * 2 // 3, multiplications(args) * 5 // 2):
+        ran: list[None] = []
+        product = Product(lambda ran=ran: ran.append(None), unit)  # type: ignore[misc]
+        monkeypatch.setattr(products, "fastest", lambda found, product=product: product)
+        alone = Products(args)
+        # Never fewer than were done, nor a whole one more.
+        assert 0 <= alone.pairs - alone.count * unit * batch_size / multiplications(args) < 1
+        turn = alone.turn(0.001)
+        # One goes by untimed.
+        assert turn.pairs / alone.pairs == len(ran) / alone.count - 1
+    # One that is larger than a step, in place of it.
+    assert alone.count == 1 and alone.pairs == math.ceil(2.5 * batch_size)
+
+
+def test_there_is_no_limit_on_a_gpu() -> None:
+    with pytest.raises(UserError, match="--limit is of CPUs: on cuda"):
+        e2e.main(E2eArgs(quick=True, limit=True, device="cuda"))
 
 
 def test_both_encoders_at_both_sizes_are_measured() -> None:

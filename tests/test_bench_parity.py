@@ -21,7 +21,7 @@ from bench.timing import cell, environment, save
 from fastmoco.ops import definitions
 
 
-def test_every_operation_is_its_peers(tmp_path: Path) -> None:
+def test_every_operation_is_its_peers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("lightly", reason="lightly is not installed")
     out = tmp_path / "parity.md"
     assert main(ParityArgs(out=out)) == 0
@@ -32,6 +32,11 @@ def test_every_operation_is_its_peers(tmp_path: Path) -> None:
         assert line["gradient"] is None or 0 < line["gradient"] <= LIMIT
     text = out.read_text()
     assert all(name in text for name in COLUMNS)
+    told = capsys.readouterr().out
+    assert f"\nall {len(rows)} comparisons hold, limit 1e-05\nwritten: {out} and {out.with_suffix('.json')}\n" in told
+    for line in rows:
+        gradient = "no gradient" if line["gradient"] is None else f"gradient {line['gradient']:.1e}"
+        assert f"{line['ours']}: value {line['value']:.1e}, {gradient}\n" in told
 
 
 def check_of(ours: str) -> Check:
@@ -78,6 +83,21 @@ def test_what_differs_is_said(
     monkeypatch.setattr(parity, "CHECKS", (wrong,))
     assert main(ParityArgs(out=tmp_path / "x.md")) == 1
     assert "ops.crosscorr" in (said := capsys.readouterr().out) and "DIFFERS" in said
+    assert "1 of 2 comparisons DO NOT hold, limit 1e-05: ops.crosscorr\n" in said
+
+
+def test_nothing_is_written_unasked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def absent() -> None:
+        raise Missing("lightly is not installed")
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(parity, "CHECKS", (replace(CHECKS[0], theirs=absent),))  # type: ignore[arg-type]
+    assert main(ParityArgs()) == 0 and not list(tmp_path.iterdir())
+    said = capsys.readouterr().out
+    assert "all 1 comparisons hold, limit 1e-05; 1 left out\n" in said and "written" not in said
+    assert f"{CHECKS[0].ours}: left out, lightly: lightly is not installed\n" in said
 
 
 @pytest.mark.parametrize("number", [math.nan, math.inf])

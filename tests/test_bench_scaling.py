@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,22 @@ def test_times_are_the_slowest_ranks_and_processor_times_all() -> None:
 def test_a_batch_that_cannot_be_shared_out_is_refused() -> None:
     with pytest.raises(UserError, match="--batch-size 4 cannot be shared out evenly to 3 ranks"):
         scaling.main(ScalingArgs(**SMALL, ranks=(3,)))
+
+
+def test_a_port_is_asked_for_where_processes_meet(monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[tuple[int, int]] = []
+
+    def note(main: object, args: tuple[int, int, Setting, Path], **rest: object) -> None:
+        started.append(args[:2])
+        args[3].write_text("{}")
+
+    monkeypatch.setattr(scaling, "start_processes", note)
+    for world in (1, 2):
+        assert scaling.run(Setting(**SMALL), world) == {}
+    assert started[0] == (1, 0) and started[1][0] == 2
+    # It is free again.
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", started[1][1]))
 
 
 @pytest.mark.system

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from bench import startup
-from bench.startup import COLD, KNOWN, LISTED, StartupArgs, first_step, main, run
+from bench.startup import COLD, KNOWN, LISTED, StartupArgs, failures, first_step, main, run
 from fastmoco.errors import UserError
 
 
@@ -62,6 +62,32 @@ def test_a_row_for_everything_that_is_installed(
     # Nothing is known of the files at first; then all is, and then there is a list of them.
     assert asked == [["False"], ["True"], ["--labels", "True"]] * 2
     assert "left out" in (said := capsys.readouterr().out) and "a_module_that_is_absent" in said
+
+
+@pytest.mark.parametrize("killed", [False, True])
+def test_a_bad_import_is_told_and_the_others_are_not(
+    killed: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    codes = {
+        "good": "import json; found = through = json",
+        "exits": "raise SystemExit('first line\\nnot with this version')",
+        "exits well": "raise SystemExit",
+        "absent": "import a_module_that_is_absent",
+        "prints": "import atexit; atexit.register(print, 'bye'); print('{')",
+    }
+    if killed:
+        # Of the process that has all too.
+        codes = {"kills": "import os; os._exit(3)", **codes}
+    monkeypatch.setattr(startup, "IMPORTS", codes)
+    found = failures(tmp_path)
+    assert list(found) == list(codes) and found.pop("kills", "") == ("python ended with status 3" if killed else "")
+    assert found == {
+        "good": "",
+        "exits": "not with this version",
+        "exits well": "python ended with status 0",
+        "absent": "ModuleNotFoundError: No module named 'a_module_that_is_absent'",
+        "prints": "",
+    }
 
 
 @pytest.mark.system

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -109,10 +110,19 @@ def test_some_parts_alone_have_parity_first(ran: list[str], tmp_path: Path, caps
 
 
 def test_more_than_ten_minutes_is_told() -> None:
-    outcomes = [Outcome(name, "passed", seconds, "") for name, seconds in (("ema", 500.0), ("step", 99.0))]
-    assert total(outcomes, full=False) == "measured in 9:59"
-    outcomes.append(Outcome("e2e", "failed (1)", 2.0, ""))
-    assert "10:01: LONGER" in total(outcomes, full=False) and total(outcomes, full=True) == "measured in 10:01"
+    assert total(599.0, full=False) == "measured in 9:59"
+    assert "10:01: LONGER" in total(601.0, full=False) and total(601.0, full=True) == "measured in 10:01"
+
+
+def test_what_is_told_is_all_of_the_time(
+    ran: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Drawing included, where the parts take none."""
+    monkeypatch.setattr(suite, "PARTS", (Part("parity", "", "", (5, 5)), Part("data", "IMAGES", "", (5, 5))))
+    monkeypatch.setattr(suite, "run", lambda job, logs, limit: Outcome(job.name, "passed", 0.0, f"{job.name}.log"))
+    monkeypatch.setattr(suite, "draw_photographs", lambda *args: time.sleep(0.3))
+    monkeypatch.setattr(suite, "PROMISED", 0.2)
+    assert main(SuiteArgs(out=tmp_path)) == 0 and "LONGER" in capsys.readouterr().out
 
 
 def test_what_took_its_time_before_is_expected_to(tmp_path: Path) -> None:
