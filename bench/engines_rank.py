@@ -11,6 +11,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 import tyro
+from torch import nn
 
 from fastmoco.allocator import freed_memory_kept
 from fastmoco.data.loader import Batch, make_loader
@@ -18,6 +19,7 @@ from fastmoco.data.manifest import load_manifest
 from fastmoco.data.order import Order
 from fastmoco.distributed.launch import joined
 from fastmoco.distributed.world import World
+from fastmoco.models.norm import FusedBatchNorm2d
 from fastmoco.train.config import Config
 from fastmoco.train.recipes import find
 from fastmoco.train.trainer import Trainer
@@ -57,8 +59,8 @@ class RankArgs(Setting):
     engines: tuple[Literal["auto", "ddp", "zero0", "zero1", "zero2", "zero3"], ...] = ("auto",)
     """What shares out the steps, one after the other; zero0 to zero3 are DeepSpeed's stages."""
     orders: int = 1
-    """Runs of each method: the first with the images of a batch as they come, the others with them permuted, which
-    changes nothing but the order in which sums are made."""
+    """Runs of each method: the first with the images of a batch as they come, the others with them permuted and torch's
+    normalisation, which changes nothing but the order in which sums are made."""
     write: Path
     """File for the losses: by engine and method a list of runs, each a list of steps."""
 
@@ -78,10 +80,19 @@ def configure(args: RankArgs, engine: str, method: str) -> Config:
     )
 
 
+def leave_norms_to_torch(module: nn.Module) -> None:
+    """Normalise by torch's operations, as processes do that share the statistics: they sum in another order too."""
+    for part in module.modules():
+        if isinstance(part, FusedBatchNorm2d):
+            part.__class__ = nn.BatchNorm2d  # type: ignore[assignment]
+
+
 def train(args: RankArgs, world: World, engine: str, method: str, order: int) -> list[float]:
     """The loss of each step."""
     config = configure(args, engine, method)
     trainer = Trainer(config, precision="fp32", world=world)
+    if order:
+        leave_norms_to_torch(trainer.module)
     manifest = load_manifest(args.data)
     images = Order(len(manifest), args.batch_size, config.run.seed, shard=world.rank, shards=world.size)
     rng = np.random.default_rng(order)

@@ -21,6 +21,6 @@ def test_every_engine_keeps_to_one_process(
     said = capsys.readouterr()
     with capsys.disabled():
         print(f"\n{said.out}")
-    assert status == 0, said.err
+    assert status == 0, said.out + said.err
     assert said.out.count(": holds") == len(ENGINES) * len(METHODS)
     assert "| DeepSpeed, ZeRO 3 | barlow |" in args.out.read_text()  # type: ignore[union-attr]
