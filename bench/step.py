@@ -206,6 +206,7 @@ def main(args: StepArgs) -> int:
         rows.append(
             {"op": "step", "implementation": name, "recipe": args.recipe, "arch": args.arch, "size": args.size}
             | {"batch": args.batch_size, "precision": str(variants.get(name, PLAIN))}
+            | {"as_run": variants.get(name) == as_run(args.device)}
             | spread
             | {"rounds": args.rounds, "pairs_per_s": pairs, "ratio": ratio, "loss_error": errors[name]}
             | environment(args.device)

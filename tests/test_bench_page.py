@@ -111,6 +111,16 @@ def test_the_figures_are_those_of_the_rows() -> None:
     assert f"| {native['floor_ms']:.3g} | {native['p50_ms']:.3g} | {share:.3g} | {native['bound']} |" in text
 
 
+def test_the_step_at_the_head_is_in_the_precision_that_a_run_has(tmp_path: Path) -> None:
+    """Not in bfloat16 where the processor lacks it."""
+    rows = [
+        {"implementation": "fp32 channels-last", "ratio": 1.74, "as_run": True},
+        {"implementation": "bf16 channels-last", "ratio": 0.6, "as_run": False},
+    ]
+    (tmp_path / "step.json").write_text(json.dumps(rows))
+    assert "| a training step, ResNet-50 | 1.74 |" in block(Results(tmp_path))
+
+
 def test_a_row_of_another_recipe_batch_or_queue_is_a_dash(tmp_path: Path) -> None:
     args, (case, *_) = E2eArgs(), cases(E2eArgs())
     row = {"implementation": OURS, "arch": case.arch, "size": case.size, "recipe": args.recipe}
