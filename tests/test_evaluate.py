@@ -409,11 +409,20 @@ def test_test_images_that_were_pretrained_on_are_told(folder: Path, tmp_path: Pa
     everything = load_manifest(folder, labels, label=("warm",), progress=False)
     assert everything.splits is not None
     args = EvaluateArgs(run=path, data=folder, labels=labels, label=("warm",), size=32, workers=0, baselines=False)
-    for some, said in ((everything, True), (everything.only_split("train"), False)):
-        write_manifest(tmp_path / "run" / "manifest.csv", some)
+    listed, config = tmp_path / "run" / "manifest.csv", tmp_path / "run" / "config.json"
+    for some, of_a_run, said in (
+        (everything, False, False),
+        (everything, True, True),
+        (everything.only_split("train"), True, False),
+    ):
+        write_manifest(listed, some)
+        if of_a_run:
+            config.write_text("{}")
         assert evaluate_command(args) == 0
         (result,) = json.loads((default_folder(path) / "evaluation.json").read_text())
         assert any("30 of the 30 test images were pretrained on" in line for line in result["context"]) is said
+    listed.write_text(listed.read_text() + "damaged\n")
+    assert evaluate_command(args) == 0
 
 
 def test_one_image_in_two_splits_stops_the_command_where_it_is_told_to_look(

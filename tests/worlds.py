@@ -6,22 +6,15 @@ import multiprocessing
 import multiprocessing.forkserver
 import os
 import pickle
-import socket
 import traceback
 from collections.abc import Callable
 from typing import Any
 
 import torch
 
+from bench.scaling import free_port
 from bridge import INTERFACE, Bridge, enter
 from fastmoco.distributed.launch import Launch, joined
-
-
-def free_port() -> int:
-    """A TCP port of this machine that nothing listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def start_server() -> None:

@@ -10,10 +10,11 @@ from pathlib import Path
 import numpy as np
 
 from fastmoco.data.manifest import Manifest
-from fastmoco.data.manifest_file import is_manifest_file, read_manifest_file
+from fastmoco.data.manifest_file import MANIFEST, is_manifest_file, read_manifest_file
 from fastmoco.data.stats import pixel_hash
 from fastmoco.errors import UserError
 from fastmoco.evaluate.splits import Splits
+from fastmoco.models.weights import CONFIG
 
 _LISTED = 20
 
@@ -76,16 +77,25 @@ def _duplicates(manifest: Manifest, part: np.ndarray, workers: int) -> list[str]
     ]
 
 
-def seen_before(listed: Path, manifest: Manifest, splits: Splits) -> str | None:
-    """What to say of test images whose names are in `listed`, the manifest file of what an encoder was pretrained on;
-    None where there are none, or no such file."""
-    if not is_manifest_file(listed):
-        return None
-    names = set(read_manifest_file(listed)["files"])
+def pretrained_on(run: Path) -> frozenset[str]:
+    """The names of the images that the run in folder `run` was trained on, as far as it says them."""
+    listed = run / MANIFEST
+    # Beside an exported encoder, where there is no run, a file of that name may be anything's.
+    if not (run / CONFIG).is_file() or not is_manifest_file(listed):
+        return frozenset()
+    try:
+        return frozenset(read_manifest_file(listed)["files"])
+    except UserError:
+        # Scores do not depend on it.
+        return frozenset()
+
+
+def seen_before(names: frozenset[str], manifest: Manifest, splits: Splits) -> tuple[str, ...]:
+    """A line on how many test images have one of `names`, those that an encoder was pretrained on; empty for none."""
     seen = sum(manifest.files[i] in names for i in splits.test.tolist())
     if not seen:
-        return None
+        return ()
     return (
-        f"{seen} of the {len(splits.test)} test images were pretrained on, without their labels, by their names in "
-        f"{listed}; pretrain with --split train to keep them apart."
+        f"{seen} of the {len(splits.test)} test images were pretrained on, without their labels, by their names in the "
+        f"run's {MANIFEST}; pretrain with --split train to keep them apart.",
     )

@@ -12,11 +12,10 @@ import tyro
 from rich.console import Console
 
 from fastmoco.data.manifest import Manifest
-from fastmoco.data.manifest_file import MANIFEST
 from fastmoco.device import find_device
 from fastmoco.evaluate.baselines import colour_statistics, gray_pixels
 from fastmoco.evaluate.features import describe_input, extract
-from fastmoco.evaluate.leaks import refuse_leaks, seen_before
+from fastmoco.evaluate.leaks import pretrained_on, refuse_leaks, seen_before
 from fastmoco.evaluate.options import LabelledImages
 from fastmoco.evaluate.protocol import evaluate_features
 from fastmoco.evaluate.report import Result, print_result, write_results
@@ -135,13 +134,14 @@ def evaluate_command(args: EvaluateArgs) -> int:
     size = args.input_size(encoder, args.run)
     resize = encoder.resize or 1.0
     manifest = args.labelled()
-    seen: dict[str, str | None] = {}
+    names = pretrained_on(run_folder(args.run))
+    seen: dict[str, tuple[str, ...]] = {}
     for label in manifest.labels:
         # Whatever is wrong with a label's splits is said before minutes go into features.
         splits = make_splits(manifest, label, seed=args.seed, allow_leaks=args.allow_leaks)
         if args.duplicates:
             refuse_leaks(manifest, splits, allowed=args.allow_leaks)
-        seen[label] = seen_before(run_folder(args.run) / MANIFEST, manifest, splits)
+        seen[label] = seen_before(names, manifest, splits)
     encoders = {"random": Encoder(encoder.arch, seed=args.seed)} if args.baselines else {}
     features = collect_features(
         {**encoders, "pretrained": encoder},
@@ -165,7 +165,7 @@ def evaluate_command(args: EvaluateArgs) -> int:
                 label=label,
                 seed=args.seed,
                 allow_leaks=args.allow_leaks,
-                context=(*context, *filter(None, [seen[label]])),
+                context=context + seen[label],
             )
         print_result(result)
         results.append(result)

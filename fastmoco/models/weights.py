@@ -27,6 +27,8 @@ CHECKSUM_KEY = "crc32"
 CHECKPOINTS = "checkpoints"
 # The query encoder with its head, where a run keeps that alone of its checkpoints.
 QUERY = "query.safetensors"
+# In a run folder: its settings.
+CONFIG = "config.json"
 EXPORTED = "encoder.safetensors"
 
 

@@ -12,6 +12,7 @@ import fastmoco
 from fastmoco.atomic import write_text
 from fastmoco.data.verify import Skipped
 from fastmoco.errors import UserError
+from fastmoco.models.weights import CONFIG
 from fastmoco.train.checkpoint import Checkpoint, Store
 from fastmoco.train.config import Config
 from fastmoco.train.stored import changed_fields, to_json
@@ -45,7 +46,7 @@ def write_description(config: Config, store: Store, skipped: list[Skipped]) -> N
     out = config.run.out
     store.folder.mkdir(parents=True, exist_ok=True)
     store.remove_leftovers()
-    write_text(out / "config.json", json.dumps(to_json(config), indent=2) + "\n")
+    write_text(out / CONFIG, json.dumps(to_json(config), indent=2) + "\n")
     write_text(out / "environment.json", json.dumps(_environment(), indent=2) + "\n")
     if skipped:
         write_text(out / "skipped.txt", "".join(f"{item}\n" for item in skipped))
