@@ -60,6 +60,8 @@ def test_every_peculiarity_is_found(images: Path) -> None:
     np.testing.assert_allclose(found["std"], std, atol=1e-4)
     lines = dict(summary(found))
     assert lines["patients in several splits"] == "1, the first p4" and lines["label kind"] == "a: 7; b: 2"
+    unknown = dict(summary(found | {"classes": {"kind": {"": 3, "a": 7}}}))
+    assert unknown["label kind"] == "(no class): 3; a: 7"
 
 
 def test_threads_change_nothing(images: Path) -> None:

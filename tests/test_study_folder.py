@@ -43,6 +43,19 @@ def test_patients_and_where_splits_come_from_are_part_of_what_identifies_data(tm
     assert {name for name in first if first[name] != other[name]} == {"patients"}
 
 
+def test_images_without_a_class_are_refused_by_number_and_file(tmp_path: Path) -> None:
+    study = read_study(draw_study(tmp_path))
+    labels = tmp_path / "labels.csv"
+    header, first, *rest = labels.read_text().splitlines()
+    cells = first.split(",")
+    cells[header.split(",").index(study.data[0].label)] = ""
+    labels.write_text("\n".join([header, ",".join(cells), *rest]) + "\n")
+    with pytest.raises(
+        UserError, match=r"drawn: 1 image without a class in kind, round, dark; .* the empty cells of .*labels\.csv"
+    ):
+        prepare(study, study.data[0])
+
+
 def test_the_time_of_a_pretraining_is_that_of_all_its_processes(tmp_path: Path) -> None:
     # One is killed 30 s after its begin, one is stopped, and one goes on to the end.
     run = tmp_path / "run"

@@ -82,7 +82,6 @@ class PairLoader:
             label=() if label is None else (label,),
             patient_column=patient_column,
             split_column=split_column,
-            partly=True,
             decoder="dali" if loader == "dali" or (loader == "auto" and dali_installed()) else "pillow",
             progress=progress,
         )

@@ -17,7 +17,6 @@ from fastmoco.data.decode import IMAGE_SUFFIXES
 from fastmoco.data.manifest_file import (
     MOST_CLASSES,
     SHARD_INDEX,
-    empty_cell,
     is_manifest_file,
     read_manifest_file,
     require_columns,
@@ -106,14 +105,13 @@ def list_table(
     patient_column: str,
     split_column: str,
     all_labels: bool = False,
-    partly: bool = False,
 ) -> Listing:
     """The images below `data` that the file `path` lists: CSV with a header, or lines "name 0 0 1 ..." without one.
 
     Of a CSV, the columns `label` are taken, or with `all_labels` and no `label` every other column that holds 2 to 1000
     different values, as those of a list without a header are; `file_column` has the paths, and `patient_column` and
     `split_column` are used where they are there; only under their usual names, "patient" and "split", may they be
-    missing. With `partly` cells of the columns `label` may be empty. A line without a header has 14 numbers, 0 or 1,
+    missing. Cells of the columns of labels may be empty. A line without a header has 14 numbers, 0 or 1,
     for the FINDINGS; the patient is taken from names such as 00000231_013.png.
 
     Files that are not there stay in the listing: reading them says so. Raises UserError for a missing or empty column,
@@ -136,7 +134,7 @@ def list_table(
             required=(file_column, *label),
             optional=said,
             others=all_labels and not label,
-            empty=label if partly else (),
+            filled=file_column,
         )
         taken = label or [
             name
@@ -247,10 +245,10 @@ def _separator(header: Sequence[str], name: str) -> str | None:
 
 
 def _read_csv(
-    path: Path, *, required: Sequence[str], optional: Sequence[str], others: bool, empty: Sequence[str]
+    path: Path, *, required: Sequence[str], optional: Sequence[str], others: bool, filled: str
 ) -> dict[str, list[str]]:
-    """The cells of the columns `required`, none of them empty but of those in `empty` too, of those in `optional` that
-    there are, and of `others`, which are all that have a name.
+    """The cells of the columns `required`, of those in `optional` that there are, and of `others`, which are all that
+    have a name. Those of the column `filled` may not be empty.
     """
     try:
         with path.open(newline="", encoding="utf-8-sig") as stream:
@@ -273,8 +271,11 @@ def _read_csv(
                     continue
                 for name, place in places.items():
                     cell = row[place] if place < len(row) else ""
-                    if not cell and name in required and name not in empty:
-                        raise UserError(f"{path}, line {reader.line_num}: {empty_cell(name)}")
+                    if not cell and name == filled:
+                        raise UserError(
+                            f"{path}, line {reader.line_num}: column {name!r} is empty; fill it in, or leave the row "
+                            "out"
+                        )
                     table[name].append(cell)
     except FileNotFoundError:
         raise UserError(f"--labels {path}: no such file") from None

@@ -121,6 +121,10 @@ class Manifest:
         empty = names.index("")
         return np.where(numbers == empty, -1, numbers - (numbers > empty))
 
+    def known_classes(self, label: str) -> list[str]:
+        """What the numbers of `classes` are called."""
+        return [name for name in self.class_names[label] if name]
+
     def only_labelled(self) -> Manifest:
         """The images that every label column has a class of. Raises UserError where one has a single class then."""
         found = {label: self.classes(label) for label in self.labels}
@@ -129,7 +133,7 @@ class Manifest:
             return self
         some = self.select(known)
         some.labels = {label: numbers[known] for label, numbers in found.items()}
-        some.class_names = {label: [name for name in names if name] for label, names in self.class_names.items()}
+        some.class_names = {label: self.known_classes(label) for label in self.class_names}
         for label, numbers in some.labels.items():
             if len(np.unique(numbers)) < 2:
                 raise UserError(
@@ -174,7 +178,6 @@ def load_manifest(
     patient_column: str = "patient",
     split_column: str = "split",
     all_labels: bool = False,
-    partly: bool = False,
     decoder: str = "pillow",
     workers: int = 0,
     progress: bool = True,
@@ -187,8 +190,8 @@ def load_manifest(
     If `labels` is a manifest file, or an index.csv beside the shards is one (see `trusted_list`), it is trusted, and
     nothing is opened; only the lengths of shards are looked at.
     `label` chooses among the label columns; of CSV files it names them, and where it is empty none are taken, or with
-    `all_labels` every column that holds 2 to 1000 different values. With `partly` their cells may be empty: the class
-    of such an image is not known.
+    `all_labels` every column that holds 2 to 1000 different values. Where a cell of
+    theirs is empty, the class of that image is not known (see `Manifest.classes`).
 
     `decoder` is "pillow", or "dali" to find out which files DALI may decode; images that do not decode on the host
     and listed files that are not there are left out, and are in `skipped`. `workers` threads check them; 0: one a core.
@@ -207,9 +210,7 @@ def load_manifest(
     written = trusted_list(data, labels)
     if written is not None:
         root = data.parent if shards == [data] else data
-        fields = read_manifest_file(
-            written, label=label, patient_column=patient_column, split_column=split_column, partly=partly
-        )
+        fields = read_manifest_file(written, label=label, patient_column=patient_column, split_column=split_column)
         if fields["offsets"] is not None:
             require_shards(root, fields["files"], (fields["offsets"] + fields["stamps"][:, 0]).tolist(), written)
         return _without_constants(Manifest(root=root, **fields), label)
@@ -224,7 +225,6 @@ def load_manifest(
             patient_column=patient_column,
             split_column=split_column,
             all_labels=all_labels,
-            partly=partly,
         )
     elif data.is_dir():
         require_columns(data, (), patient_column=patient_column, split_column=split_column)

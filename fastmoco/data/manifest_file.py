@@ -106,18 +106,16 @@ def read_manifest_file(
     label: Sequence[str] = (),
     patient_column: str = PATIENT,
     split_column: str = SPLIT,
-    partly: bool = False,
 ) -> dict[str, Any]:
     """What `write_manifest` wrote, as the fields of a Manifest but for its root. Nothing but `path` is looked at.
 
-    The label columns are `label`, whose cells may be empty only with `partly`, or every other column that holds no more
-    than 1000 different values. Raises
-    UserError where `path` lacks a manifest's columns or one that is asked for, and naming the line of a row that is
-    short, or holds something other than its column should.
+    The label columns are `label`, or every other column that holds no more than 1000 different values; their cells may
+    be empty. Raises UserError where `path` lacks a manifest's columns or one that is asked for, and naming the line of
+    a row that is short, or holds something other than its column should.
     """
     try:
         with _opened(path) as stream:
-            return _Reader(path, stream, label, patient_column, split_column, partly).fields()
+            return _Reader(path, stream, label, patient_column, split_column).fields()
     except (OSError, csv.Error) as error:
         raise UserError(f"{path}: cannot be read as CSV: {error}") from error
 
@@ -136,7 +134,6 @@ class _Reader:
         label: Sequence[str],
         patient_column: str,
         split_column: str,
-        partly: bool,
     ) -> None:
         self._path = path
         rows = csv.reader(stream)
@@ -159,7 +156,7 @@ class _Reader:
         self._patient, self._split = patient_column, split_column
         other = [name for name in self._header if name not in {*COLUMNS, OFFSET, patient_column, split_column}]
         self._codes: dict[str, dict[str, int]] = {name: {} for name in (label or other)}
-        self._asked, self._partly = frozenset(label), partly
+        self._asked = frozenset(label)
 
     def fields(self) -> dict[str, Any]:
         """The fields of a Manifest."""
@@ -236,18 +233,11 @@ class _Reader:
         codes = self._codes[name]
         for cell in dict.fromkeys(cells):
             codes.setdefault(cell, len(codes))
-        if name in self._asked and "" in codes and not self._partly:
-            raise self._wrong(cells.index(""), empty_cell(name))
         if len(codes) > MOST_CLASSES:
             if name in self._asked:
                 raise too_many_classes(name, len(codes))
             del self._codes[name]
         return np.array([codes[cell] for cell in cells], dtype=np.int64)
-
-
-def empty_cell(name: str) -> str:
-    """What to say of an empty cell in column `name`."""
-    return f"column {name!r} is empty; fill it in, or leave the row out"
 
 
 def _fits(cell: str) -> bool:

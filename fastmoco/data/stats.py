@@ -178,7 +178,9 @@ def summary(found: dict[str, Any]) -> list[tuple[str, str]]:
     ]
     if "mean" in found:
         lines += [(f"{what} of R, G, B", ", ".join(f"{v:.3f}" for v in found[what])) for what in ("mean", "std")]
-    lines += [(f"label {name}", _several(classes)) for name, classes in found["classes"].items()]
+    for name, classes in found["classes"].items():
+        named = {known or "(no class)": count for known, count in classes.items()}
+        lines.append((f"label {name}", _several(named)))
     if found["patients"] is not None:
         lines.append(("patients", f"{found['patients']:,}"))
     if found["splits"] is not None:

@@ -86,14 +86,15 @@ def embed_command(args: EmbedArgs) -> int:
 
 def write_npz(path: Path, manifest: Manifest, features: dict[str, np.ndarray], about: dict[str, Any]) -> None:
     """Write arrays of n rows, readable with `allow_pickle=False`: "file" and, where known, "patient" and "split"
-    (fixed-width text), "label_NAME" (int64 class numbers), and the `features` (n, C) float32 by their names.
+    (fixed-width text), "label_NAME" (int64 class numbers, -1 where the class is not known), and
+    the `features` (n, C) float32 by their names.
 
     "classes_NAME" holds what the class numbers are called, and `ABOUT` the JSON of `about`.
     """
     columns: dict[str, np.ndarray] = {"file": np.array(manifest.files, dtype=np.str_), **_known(manifest)}
-    for name, numbers in manifest.labels.items():
-        columns[f"label_{name}"] = numbers
-        columns[f"classes_{name}"] = np.array(manifest.class_names[name], dtype=np.str_)
+    for name in manifest.labels:
+        columns[f"label_{name}"] = manifest.classes(name)
+        columns[f"classes_{name}"] = np.array(manifest.known_classes(name), dtype=np.str_)
     columns |= features | {ABOUT: np.array(json.dumps(about))}
     # Not numpy's savez, which takes arrays by keyword and has a "file" of its own.
     with zipfile.ZipFile(path, "w") as archive:
@@ -104,8 +105,8 @@ def write_npz(path: Path, manifest: Manifest, features: dict[str, np.ndarray], a
 
 def write_parquet(path: Path, manifest: Manifest, features: dict[str, np.ndarray], about: dict[str, Any]) -> None:
     """Write a table of n rows: "file" and, where known, "patient" and "split" (text), "label_NAME" (text: the class's
-    name), and the `features` by their names, each a list of C float32; the JSON of `about` under `ABOUT` in the
-    metadata.
+    name, null where it is not known), and the `features` by their names, each a list of C float32; the JSON of `about`
+    under `ABOUT` in the metadata.
 
     Raises UserError where pyarrow is not installed.
     """
@@ -114,9 +115,10 @@ def write_parquet(path: Path, manifest: Manifest, features: dict[str, np.ndarray
     columns |= {
         name: arrow.array([_text(text) for text in values.tolist()]) for name, values in _known(manifest).items()
     }
-    for name, numbers in manifest.labels.items():
-        names = [_text(text) for text in manifest.class_names[name]]
-        columns[f"label_{name}"] = arrow.array([names[number] for number in numbers.tolist()])
+    for name in manifest.labels:
+        # The last is that of -1.
+        names = [*map(_text, manifest.known_classes(name)), None]
+        columns[f"label_{name}"] = arrow.array([names[number] for number in manifest.classes(name).tolist()])
     for name, values in features.items():
         flat = arrow.array(np.ascontiguousarray(values, dtype=np.float32).ravel())
         columns[name] = arrow.FixedSizeListArray.from_arrays(flat, values.shape[1])

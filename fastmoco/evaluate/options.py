@@ -46,8 +46,8 @@ class LabelledImages:
                 finite = "" if math.isfinite(value) else "finite and "
                 raise UserError(f"--{name.replace('_', '-')} must be {finite}at least {least}, not {value}")
 
-    def manifest(self, *, all_labels: bool = False, partly: bool = False) -> Manifest:
-        """The images; what was left out is said. `all_labels`, `partly` and raises are those of `load_manifest`."""
+    def manifest(self, *, all_labels: bool = False) -> Manifest:
+        """The images; what was left out is said. `all_labels` and raises are those of `load_manifest`."""
         manifest = load_manifest(
             self.data,
             self.labels,
@@ -56,7 +56,6 @@ class LabelledImages:
             patient_column=self.patient_column,
             split_column=self.split_column,
             all_labels=all_labels,
-            partly=partly,
         )
         if manifest.skipped:
             print(describe_skipped(manifest.skipped))
@@ -65,7 +64,7 @@ class LabelledImages:
     def labelled(self) -> Manifest:
         """The images with a class in every label column; how many have none is said. Raises UserError where there is no
         such column."""
-        manifest = self.manifest(partly=True)
+        manifest = self.manifest()
         if not manifest.labels:
             raise UserError(
                 f"--data {self.data}: no labels to evaluate with; sort the images into two or more class folders, or "

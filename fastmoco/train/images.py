@@ -101,7 +101,6 @@ def _found(config: Config) -> Manifest:
         file_column=data.file_column,
         patient_column=data.patient_column,
         split_column=data.split_column,
-        partly=True,
         decoder="dali" if data.loader == "dali" else "pillow",
     )
     return manifest if data.split is None else manifest.only_split(data.split)

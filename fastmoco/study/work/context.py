@@ -14,6 +14,7 @@ import numpy as np
 from fastmoco.data.manifest import Manifest, load_manifest
 from fastmoco.data.manifest_file import write_manifest
 from fastmoco.data.patients import patient_groups
+from fastmoco.data.sizes import show_count
 from fastmoco.errors import UserError
 from fastmoco.evaluate.images import Images, load_images
 from fastmoco.evaluate.leaks import refuse_leaks
@@ -56,8 +57,8 @@ class Prepared:
 def prepare(study: Study, data: Data) -> Prepared:
     """List and check the images of `data`, and split them.
 
-    Raises UserError as `load_manifest`, `make_splits` and `make_target` do, naming the data, and where splits leak
-    without leave.
+    Raises UserError as `load_manifest`, `make_splits` and `make_target` do, naming the data, where an image has no
+    class, and where splits leak without leave.
     """
     where = f"{study.file} [[data]] {data.name}"
     try:
@@ -69,6 +70,13 @@ def prepare(study: Study, data: Data) -> Prepared:
             patient_column=data.patient_column,
             split_column=data.split_column,
         )
+        unknown = len(manifest) - len(manifest.only_labelled())
+        if unknown:
+            columns = ", ".join(manifest.labels)
+            raise UserError(
+                f"{show_count(unknown, 'image')} without a class in {columns}; in a study all have one: "
+                f"fill in the empty cells of {data.labels}, or leave those rows out"
+            )
         # Leaks are told as a whole, below.
         splits = make_splits(manifest, data.label, seed=_SPLIT_SEED, allow_leaks=True)
         target = make_target(manifest, data.label)
