@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import json
 import math
-import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ import numpy as np
 import tyro
 from scipy.special import stdtrit
 
+from bench.command import start
 from fastmoco.errors import UserError
 
 # The share of rows as fast as before that are taken for slower: what a normal ratio's noise is bounded by.
@@ -214,7 +214,4 @@ def main(args: CheckArgs) -> int:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main(tyro.cli(CheckArgs, prog="python -m bench.check")))
-    except UserError as error:
-        sys.exit(f"error: {error}")
+    start(main, CheckArgs, "check")

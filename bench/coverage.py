@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import tyro
 from scipy.stats import norm
 
+from bench.command import start
 from fastmoco.atomic import write_text
 from fastmoco.evaluate.intervals import PERCENTILES, Replicates, paired, replicates
 
@@ -128,4 +127,4 @@ def main(args: CoverageArgs) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(tyro.cli(CoverageArgs, prog="python -m bench.coverage")))
+    start(main, CoverageArgs, "coverage")

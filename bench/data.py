@@ -7,7 +7,6 @@ turns with the others. The agreement of what they load is printed before any spe
 from __future__ import annotations
 
 import os
-import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack
@@ -18,10 +17,10 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-import tyro
 from rich.console import Console
 from rich.table import Table
 
+from bench.command import start
 from bench.floors import FLOORS
 from bench.loaders import (
     BASELINE,
@@ -254,7 +253,4 @@ def main(args: DataArgs) -> int:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main(tyro.cli(DataArgs, prog="python -m bench.data")))
-    except UserError as error:
-        sys.exit(f"error: {error}")
+    start(main, DataArgs, "data")

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-import tyro
-
+from bench.command import start
 from fastmoco.atomic import write_text
 from fastmoco.data.manifest import load_manifest
 from fastmoco.data.synthetic import draw_tissue
@@ -56,4 +54,4 @@ def score_side_by_side(encoders: Mapping[str, Encoder], patches: Path, out: Path
 
 
 if __name__ == "__main__":
-    sys.exit(main(tyro.cli(DemoSeedsArgs, prog="python -m bench.demo")))
+    start(main, DemoSeedsArgs, "demo")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -12,14 +11,13 @@ from typing import Any
 
 import numpy as np
 import torch
-import tyro
 
+from bench.command import start
 from bench.example import LOADING, OURS, PARTS, Example, Laps, lightlys
 from bench.loaders import endless
 from bench.step import FLOAT32_TOLERANCE, LOSS_TOLERANCE, PLAIN, Variant, as_run
 from bench.timing import environment, save
 from fastmoco.adapters.loader import PairLoader
-from fastmoco.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -243,7 +241,4 @@ def judged(ratio: float | None) -> str:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main(tyro.cli(DropInArgs, prog="python -m bench.dropin")))
-    except (UserError, ModuleNotFoundError) as error:
-        sys.exit(f"error: {error}")
+    start(main, DropInArgs, "dropin")

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import tyro
 
+from bench.command import start
 from bench.dropin import ALL, LIGHTLY, VARIANTS, Change, Loop, LoopArgs, command
 from bench.plot import save_curves
 from bench.timing import environment, save
@@ -118,7 +117,4 @@ def write(rows: list[dict[str, Any]], args: CurvesArgs, out: Path, said: str) ->
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main(tyro.cli(CurvesArgs, prog="python -m bench.dropin_curves")))
-    except (UserError, ModuleNotFoundError) as error:
-        sys.exit(f"error: {error}")
+    start(main, CurvesArgs, "dropin_curves")

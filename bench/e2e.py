@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import math
 import os
-import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
@@ -20,10 +19,10 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-import tyro
 from rich.console import Console
 from rich.table import Table
 
+from bench.command import start
 from bench.loaders import Setting, read_generated, read_manifest
 from bench.photographs import COUNT, SIDE, draw_photographs
 from bench.plot import save_speeds
@@ -290,7 +289,4 @@ def main(args: E2eArgs) -> int:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main(tyro.cli(E2eArgs, prog="python -m bench.e2e")))
-    except UserError as error:
-        sys.exit(f"error: {error}")
+    start(main, E2eArgs, "e2e")

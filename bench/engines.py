@@ -19,9 +19,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import tyro
 from rich.console import Console
 
+from bench.command import start
 from bench.engines_rank import METHODS, Setting
 from bench.timing import environment, save
 
@@ -104,4 +104,4 @@ def main(args: EnginesArgs) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(tyro.cli(EnginesArgs, prog="python -m bench.engines")))
+    start(main, EnginesArgs, "engines")

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import json
-import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
-import tyro
 from torch import nn
 
+from bench.command import start
 from fastmoco.allocator import freed_memory_kept
 from fastmoco.data.loader import Batch, make_loader
 from fastmoco.data.manifest import load_manifest
@@ -123,4 +122,4 @@ def main(args: RankArgs) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(tyro.cli(RankArgs, prog="python -m bench.engines_rank")))
+    start(main, RankArgs, "engines_rank")

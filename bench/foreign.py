@@ -20,9 +20,9 @@ from typing import Any
 
 import torch
 import torchvision
-import tyro
 from safetensors.torch import load_file
 
+from bench.command import start
 from bench.foreign_parts import NAMED, TIMM, features, installed, shaken
 from bench.foreign_peers import PEERS
 from bench.harness import Missing
@@ -154,4 +154,4 @@ def main(args: ForeignArgs) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(tyro.cli(ForeignArgs, prog="python -m bench.foreign")))
+    start(main, ForeignArgs, "foreign")

@@ -8,7 +8,6 @@ images. What has been computed is kept, and is computed again only where its set
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
@@ -17,8 +16,8 @@ from statistics import mean, stdev
 from typing import Any
 
 import torch
-import tyro
 
+from bench.command import start
 from bench.timing import environment, save
 from fastmoco.atomic import write_text
 from fastmoco.data.manifest import load_manifest
@@ -207,7 +206,4 @@ def _kept(file: Path) -> list[dict[str, Any]]:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    try:
-        sys.exit(main(tyro.cli(ObjectivesArgs, prog="python -m bench.objectives")))
-    except UserError as error:
-        sys.exit(f"error: {error}")
+    start(main, ObjectivesArgs, "objectives")

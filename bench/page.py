@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import difflib
 import re
-import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import tyro
-
+from bench.command import start
 from bench.page_lines import HEADLINE_FILES, OPERATIONS, Results, Row, headline
 from bench.page_sections import SECTIONS, Section
 from bench.timing import cell
@@ -180,7 +178,4 @@ def main(args: PageArgs) -> int:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main(tyro.cli(PageArgs, prog="python -m bench.page")))
-    except UserError as error:
-        sys.exit(f"error: {error}")
+    start(main, PageArgs, "page")

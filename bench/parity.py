@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import math
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,9 +11,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-import tyro
 from torch import Tensor, nn
 
+from bench.command import start
 from bench.harness import Missing
 from bench.parity_checks import CHECKS, Check, Loss
 from bench.timing import save
@@ -125,4 +124,4 @@ def main(args: ParityArgs) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(tyro.cli(ParityArgs, prog="python -m bench.parity")))
+    start(main, ParityArgs, "parity")

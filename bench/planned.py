@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-import tyro
 from rich.console import Console
 
+from bench.command import start
 from bench.step import StepArgs, Variant, build, views
 from bench.timing import cell, environment, interleaved, quantiles, save
 from fastmoco.plan.cluster import ClusterConfig
@@ -115,4 +115,4 @@ def main(args: PlannedArgs) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(tyro.cli(PlannedArgs, prog="python -m bench.planned")))
+    start(main, PlannedArgs, "planned")

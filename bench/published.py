@@ -7,17 +7,16 @@ nothing of are fitted to the two smaller runs; the largest is then predicted.
 from __future__ import annotations
 
 import functools
-import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 import torchvision
-import tyro
 from rich.console import Console
 from torch import Tensor
 
+from bench.command import start
 from bench.timing import cell, save
 from fastmoco.plan.cluster import ClusterConfig
 from fastmoco.plan.operations import Operations, record
@@ -119,4 +118,4 @@ def main(args: PublishedArgs) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(tyro.cli(PublishedArgs, prog="python -m bench.published")))
+    start(main, PublishedArgs, "published")

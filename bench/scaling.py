@@ -11,7 +11,6 @@ from __future__ import annotations
 import json
 import multiprocessing
 import socket
-import sys
 import tempfile
 from collections import Counter
 from dataclasses import asdict, dataclass, fields
@@ -19,11 +18,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import tyro
 from rich.console import Console
 from torch.multiprocessing.spawn import start_processes
 
 from bench import scaling_rank
+from bench.command import start
 from bench.scaling_rank import Setting, configure
 from bench.timing import cell, environment, quantiles, save
 from fastmoco.errors import UserError
@@ -144,4 +143,4 @@ def main(args: ScalingArgs) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(tyro.cli(ScalingArgs, prog="python -m bench.scaling")))
+    start(main, ScalingArgs, "scaling")

@@ -16,6 +16,7 @@ from typing import Any, Literal
 import torch
 import tyro
 
+from bench.command import start
 from bench.search_results import SHOWN, Results, Row
 from bench.search_scores import Scores, known_features, labelled, probe, tune
 from fastmoco.device import device_name, find_device
@@ -232,7 +233,4 @@ def main(args: SearchArgs) -> int:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    try:
-        sys.exit(main(tyro.cli(SearchArgs, prog="python -m bench.search")))
-    except UserError as error:
-        sys.exit(f"error: {error}")
+    start(main, SearchArgs, "search")

@@ -16,8 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import tyro
-
+from bench.command import start
 from bench.photographs import draw_photographs
 from bench.timing import environment, interleaved, quantiles, save
 from fastmoco.errors import UserError
@@ -182,7 +181,4 @@ def main(args: StartupArgs) -> int:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main(tyro.cli(StartupArgs, prog="python -m bench.startup")))
-    except UserError as error:
-        sys.exit(f"error: {error}")
+    start(main, StartupArgs, "startup")

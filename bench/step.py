@@ -6,7 +6,6 @@ first losses before any speed, and no speed where they disagree.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,11 +13,11 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-import tyro
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from bench.command import start
 from bench.paper import Paper, StageLoss
 from bench.timing import environment, interleaved, quantiles, save
 from fastmoco.data.loader import Batch
@@ -225,4 +224,4 @@ def main(args: StepArgs) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(tyro.cli(StepArgs, prog="python -m bench.step")))
+    start(main, StepArgs, "step")

@@ -15,9 +15,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import tyro
-
 from bench import page
+from bench.command import start
 from bench.gpu import Outcome, Step, run
 from bench.photographs import COUNT, SIDE, draw_photographs
 from fastmoco.atomic import write_text
@@ -203,4 +202,4 @@ def main(args: SuiteArgs) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(tyro.cli(SuiteArgs, prog="python -m bench.suite")))
+    start(main, SuiteArgs, "suite")

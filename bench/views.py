@@ -6,7 +6,6 @@ first, no speed where they are too large, then times in turns. Beside ours the e
 
 from __future__ import annotations
 
-import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -15,12 +14,12 @@ from typing import Any
 
 import numpy as np
 import torch
-import tyro
 from PIL import Image
 from rich.console import Console
 from rich.table import Table
 
 from bench import views_dali as dali
+from bench.command import start
 from bench.photographs import draw_photographs
 from bench.timing import cell, environment, interleaved, quantiles, save
 from fastmoco.data.draws import draw
@@ -214,4 +213,4 @@ def main(args: ViewsArgs) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(tyro.cli(ViewsArgs, prog="python -m bench.views")))
+    start(main, ViewsArgs, "views")
