@@ -75,8 +75,10 @@ def main(args: EnginesArgs) -> int:
     """Run the comparison; status 1 where an engine does not hold."""
     console = Console(width=140, highlight=False)
     setting = Setting(**{field.name: getattr(args, field.name) for field in fields(Setting)})
-    alone = losses(setting, ranks=1, engines=["auto"], orders=6)["auto"]
-    shared = losses(setting, ranks=args.ranks, engines=list(ENGINES.values()), orders=1)
+    with console.status("one process, six runs of each method (part 1 of 2, minutes)"):
+        alone = losses(setting, ranks=1, engines=["auto"], orders=6)["auto"]
+    with console.status(f"{args.ranks} processes, every engine and method (part 2 of 2, minutes)"):
+        shared = losses(setting, ranks=args.ranks, engines=list(ENGINES.values()), orders=1)
     rows = []
     for name, engine in ENGINES.items():
         for method in METHODS:
