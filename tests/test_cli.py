@@ -10,6 +10,7 @@ import torchvision
 from safetensors.torch import load_file
 
 from fastmoco import cli
+from fastmoco.train import options
 from fastmoco.train.config import Config
 from fastmoco.train.pretrain import Stopped
 from fastmoco.train.recipes import RECIPES
@@ -59,6 +60,8 @@ def test_help_documents_every_field(monkeypatch: pytest.MonkeyPatch, capsys: pyt
     shown = capsys.readouterr().out
     for option in ("--temperature", "--queue-size", "--grids", "--crop-scale", "--lr", "--checkpoint-every", "--init"):
         assert option in shown
+    for other in options.ELSEWHERE.values():
+        assert not other.startswith("--") or f" {other.split()[0]} " in shown, "a hint names no option"
     assert "Temperature of a contrastive objective" in shown
     assert "0.2" in shown
     assert fastmoco(monkeypatch, "--help") == 0
@@ -101,6 +104,9 @@ def test_mistakes(
     assert "--queue-size 3 is smaller" in error("mocov2-small", "--data", images, *out, *QUICK, "--queue-size", "3")
     assert "--data" in error("mocov2-small", *out)
     assert "name a recipe first" in error("--data", images, *out)
+    assert "--learning_rate: here that is --lr" in error("mocov2", "--learning_rate=0.1")
+    assert "--moco-k: here that is --queue-size" in error("mocov2", "--moco-k", 4096)
+    assert "that is --objective simclr" in error("mocov2", "--method", "simclr")
     (tmp_path / "file").write_text("")
     assert "is a file" in error("mocov2-small", "--data", images, "--out", tmp_path / "file", *QUICK)
     assert "lower --batch-size" in error("mocov2-small", "--data", images, *out)

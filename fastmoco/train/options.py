@@ -9,12 +9,37 @@ from fastmoco.errors import UserError
 from fastmoco.train import recipes
 from fastmoco.train.config import Config
 
+_OBJECTIVES = ("simclr", "supcon", "barlow-twins")
+# What the commands of MoCo's code, lightly and solo-learn call it.
+ELSEWHERE = {
+    "--learning-rate": "--lr",
+    "--base-lr": "--lr",
+    "--momentum": "--sgd-momentum (the key encoder's is --ema)",
+    "--wd": "--weight-decay",
+    "--moco-dim": "--dim",
+    "--moco-k": "--queue-size",
+    "--moco-m": "--ema",
+    "--moco-t": "--temperature",
+    "--base-tau-momentum": "--ema",
+    "--mlp": "--head mlp",
+    "--aug-plus": "the recipe mocov2, which has these views",
+    "--cos": "--schedule cosine",
+    "--backbone": "--arch",
+    "--max-epochs": "--epochs",
+    "--image-size": "--size",
+    "--input-size": "--size",
+    "--num-workers": "--workers",
+    "--gpu": "--device cuda:0",
+    "--amp": "--precision bf16 or fp16",
+}
+
 
 def read_options(args: list[str]) -> Config:
     """The configuration that `args`, RECIPE and options, make. Raises UserError, or exits with 2, for a mistake."""
     if not args or args[0].startswith("-"):
         raise UserError("name a recipe first: fastmoco pretrain RECIPE --data FOLDER --out FOLDER")
     name = args[0]
+    _refuse_other_names(args[1:])
     return read_arguments(
         Config,
         prog=f"fastmoco pretrain {name}",
@@ -23,3 +48,14 @@ def read_options(args: list[str]) -> Config:
         args=args[1:],
         config=(tyro.conf.OmitArgPrefixes,),
     )
+
+
+def _refuse_other_names(args: list[str]) -> None:
+    """Raise UserError where `args` call an option as other software does."""
+    for word, following in zip(args, [*args[1:], ""], strict=True):
+        option, _, after = word.partition("=")
+        value = after or following
+        if other := ELSEWHERE.get(option.replace("_", "-")):
+            raise UserError(f"{option}: here that is {other}")
+        if option == "--method" and value in _OBJECTIVES:
+            raise UserError(f"--method {value}: names the stage loss beside the objective; that is --objective {value}")
