@@ -214,7 +214,7 @@ def sets(args: DataArgs, folder: Path) -> Iterator[tuple[str, Manifest]]:
             manifest = read_manifest(images)
         # Of the images alone, whatever else lies there.
         mean = mean_bytes([manifest.path(index) for index in range(len(manifest))])
-        yield f"generated {side} px, {mean / 1000:.0f} kB", manifest
+        yield f"generated {np.median(manifest.sizes):.0f} px, {mean / 1000:.0f} kB", manifest
     for given in args.images:
         manifest = read_manifest(given)
         height, width = np.median(manifest.sizes, axis=0).astype(int)

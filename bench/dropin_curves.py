@@ -23,7 +23,7 @@ COMPARED = {
 }
 # Standard deviations of lightly's own seeds within which means count as the same.
 DEVIATIONS = 2.0
-COLUMNS = ["implementation", "seeds", "steps", "loss_at_end", "deviation", "difference", "limit", "within"]
+COLUMNS = ["implementation", "precision", "seeds", "steps", "loss_at_end", "deviation", "difference", "limit", "within"]
 COLUMNS += ["by_seed"]
 
 
@@ -80,7 +80,8 @@ def main(args: CurvesArgs) -> int:
     curves = {name: np.array(losses) for name, losses in trained.items()}
     rows: list[dict[str, Any]] = []
     for name, losses in trained.items():
-        row: dict[str, Any] = {"op": "dropin curves", "implementation": name, "arch": args.arch, "size": args.size}
+        row: dict[str, Any] = {"op": "dropin curves", "implementation": name, "precision": str(COMPARED[name].variant)}
+        row |= {"arch": args.arch, "size": args.size}
         row |= {"batch": args.batch_size, "workers": args.workers, "seeds": args.seeds, "steps": args.steps}
         row |= verdict(curves[name], curves[LIGHTLY]) | {"losses": losses}
         rows.append(row | environment())

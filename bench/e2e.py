@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import torch
 from rich.console import Console
 from rich.table import Table
 
@@ -31,6 +30,7 @@ from bench.step import FLOAT32_TOLERANCE, LOSS_TOLERANCE, StepArgs
 from bench.timing import environment, save
 from bench.turns import Contestant, Missing, Turn, as_rows, rounds, summary
 from bench.ways import EAGER, FLUSHED, LIGHTLY, OURS, WAYS, Training
+from fastmoco.device import find_device
 from fastmoco.errors import UserError
 from fastmoco.train.recipes import find
 
@@ -242,8 +242,9 @@ def cases(args: E2eArgs) -> list[Case]:
 def main(args: E2eArgs) -> int:
     """Run the benchmark; status 1 where a first loss disagrees."""
     console = Console(width=WIDTH, highlight=False)
-    if args.limit and torch.device(args.device).type != "cpu":
+    if args.limit and args.device.startswith("cuda"):
         raise UserError(f"--limit is of CPUs: on {args.device} the launches of products take the time; leave it out")
+    find_device(args.device)
     if args.generated is not None and (args.quick or args.data is not None):
         other = "--quick draws smaller ones" if args.quick else "--data has its own"
         raise UserError(f"--generated: {other}; leave one of both out")

@@ -1,10 +1,10 @@
 """Do several processes train as one does, on real images, whatever shares the work out?
 
 One process trains six times: with the images of each batch as they come, and in five other orders, with torch's batch
-normalisation in place of ours, as processes have it that share statistics; which changes nothing but the order in which
-sums are made. How far the losses of these six part in the course of the steps is what rounding does to the method. Then
-two processes train, under DDP and under DeepSpeed's four stages, and their losses may leave the first run's by no more
-than three times that; at the first step by 1e-5.
+normalisation in place of ours, whose sums are more exact than those of processes that share statistics; which changes
+nothing but how sums are rounded. How far the losses of these six part in the course of the steps is what rounding does
+to the method. Then two processes train, under DDP and under DeepSpeed's four stages, and their losses may leave the
+first run's by no more than three times that; at the first step by 1e-5.
 """
 
 from __future__ import annotations
@@ -99,8 +99,8 @@ def main(args: EnginesArgs) -> int:
             columns=COLUMNS,
             note=f"Losses in float32. first_step_off: from one process's first loss (at most {FIRST_STEP:g}); "
             f"largest_off: over {args.steps} steps; of_rounding: of five runs of one process with the images of "
-            f"a batch in other orders, and torch's batch normalisation, which processes that share it have; ratio: at "
-            f"most {TIMES:g}.",
+            f"a batch in other orders, and torch's batch normalisation in place of ours, whose sums are more exact "
+            f"than those of processes that share statistics; ratio: at most {TIMES:g}.",
         )
     return 0 if all(found["holds"] for found in rows) else 1
 

@@ -80,7 +80,7 @@ def configure(args: RankArgs, engine: str, method: str) -> Config:
 
 
 def leave_norms_to_torch(module: nn.Module) -> None:
-    """Normalise by torch's operations, as processes do that share the statistics: they sum in another order too."""
+    """Normalise by torch's operations, whose sums are rounded more, as those of processes are that share statistics."""
     for part in module.modules():
         if isinstance(part, FusedBatchNorm2d):
             part.__class__ = nn.BatchNorm2d  # type: ignore[assignment]

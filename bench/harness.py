@@ -229,14 +229,16 @@ def main(benchmarks: Sequence[Benchmark], module: str, question: str, argv: Sequ
     print(question)
     machine = measure(args.device)
     print(f"measured on {args.device}: {machine}")
-    command = f"python -m bench.{module} " + " ".join(sys.argv[1:] if argv is None else argv)
+    options = [option for option in ("quick", "headline") if getattr(args, option)]
+    options += [f"device {args.device}"] + ([f"seconds {args.seconds:g}"] if args.seconds else [])
+    command = " --".join([f"python -m bench.{module}", *options])
     rows: list[dict[str, Any]] = []
     for bench in benchmarks:
         for case in bench.quick if args.quick else bench.headline if args.headline else bench.cases:
             rows += run_case(bench, case, args.device, machine, seconds)
             if args.out is not None:
                 # After every case, so that what was measured survives a crash of a later one.
-                write(rows, args.out, title=question, command=command.strip())
+                write(rows, args.out, title=question, command=command)
     if args.out is not None:
         print("\n" + save_plot(rows, args.out.with_suffix(".png"), title=question))
     failed = [f"{row['op']} {row['implementation']}: {row['failure']}" for row in rows if row["failure"]]

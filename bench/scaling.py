@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import multiprocessing
-import socket
 import tempfile
 from collections import Counter
 from dataclasses import asdict, dataclass, fields
@@ -23,6 +22,7 @@ from torch.multiprocessing.spawn import start_processes
 
 from bench import scaling_rank
 from bench.command import start
+from bench.ports import free_port
 from bench.scaling_rank import Setting, configure
 from bench.timing import cell, environment, quantiles, save
 from fastmoco.errors import UserError
@@ -57,13 +57,6 @@ def planned(setting: Setting, world: int) -> Counter[str]:
     ):  # fmt: skip
         found[flow.kind] += flow.sent(world)  # type: ignore[assignment]
     return found
-
-
-def free_port() -> int:
-    """A port that nobody listens at just now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def run(setting: Setting, world: int) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from fastmoco import __version__
 from fastmoco.atomic import write_text
+from fastmoco.errors import UserError
 
 # Larger than any level-2 cache so far (H200: 60 MB).
 EVICTION_BYTES = 256 << 20
@@ -94,17 +95,23 @@ def save(
 ) -> None:
     """Write `rows` as Markdown to `path` (.md), showing `columns`, and whole as a JSON list beside it.
 
-    Rows that do not say where they were measured, were so here and now.
+    Rows that do not say where they were measured, were so here and now. `command` is told with `--out`. Raises
+    UserError where they cannot be written.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     here = environment(rows[0]["device"] if rows else "cpu")
     rows = [row if "time" in row else row | here | row for row in rows]
-    write_text(path.with_suffix(".json"), json.dumps(rows, indent=1) + "\n")
+    # An absolute path would be of this machine alone.
+    command += f" --out {path.name if path.is_absolute() else path}"
     lines = [f"# {title}", "", f"Written by `{command}`.", "", "| " + " | ".join(columns) + " |"]
     lines.append("|" + "---|" * len(columns))
     lines += ["| " + " | ".join(cell(row.get(name)) for name in columns) + " |" for row in rows]
     where = ", ".join(f"{name} {value}" for name, value in here.items())
-    write_text(path, "\n".join([*lines, "", f"{note} Ran on: {where}.", ""]))
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_text(path.with_suffix(".json"), json.dumps(rows, indent=1) + "\n")
+        write_text(path, "\n".join([*lines, "", f"{note} Ran on: {where}.", ""]))
+    except OSError as error:
+        raise UserError(f"--out {path}: cannot be written: {error}") from error
 
 
 def cell(value: object) -> str:

@@ -42,7 +42,7 @@ def test_the_loops_train_by_turns(tmp_path: Path, capsys: pytest.CaptureFixture[
     text = (tmp_path / "x.md").read_text()
     assert judged(rows[-1]["ratio"]) in text and str(tmp_path) not in text
     options = "--arch resnet18 --size 32 --batch-size 4 --workers 0 --steps 2 --turns 1"
-    assert f"`python -m bench.dropin --data IMAGES {options}`" in text
+    assert f"`python -m bench.dropin --data IMAGES {options} --out x.md`" in text
 
 
 def test_nothing_is_written_unasked(

@@ -202,6 +202,8 @@ def test_what_is_done_is_counted_as_pairs(batch_size: int, monkeypatch: pytest.M
 def test_there_is_no_limit_on_a_gpu() -> None:
     with pytest.raises(UserError, match="--limit is of CPUs: on cuda"):
         e2e.main(E2eArgs(quick=True, limit=True, device="cuda"))
+    with pytest.raises(UserError, match="--device foo cannot be used here"):
+        e2e.main(E2eArgs(quick=True, device="foo"))
 
 
 def test_both_encoders_at_both_sizes_are_measured() -> None:

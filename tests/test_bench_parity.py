@@ -15,7 +15,7 @@ from torch.nn.functional import normalize
 
 from bench import paper, parity, parity_checks
 from bench.harness import Missing
-from bench.parity import COLUMNS, LIMIT, ParityArgs, difference, main, row
+from bench.parity import ALIKE, APART, COLUMNS, LIMIT, ParityArgs, difference, main, row
 from bench.parity_checks import CHECKS, Check, Loss
 from bench.timing import cell, environment, save
 from fastmoco.ops import definitions
@@ -27,16 +27,31 @@ def test_every_operation_is_its_peers(tmp_path: Path, capsys: pytest.CaptureFixt
     assert main(ParityArgs(out=out)) == 0
     rows = json.loads(out.with_suffix(".json").read_text())
     assert len({line["ours"] for line in rows}) == len(CHECKS) + 1
+    assert {line["noise"] for line in rows if line["ours"] == "ops.infonce"} == {APART, ALIKE}
     for line in rows:
-        assert line["holds"] and 0 <= line["value"] <= LIMIT
-        assert line["gradient"] is None or 0 < line["gradient"] <= LIMIT
+        assert line["holds"]
+        if line["noise"] != ALIKE:
+            assert 0 <= line["value"] <= LIMIT and (line["gradient"] is None or 0 < line["gradient"] <= LIMIT)
+        # All but that of whole encoders.
+        assert line["ours_off"] is None if "MomentumContrast" in line["ours"] else 0 < line["ours_off"] <= LIMIT
     text = out.read_text()
     assert all(name in text for name in COLUMNS)
     told = capsys.readouterr().out
     assert f"\nall {len(rows)} comparisons hold, limit 1e-05\nwritten: {out} and {out.with_suffix('.json')}\n" in told
     for line in rows:
         gradient = "no gradient" if line["gradient"] is None else f"gradient {line['gradient']:.1e}"
-        assert f"{line['ours']}: value {line['value']:.1e}, {gradient}\n" in told
+        alike = ", views alike" if line["noise"] == ALIKE else ""
+        assert f"{line['ours']}{alike}: value {line['value']:.1e}, {gradient}" in told
+
+
+@pytest.mark.parametrize("noise", [APART, ALIKE])
+def test_ours_is_held_to_float64_too(noise: float) -> None:
+    """Also where the peer's own rounding is above the limit."""
+    check = check_of("ops.infonce")
+    line = row(check, noise)
+    assert line["holds"] and (line["gradient"] > LIMIT) is (line["peer_off"] > LIMIT) is (noise == ALIKE)
+    wrong = row(replace(check, own=lambda *z: check.own(*z) * (1 + 1e-4)), noise)
+    assert wrong["holds"] is False and wrong["ours_off"] > 5e-5
 
 
 def check_of(ours: str) -> Check:
@@ -83,7 +98,7 @@ def test_what_differs_is_said(
     monkeypatch.setattr(parity, "CHECKS", (wrong,))
     assert main(ParityArgs(out=tmp_path / "x.md")) == 1
     assert "ops.crosscorr" in (said := capsys.readouterr().out) and "DIFFERS" in said
-    assert "1 of 2 comparisons DO NOT hold, limit 1e-05: ops.crosscorr\n" in said
+    assert "2 of 3 comparisons DO NOT hold, limit 1e-05: ops.crosscorr\n" in said
 
 
 def test_nothing_is_written_unasked(
@@ -96,7 +111,7 @@ def test_nothing_is_written_unasked(
     monkeypatch.setattr(parity, "CHECKS", (replace(CHECKS[0], theirs=absent),))  # type: ignore[arg-type]
     assert main(ParityArgs()) == 0 and not list(tmp_path.iterdir())
     said = capsys.readouterr().out
-    assert "all 1 comparisons hold, limit 1e-05; 1 left out\n" in said and "written" not in said
+    assert "all 1 comparisons hold, limit 1e-05; 2 left out\n" in said and "written" not in said
     assert f"{CHECKS[0].ours}: left out, lightly: lightly is not installed\n" in said
 
 

@@ -6,8 +6,6 @@ import csv
 import dataclasses
 import io
 import json
-import re
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +17,11 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import average_precision_score, roc_auc_score
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
+from tinted import IMAGES, draw_tinted
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
 from fastmoco.data.manifest import Manifest, load_manifest
-from fastmoco.data.manifest_file import write_manifest
 from fastmoco.errors import UserError
 from fastmoco.evaluate.baselines import colour_statistics, gray_pixels
 from fastmoco.evaluate.features import evaluation_image, extract
@@ -31,31 +29,16 @@ from fastmoco.evaluate.intervals import replicates
 from fastmoco.evaluate.knn import knn_probabilities
 from fastmoco.evaluate.protocol import evaluate_features
 from fastmoco.evaluate.report import Result, print_result, to_csv, to_json, to_markdown, write_results
-from fastmoco.evaluate.run import EvaluateArgs, default_folder, evaluate, evaluate_command
+from fastmoco.evaluate.run import evaluate
 from fastmoco.models.encoder import Encoder
-from fastmoco.models.weights import save_encoder
 from runs import NARROW
 
 SIZE = 33
-IMAGES = 90
-# Redder against greener at the same luminance: gray pixels must not see it.
-TINT = np.array([24.0, -24.0 * 0.299 / 0.587, 0.0])
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """90 images of 18 patients, 41x30 to 37x52 pixels: "warm" is their tint, "coin" nothing at all."""
-    root = tmp_path_factory.mktemp("images")
-    rng = np.random.default_rng(0)
-    lines = ["file,patient,split,warm,coin"]
-    for i in range(IMAGES):
-        warm, coin = int(rng.integers(2)), int(rng.integers(2))
-        height, width = (41, 30) if i % 2 else (37, 52)
-        pixels = rng.normal(128, 40, (height, width, 3)) + TINT * (2 * warm - 1)
-        Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8)).save(root / f"{i:03d}.png")
-        lines.append(f"{i:03d}.png,p{i // 5},{'test' if i >= 60 else 'train'},{warm},{coin}")
-    (root / "labels.csv").write_text("\n".join(lines) + "\n")
-    return root
+    return draw_tinted(tmp_path_factory.mktemp("images"))
 
 
 @pytest.fixture(autouse=True)
@@ -328,139 +311,6 @@ def test_a_bad_label_is_refused_before_any_image_is_read(manifest: Manifest, enc
     gone = dataclasses.replace(manifest, root=Path("/nonexistent"))
     with pytest.raises(UserError, match="--label tint"):
         evaluate({"net": encoder}, gone, label="tint", size=SIZE, progress=False)
-
-
-def test_command_scores_every_label_and_writes_all_three_files(
-    folder: Path, tmp_path: Path, encoder: Encoder, capsys: pytest.CaptureFixture[str]
-) -> None:
-    path = tmp_path / "run" / "encoder.safetensors"
-    save_encoder(path, encoder, {"views": {"size": SIZE, "resize": 1.125}})
-    args = EvaluateArgs(
-        run=path, data=folder, labels=folder / "labels.csv", label=("warm", "coin"), workers=0, batch_size=45
-    )
-    assert evaluate_command(args) == 0
-    out = tmp_path / "run" / "evaluation" / "encoder"
-    assert default_folder(path) == out
-    results = json.loads((out / "evaluation.json").read_text())
-    assert [r["label"] for r in results] == ["warm", "coin"]
-    # The exported file has the backbone only, so there is no "final".
-    assert {r["features"] for r in results[0]["rows"]} == {
-        "image",
-        "16x16",
-        "stage1",
-        "stage2",
-        "stage3",
-        "stage4",
-    }
-    assert any(str(path) in line for line in results[0]["context"])
-    assert any("33x33" in line and "resized to 37" in line for line in results[0]["context"])
-    printed = capsys.readouterr().out
-    assert "Test scores for warm" in printed and "Test scores for coin" in printed
-    assert sorted(p.name for p in out.iterdir()) == ["evaluation.csv", "evaluation.json", "evaluation.md"]
-    first = (out / "evaluation.json").read_bytes()
-    assert evaluate_command(args) == 0
-    assert (out / "evaluation.json").read_bytes() == first
-
-
-def test_command_with_class_folders(folder: Path, tmp_path: Path, encoder: Encoder) -> None:
-    data = tmp_path / "data"
-    for i in range(24):
-        name = "left" if i % 2 else "right"
-        (data / name).mkdir(parents=True, exist_ok=True)
-        (data / name / f"{i}.png").write_bytes((folder / f"{i:03d}.png").read_bytes())
-    path = tmp_path / "encoder.safetensors"
-    save_encoder(path, encoder, {})
-    args = EvaluateArgs(run=path, data=data, size=32, workers=0, baselines=False, out=tmp_path / "out")
-    assert evaluate_command(args) == 0
-    (result,) = json.loads((tmp_path / "out" / "evaluation.json").read_text())
-    assert result["label"] == "folder" and result["patients"] is None
-    assert {r["encoder"] for r in result["rows"]} == {"pretrained"}
-    assert result["origin"] == "test drawn by image; validation drawn by image from the training images"
-
-
-def test_images_without_a_class_and_files_not_there_are_left_out_and_told(
-    folder: Path, tmp_path: Path, encoder: Encoder, capsys: pytest.CaptureFixture[str]
-) -> None:
-    path = tmp_path / "encoder.safetensors"
-    save_encoder(path, encoder, {})
-    header, *lines = (folder / "labels.csv").read_text().splitlines()
-    unknown = [re.sub(r"[01],([01])$", r",\1", line) if i % 9 == 0 else line for i, line in enumerate(lines)]
-    kept = [line for i, line in enumerate(lines) if i % 9]
-    found = []
-    for name, rows in (("partly", [*unknown, "gone.png,p0,train,1,0"]), ("known", kept)):
-        (tmp_path / f"{name}.csv").write_text("\n".join([header, *rows]) + "\n")
-        args = EvaluateArgs(
-            run=path, data=folder, labels=tmp_path / f"{name}.csv", label=("warm",), size=32, workers=0,
-            baselines=False, out=tmp_path / name,
-        )  # fmt: skip
-        assert evaluate_command(args) == 0
-        (result,) = json.loads((tmp_path / name / "evaluation.json").read_text())
-        found.append(result["rows"])
-    shown = capsys.readouterr().out
-    assert "left out 1 file, the first gone.png: no such file" in shown
-    assert "left out 10 images without a class in warm" in shown and "1 file left out: not there" in shown
-    assert found[0] == found[1]
-
-
-def test_test_images_that_were_pretrained_on_are_told(folder: Path, tmp_path: Path, encoder: Encoder) -> None:
-    path = tmp_path / "run" / "encoder.safetensors"
-    save_encoder(path, encoder, {})
-    labels = folder / "labels.csv"
-    everything = load_manifest(folder, labels, label=("warm",), progress=False)
-    assert everything.splits is not None
-    args = EvaluateArgs(run=path, data=folder, labels=labels, label=("warm",), size=32, workers=0, baselines=False)
-    listed, config = tmp_path / "run" / "manifest.csv", tmp_path / "run" / "config.json"
-    for some, of_a_run, said in (
-        (everything, False, False),
-        (everything, True, True),
-        (everything.only_split("train"), True, False),
-    ):
-        write_manifest(listed, some)
-        if of_a_run:
-            config.write_text("{}")
-        assert evaluate_command(args) == 0
-        (result,) = json.loads((default_folder(path) / "evaluation.json").read_text())
-        assert any("30 of the 30 test images were pretrained on" in line for line in result["context"]) is said
-    listed.write_text(listed.read_text() + "damaged\n")
-    assert evaluate_command(args) == 0
-
-
-def test_one_image_in_two_splits_stops_the_command_where_it_is_told_to_look(
-    folder: Path, tmp_path: Path, encoder: Encoder
-) -> None:
-    shutil.copytree(folder, tmp_path / "data")
-    shutil.copy(tmp_path / "data" / "000.png", tmp_path / "data" / "060.png")
-    path = tmp_path / "encoder.safetensors"
-    save_encoder(path, encoder, {})
-    labels = tmp_path / "data" / "labels.csv"
-    args = EvaluateArgs(run=path, data=tmp_path / "data", labels=labels, label=("warm",), size=32, duplicates=True)
-    with pytest.raises(UserError, match=r"same pixels: 000\.png \(\w+\), 060\.png \(test\)"):
-        evaluate_command(args)
-    assert not (tmp_path / "evaluation").exists()
-
-
-def test_command_mistakes(folder: Path, tmp_path: Path, encoder: Encoder) -> None:
-    path = tmp_path / "encoder.safetensors"
-    save_encoder(path, encoder, {})
-    with pytest.raises(UserError, match="give --size"):
-        evaluate_command(EvaluateArgs(run=path, data=folder))
-    with pytest.raises(UserError, match="--label which"):
-        evaluate_command(EvaluateArgs(run=path, data=folder, labels=folder / "labels.csv", size=32))
-    with pytest.raises(UserError, match="class folders"):
-        evaluate_command(EvaluateArgs(run=path, data=folder, size=32))
-    with pytest.raises(UserError, match="--device quantum"):
-        evaluate_command(
-            EvaluateArgs(
-                run=path,
-                data=folder,
-                labels=folder / "labels.csv",
-                label=("warm",),
-                size=32,
-                device="quantum",
-            )
-        )
-    with pytest.raises(UserError, match="--batch-size must be at least 1"):
-        EvaluateArgs(run=path, data=folder, batch_size=0)
 
 
 def test_results_in_an_impossible_place_are_a_user_error(

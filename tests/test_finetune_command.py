@@ -16,6 +16,8 @@ from rich.status import Status
 from sklearn.metrics import roc_auc_score
 
 from fastmoco import cli
+from fastmoco.data.manifest import load_manifest
+from fastmoco.data.manifest_file import write_manifest
 from fastmoco.errors import UserError
 from fastmoco.evaluate import finetune_command as module
 from fastmoco.evaluate.finetune import FinetuneConfig
@@ -151,6 +153,27 @@ def test_images_in_two_parts_stop_it_unless_they_are_allowed(folder: Path, tmp_p
     args.allow_leaks = True
     assert finetune_command(args) == 0
     assert len(json.loads((tmp_path / "o.json").read_text())["leaks"]) == 1
+
+
+def test_images_without_a_class_and_those_pretrained_on_are_told(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    header, first, *rest = (folder / "labels.csv").read_text().splitlines()
+    cells = first.split(",")
+    cells[header.split(",").index("kind")] = ""
+    labels = tmp_path / "labels.csv"
+    labels.write_text("\n".join([header, ",".join(cells), *rest]) + "\n")
+    run = tmp_path / "run"
+    save_encoder(run / "encoder.safetensors", Encoder("resnet18", seed=0), {"views": VIEWS})
+    (run / "config.json").write_text("{}")
+    write_manifest(run / "manifest.csv", load_manifest(folder / "images", labels, label=("kind",), progress=False))
+    out = tmp_path / "o.json"
+    assert finetune_command(_args(folder, out, run=run / "encoder.safetensors", labels=labels)) == 0
+    found = json.loads(out.read_text())
+    assert found["class_names"] == ["0", "1"] and sum(found["images"].values()) == 59
+    without, seen = found["notes"]
+    assert without == "1 image without a class in kind left out." and without in capsys.readouterr().out
+    assert seen.startswith(f"{found['images']['test']} of the {found['images']['test']} test images were pretrained on")
 
 
 def test_mistakes_are_named_before_any_image_is_read(folder: Path, tmp_path: Path) -> None:

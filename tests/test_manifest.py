@@ -13,6 +13,7 @@ from PIL import Image
 from fastmoco.data import verify
 from fastmoco.data.dali import dali_installed
 from fastmoco.data.decode import decode
+from fastmoco.data.labelled import only_labelled
 from fastmoco.data.manifest import Manifest, load_manifest
 from fastmoco.data.manifest_file import write_manifest
 from fastmoco.data.store import ABSENT, BadFile
@@ -275,13 +276,37 @@ def test_images_without_a_class(tmp_path: Path) -> None:
         found = load_manifest(tmp_path, path, label=["kind", "side"], progress=False)
         assert found.known_classes("kind") == ["9", "10"]
         assert found.classes("kind").tolist() == [1, -1, 0, 1] and found.classes("side").tolist() == [0, 1, 1, -1]
-        known = found.only_labelled()
+        known = only_labelled(found, ["kind", "side"])
         assert known.files == ["0.png", "2.png"] and known.class_names == {"kind": ["9", "10"], "side": ["l", "r"]}
         assert known.labels["kind"].tolist() == [1, 0] and known.labels["side"].tolist() == [0, 1]
-        assert known.only_labelled() is known
+        assert only_labelled(known, ["kind"]).labels.keys() == {"kind"}
+        assert only_labelled(known, ["kind"]).class_names == {"kind": ["9", "10"]}
         one = found.select(np.array([0, 1, 3]))
-        with pytest.raises(UserError, match=r"--label kind: 1 of 3 images have a class in every column of labels"):
-            one.only_labelled()
+        with pytest.raises(UserError, match=r"--label kind: 1 of 3 images have a class in all of kind, side, and"):
+            only_labelled(one, ["kind", "side"])
+        with pytest.raises(UserError, match=r"--label kind: 2 of 3 images have a class, and those .* of class '10'"):
+            only_labelled(one, ["kind"])
+        with pytest.raises(UserError, match=r"--label kind: 0 of 1 images have a class; there is nothing"):
+            only_labelled(found.select(np.array([1])), ["kind"])
+
+
+def test_what_an_image_that_is_not_there_would_be_is_no_class(tmp_path: Path) -> None:
+    rows = [{"file": f"{i}.png", "kind": "ab"[i % 2]} for i in range(4)]
+    for row in rows:
+        picture(tmp_path / row["file"])
+    listed = table(tmp_path / "l.csv", [*rows, {"file": "gone.png", "kind": ""}])
+    found = only_labelled(load_manifest(tmp_path, listed, label=["kind"], progress=False), ["kind"])
+    assert found.class_names == {"kind": ["a", "b"]} and found.labels["kind"].tolist() == [0, 1, 0, 1]
+
+
+def test_classes_of_images_that_lack_another_are_left_out_with_them(tmp_path: Path) -> None:
+    rows = [{"file": f"{i}.png", "kind": "azb"[i % 3], "side": "" if i % 3 == 1 else "lr"[i % 2]} for i in range(6)]
+    for row in rows:
+        picture(tmp_path / row["file"])
+    found = load_manifest(tmp_path, table(tmp_path / "l.csv", rows), label=["kind", "side"], progress=False)
+    assert only_labelled(found, ["kind"]).class_names == {"kind": ["a", "b", "z"]}
+    both = only_labelled(found, ["kind", "side"])
+    assert both.class_names["kind"] == ["a", "b"] and both.labels["kind"].tolist() == [0, 1, 0, 1]
 
 
 def test_every_column_that_may_be_a_label_where_all_are_asked_for(tmp_path: Path) -> None:

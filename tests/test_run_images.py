@@ -168,6 +168,10 @@ def test_the_knn_monitor_is_of_images_with_a_class(tmp_path: Path, monkeypatch: 
     given = {"labels": tmp_path / "l.csv", "label": ("kind",)}
     pretrain(small_config(images, tmp_path / "run", knn_every=1, checkpoint_every=1000, **given))
     assert seen and all(classes == ["ab".index(kind) for kind in kinds if kind] for classes in seen)
+    # Of one class there is nothing to tell apart.
+    (tmp_path / "l.csv").write_text((tmp_path / "l.csv").read_text().replace(",b\n", ",\n"))
+    pretrain(small_config(images, tmp_path / "one", knn_every=1, checkpoint_every=1000, **given))
+    assert all("knn_accuracy" not in row for row in read_rows(tmp_path / "one" / "metrics.jsonl"))
 
 
 def test_a_run_among_the_images_is_refused(images: Path) -> None:

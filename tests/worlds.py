@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from bench.scaling import free_port
+from bench.ports import free_port
 from bridge import INTERFACE, Bridge, enter
 from fastmoco.distributed.launch import Launch, joined
 

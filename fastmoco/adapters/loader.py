@@ -18,6 +18,7 @@ from fastmoco.data.manifest import load_manifest
 from fastmoco.data.order import Order
 from fastmoco.data.pairs import PairKind, find_pairs
 from fastmoco.data.quarantine import Quarantine
+from fastmoco.data.sizes import show_count
 from fastmoco.data.verify import describe_skipped
 from fastmoco.data.views import ViewConfig
 from fastmoco.device import find_device
@@ -99,7 +100,10 @@ class PairLoader:
         self._done = self._next = (0, 0)
         none = np.zeros(len(self._manifest), dtype=np.int64)
         first = next(iter(self._manifest.labels), None)
-        self._targets = torch.from_numpy(none if first is None else self._manifest.classes(first))
+        targets = none if first is None else self._manifest.classes(first)
+        if unknown := int((targets < 0).sum()):
+            warnings.warn(f"{show_count(unknown, 'image')} without a class in {first}: target -1", stacklevel=2)
+        self._targets = torch.from_numpy(targets)
 
     def __len__(self) -> int:
         """Batches in an epoch."""

@@ -125,23 +125,6 @@ class Manifest:
         """What the numbers of `classes` are called."""
         return [name for name in self.class_names[label] if name]
 
-    def only_labelled(self) -> Manifest:
-        """The images that every label column has a class of. Raises UserError where one has a single class then."""
-        found = {label: self.classes(label) for label in self.labels}
-        known = np.all([numbers >= 0 for numbers in found.values()], axis=0)
-        if known.all():
-            return self
-        some = self.select(known)
-        some.labels = {label: numbers[known] for label, numbers in found.items()}
-        some.class_names = {label: self.known_classes(label) for label in self.class_names}
-        for label, numbers in some.labels.items():
-            if len(np.unique(numbers)) < 2:
-                raise UserError(
-                    f"--label {label}: {len(some)} of {len(self)} images have a class in every column of labels, and "
-                    "fewer than two classes are among them; name fewer columns"
-                )
-        return some
-
     def only_split(self, split: str) -> Manifest:
         """The images whose split column says `split`. Raises UserError where there are none."""
         if self.splits is None:

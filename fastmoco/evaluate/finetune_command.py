@@ -17,6 +17,7 @@ from rich.status import Status
 from rich.table import Table
 
 from fastmoco.atomic import write_text
+from fastmoco.data.labelled import describe_unlabelled, only_labelled
 from fastmoco.data.manifest import Manifest
 from fastmoco.data.patients import patient_groups
 from fastmoco.data.views import ViewConfig
@@ -26,7 +27,7 @@ from fastmoco.evaluate.budgets import Budget, draw_budget
 from fastmoco.evaluate.finetune import FinetuneConfig, Finetuned, finetune
 from fastmoco.evaluate.images import load_images
 from fastmoco.evaluate.intervals import INTERVAL_OF_RUNS, replicates
-from fastmoco.evaluate.leaks import refuse_leaks
+from fastmoco.evaluate.leaks import pretrained_on, refuse_leaks, seen_before
 from fastmoco.evaluate.options import LabelledImages
 from fastmoco.evaluate.scores import score
 from fastmoco.evaluate.splits import Splits
@@ -84,10 +85,12 @@ def finetune_command(args: FinetuneArgs) -> int:
     config = replace(args.training, views=_views(args, encoder, size))
     if encoder is not None:
         config = replace(config, arch=encoder.arch)
-    manifest = args.labelled()
-    if not args.label and len(manifest.labels) > 1:
-        raise UserError(f"--label: say which of {', '.join(manifest.labels)} is to be predicted")
-    target = make_target(manifest, args.label or list(manifest.labels))
+    everything = args.labelled()
+    if not args.label and len(everything.labels) > 1:
+        raise UserError(f"--label: say which of {', '.join(everything.labels)} is to be predicted")
+    labels = args.label or list(everything.labels)
+    manifest = only_labelled(everything, labels)
+    target = make_target(manifest, labels)
     out = _file(args, target)
     splits = target_splits(manifest, target, seed=args.seed, allow_leaks=args.allow_leaks)
     budgets = [
@@ -95,6 +98,10 @@ def finetune_command(args: FinetuneArgs) -> int:
         for draw in range(args.draws)
     ]
     leaks = refuse_leaks(manifest, splits, allowed=args.allow_leaks)
+    unknown = len(everything) - len(manifest)
+    notes = [describe_unlabelled(unknown, labels)] if unknown else []
+    if args.run is not None and mode != "scratch":
+        notes += seen_before(pretrained_on(run_folder(args.run)), manifest, splits)
     resize = (encoder.resize if encoder is not None else None) or 1.0
     images = load_images(manifest, size, resize=resize, workers=args.workers)
     # As wide as the table is, also in a pipe or a terminal of 80 columns.
@@ -119,7 +126,7 @@ def finetune_command(args: FinetuneArgs) -> int:
                 )
             )
     record = {"run": None if args.run is None else str(args.run), "size": size, "training": _plain(config)}
-    record |= _record(manifest, target, splits, budgets, done, args.seed) | {"leaks": leaks}
+    record |= _record(manifest, target, splits, budgets, done, args.seed) | {"leaks": leaks, "notes": notes}
     _print(record, console)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -237,6 +244,7 @@ def _print(record: dict[str, Any], console: Console) -> None:
     lines = [f"Images: {parts}; {record['origin']}."]
     if auc["low"] is not None:
         lines.append(f"Mean AUC {auc['mean']:.3f} [{auc['low']:.3f}, {auc['high']:.3f}]: {auc['interval']}.")
+    lines += record["notes"]
     lines += [f"Labels: {budget['note']}."] if budget["note"] else []
     lines += [f"{note[0].upper()}{note[1:]}." for note in dict.fromkeys(notes)]
     lines += [f"{len(record['leaks'])} leaks between the splits were allowed."] if record["leaks"] else []

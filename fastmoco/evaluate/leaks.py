@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import defaultdict
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -17,6 +18,8 @@ from fastmoco.evaluate.splits import Splits
 from fastmoco.models.weights import CONFIG
 
 _LISTED = 20
+# Name, height, width and bytes: many sets of images have a 000.png.
+Image = tuple[str, int, int, int]
 
 
 def find_leaks(manifest: Manifest, splits: Splits, *, workers: int = 0) -> list[str]:
@@ -77,25 +80,35 @@ def _duplicates(manifest: Manifest, part: np.ndarray, workers: int) -> list[str]
     ]
 
 
-def pretrained_on(run: Path) -> frozenset[str]:
-    """The names of the images that the run in folder `run` was trained on, as far as it says them."""
+def pretrained_on(run: Path) -> frozenset[Image]:
+    """The images that the run in folder `run` was trained on, as far as it says them."""
     listed = run / MANIFEST
     # Beside an exported encoder, where there is no run, a file of that name may be anything's.
     if not (run / CONFIG).is_file() or not is_manifest_file(listed):
         return frozenset()
     try:
-        return frozenset(read_manifest_file(listed)["files"])
+        found = read_manifest_file(listed)
     except UserError:
         # Scores do not depend on it.
         return frozenset()
+    return frozenset(_images(found["files"], found["sizes"], found["stamps"]))
 
 
-def seen_before(names: frozenset[str], manifest: Manifest, splits: Splits) -> tuple[str, ...]:
-    """A line on how many test images have one of `names`, those that an encoder was pretrained on; empty for none."""
-    seen = sum(manifest.files[i] in names for i in splits.test.tolist())
+def seen_before(images: frozenset[Image], manifest: Manifest, splits: Splits) -> tuple[str, ...]:
+    """A line on how many test images are among `images`, which an encoder was pretrained on; empty for none."""
+    if manifest.stamps is None:
+        return ()
+    test = manifest.select(splits.test)
+    assert test.stamps is not None
+    seen = sum(image in images for image in _images(test.files, test.sizes, test.stamps))
     if not seen:
         return ()
     return (
-        f"{seen} of the {len(splits.test)} test images were pretrained on, without their labels, by their names in the "
-        f"run's {MANIFEST}; pretrain with --split train to keep them apart.",
+        f"{seen} of the {len(splits.test)} test images were pretrained on, without their labels, by names and sizes in "
+        f"the run's {MANIFEST}; pretrain with --split train to keep them apart.",
     )
+
+
+def _images(files: Sequence[str], sizes: np.ndarray, stamps: np.ndarray) -> Iterator[Image]:
+    for file, (height, width), size in zip(files, sizes.tolist(), stamps[:, 0].tolist(), strict=True):
+        yield file, height, width, size

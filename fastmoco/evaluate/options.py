@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fastmoco.data.manifest import Manifest, load_manifest
-from fastmoco.data.sizes import show_count
 from fastmoco.data.verify import describe_skipped
 from fastmoco.errors import UserError
 from fastmoco.models.encoder import Encoder
@@ -62,8 +61,7 @@ class LabelledImages:
         return manifest
 
     def labelled(self) -> Manifest:
-        """The images with a class in every label column; how many have none is said. Raises UserError where there is no
-        such column."""
+        """The images, some of which may be without a class. Raises UserError where there is no label column."""
         manifest = self.manifest()
         if not manifest.labels:
             raise UserError(
@@ -72,11 +70,7 @@ class LabelledImages:
                 if self.labels is None
                 else f"--labels {self.labels}: say with --label which of its columns to evaluate"
             )
-        known = manifest.only_labelled()
-        if len(known) < len(manifest):
-            columns = ", ".join(manifest.labels)
-            print(f"left out {show_count(len(manifest) - len(known), 'image')} without a class in {columns}")
-        return known
+        return manifest
 
     def input_size(self, encoder: Encoder | None, run: Path | None) -> int:
         """Pixels a side of what `encoder`, read from `run`, is shown. Raises UserError where neither says."""

@@ -11,6 +11,7 @@ import torch
 import tyro
 from rich.console import Console
 
+from fastmoco.data.labelled import describe_unlabelled, labelled, only_labelled
 from fastmoco.data.manifest import Manifest
 from fastmoco.device import find_device
 from fastmoco.evaluate.baselines import colour_statistics, gray_pixels
@@ -133,15 +134,20 @@ def evaluate_command(args: EvaluateArgs) -> int:
     encoder = load_encoder(args.run)
     size = args.input_size(encoder, args.run)
     resize = encoder.resize or 1.0
-    manifest = args.labelled()
-    names = pretrained_on(run_folder(args.run))
-    seen: dict[str, tuple[str, ...]] = {}
+    everything = args.labelled()
+    manifest = everything.select(np.any([labelled(everything, [label]) for label in everything.labels], axis=0))
+    images = pretrained_on(run_folder(args.run))
+    # Each label is scored on all images that have a class of it, whichever others are asked for.
+    parts: dict[str, Manifest] = {}
+    said: dict[str, tuple[str, ...]] = {}
     for label in manifest.labels:
+        parts[label] = some = only_labelled(everything, [label])
         # Whatever is wrong with a label's splits is said before minutes go into features.
-        splits = make_splits(manifest, label, seed=args.seed, allow_leaks=args.allow_leaks)
+        splits = make_splits(some, label, seed=args.seed, allow_leaks=args.allow_leaks)
         if args.duplicates:
-            refuse_leaks(manifest, splits, allowed=args.allow_leaks)
-        seen[label] = seen_before(names, manifest, splits)
+            refuse_leaks(some, splits, allowed=args.allow_leaks)
+        unknown = len(everything) - len(some)
+        said[label] = ((describe_unlabelled(unknown, [label]),) if unknown else ()) + seen_before(images, some, splits)
     encoders = {"random": Encoder(encoder.arch, seed=args.seed)} if args.baselines else {}
     features = collect_features(
         {**encoders, "pretrained": encoder},
@@ -157,15 +163,17 @@ def evaluate_command(args: EvaluateArgs) -> int:
     console = Console()
     context = (f"Pretrained: {args.run}, {encoder.arch}.", f"Encoders see {describe_input(size, resize)}.")
     results = []
-    for label in manifest.labels:
+    for label, some in parts.items():
+        known = labelled(manifest, [label])
+        own = {name: {what: values[known] for what, values in sets.items()} for name, sets in features.items()}
         with console.status(f"scoring {label}"):
             result = evaluate_features(
-                features,
-                manifest,
+                own,
+                some,
                 label=label,
                 seed=args.seed,
                 allow_leaks=args.allow_leaks,
-                context=context + seen[label],
+                context=context + said[label],
             )
         print_result(result)
         results.append(result)

@@ -6,8 +6,8 @@ import resource
 import time
 
 # The share of its threads' time that a run has at least when it is alone, unless it waits: for images, or for a thread
-# that has more to do. It does that by itself, so that it is then hardly interrupted (times a second).
-LEAST_SHARE, MOST_INTERRUPTIONS = 0.6, 20.0
+# that has more to do. It does that by itself, so that its threads are then hardly interrupted (times a second, each).
+LEAST_SHARE, MOST_INTERRUPTIONS = 0.6, 10.0
 # What is shorter says little (seconds).
 LEAST = 5.0
 
@@ -17,25 +17,31 @@ class Crowding:
 
     def __init__(self, threads: int) -> None:
         self.threads, self.told = threads, False
+        self._elapsed, self._used, self._interrupted = 0.0, 0.0, 0
         self.restart()
 
     def restart(self) -> None:
-        """Begin a new interval."""
-        self._since, self._used, self._interrupted = _now()
+        """Leave out what has passed since the last reading."""
+        self._last = _now()
 
     def read(self) -> str | None:
-        """What to tell of the interval, if anything; None ever after, and for a single thread, which waits for none."""
-        now, used, interrupted = _now()
-        elapsed = now - self._since
-        if self.told or self.threads < 2 or elapsed < LEAST:
+        """What to tell of the time that was not left out, if anything, once it is long enough; None ever after, and for
+        a single thread, which waits for none."""
+        before = self._last
+        now, used, interrupted = self._last = _now()
+        self._elapsed += now - before[0]
+        self._used += used - before[1]
+        self._interrupted += interrupted - before[2]
+        if self.told or self.threads < 2 or self._elapsed < LEAST:
             return None
-        share = (used - self._used) / elapsed
-        if share >= LEAST_SHARE * self.threads or (interrupted - self._interrupted) / elapsed <= MOST_INTERRUPTIONS:
+        share, often = self._used / self._elapsed, self._interrupted / self._elapsed / self.threads
+        self._elapsed, self._used, self._interrupted = 0.0, 0.0, 0
+        if share >= LEAST_SHARE * self.threads or often <= MOST_INTERRUPTIONS:
             return None
         self.told = True
         return (
             f"warning: other work keeps the processors busy: this run's {self.threads} threads, which wait for each "
-            f"other, had the time of {share:.1f}; OMP_NUM_THREADS=1 makes it faster there"
+            f"other, had the time of {share:.1f}; OMP_NUM_THREADS={max(1, int(share))} is likely to be faster there"
         )
 
 

@@ -25,7 +25,8 @@ def knn_row(
     """Leave-one-out kNN scores of `encoder`'s pooled stage-4 feature on some of the training images with a class.
 
     Images in `quarantine` and others that cannot be read are left out: a score is no reason to set them aside, nor to
-    stop. {} where fewer than two are left. `alive` is called after each image looked at and each batch of features.
+    stop. {} where fewer than two, or images of one class alone, are left. `alive` is called after each image looked at
+    and each batch of features.
     """
     name = next(iter(manifest.labels))
     rng = np.random.Generator(np.random.Philox(key=[trainer.config.run.seed, 0x5A37]))
@@ -34,7 +35,7 @@ def knn_row(
     drawn = np.sort(known[rng.permutation(len(known))[:MONITOR_IMAGES]]).tolist()
     chosen = [index for index in drawn if index not in quarantine and _readable(manifest, index, alive)]
     views = trainer.config.views
-    while len(chosen) > 1:
+    while len(np.unique(classes[chosen])) > 1:
         some = manifest.select(np.array(chosen))
         try:
             features = extract(

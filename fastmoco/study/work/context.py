@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from fastmoco.data.labelled import only_labelled
 from fastmoco.data.manifest import Manifest, load_manifest
 from fastmoco.data.manifest_file import write_manifest
 from fastmoco.data.patients import patient_groups
@@ -62,7 +63,7 @@ def prepare(study: Study, data: Data) -> Prepared:
     """
     where = f"{study.file} [[data]] {data.name}"
     try:
-        manifest = load_manifest(
+        everything = load_manifest(
             data.images,
             data.labels,
             label=(data.label, *data.multilabel),
@@ -70,8 +71,8 @@ def prepare(study: Study, data: Data) -> Prepared:
             patient_column=data.patient_column,
             split_column=data.split_column,
         )
-        unknown = len(manifest) - len(manifest.only_labelled())
-        if unknown:
+        manifest = only_labelled(everything, list(everything.labels))
+        if unknown := len(everything) - len(manifest):
             columns = ", ".join(manifest.labels)
             raise UserError(
                 f"{show_count(unknown, 'image')} without a class in {columns}; in a study all have one: "

@@ -1,0 +1,48 @@
+"""Images whose classes are known."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from fastmoco.data.manifest import Manifest
+from fastmoco.data.sizes import show_count
+from fastmoco.errors import UserError
+
+
+def labelled(manifest: Manifest, labels: Sequence[str]) -> np.ndarray:
+    """(n,) bool: which of the n images have a class in every one of the columns `labels`."""
+    known: np.ndarray = np.all([manifest.classes(label) >= 0 for label in labels], axis=0)
+    return known
+
+
+def only_labelled(manifest: Manifest, labels: Sequence[str]) -> Manifest:
+    """The images that have a class in every one of the columns `labels`, with these columns alone.
+
+    Where others have none, classes are those that are left, numbered anew in their order. Raises UserError where a
+    column then has fewer than two.
+    """
+    known = labelled(manifest, labels)
+    some = manifest.select(known)
+    some.labels = {label: manifest.labels[label][known] for label in labels}
+    some.class_names = {label: manifest.class_names[label] for label in labels}
+    # Not known may also be what of an image that did not decode is not: its cell is among the names all the same.
+    if known.all() and all("" not in names for names in some.class_names.values()):
+        return some
+    for label in labels:
+        there, some.labels[label] = np.unique(manifest.classes(label)[known], return_inverse=True)
+        some.class_names[label] = [manifest.known_classes(label)[number] for number in there.tolist()]
+        if len(there) < 2:
+            which = f"a class in all of {', '.join(labels)}" if len(labels) > 1 else "a class"
+            of_one = f", and those are all of class {some.class_names[label][0]!r}" if len(there) else ""
+            raise UserError(
+                f"--label {label}: {len(some)} of {len(manifest)} images have {which}{of_one}; there is nothing to "
+                "tell apart"
+            )
+    return some
+
+
+def describe_unlabelled(images: int, labels: Sequence[str]) -> str:
+    """A sentence on how many images were left out."""
+    return f"{show_count(images, 'image')} without a class in {', '.join(labels)} left out."
