@@ -181,4 +181,8 @@ class StageBarlow(nn.Module):
         """For each stage the projections of both views, (N, D) each."""
         for name, projector in self.projectors.items():
             stage = int(name.removeprefix("stage")) - 1
-            yield projector(*(adaptive_avg_pool2d(stages[stage], 1).flatten(1) for stages in (query, key)))
+            means = [adaptive_avg_pool2d(stages[stage], 1).flatten(1) for stages in (query, key)]
+            if not torch.is_autocast_enabled(means[0].device.type):
+                # Of a network in half precision, say, beside projectors in float32.
+                means = [mean.to(next(projector.parameters()).dtype) for mean in means]
+            yield projector(*means)

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import gc
+import pickle
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -168,3 +171,83 @@ def test_an_output_that_is_no_map_is_named() -> None:
         model(pictures(seed, 2))
     with pytest.raises(UserError, match=r"1 gives \(4, 4\): maps"):
         losses()
+
+
+def test_more_calls_than_views_are_told_and_the_last_count() -> None:
+    model, key_model = Blocks("tokens"), Blocks("tokens")
+    losses = StageLosses(model, key_model, stages=["first"])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for query, key in ((0, 1), (1, 0)):
+            model(pictures(query)), key_model(pictures(key))
+            last = losses()
+    for view in (0, 1):
+        model(pictures(view))
+    for view in (1, 0):
+        key_model(pictures(view))
+    with pytest.warns(UserWarning, match="2 calls of a network since the last sum, of which the last 1 count"):
+        assert losses().item() == last.item()
+    alone = StageLosses(model, stages=["first"])
+    for view in (2, 0, 1):
+        model(pictures(view))
+    with pytest.warns(UserWarning, match="3 calls of a network since the last sum, of which the last 2 count"):
+        found = alone()
+    model(pictures(0)), model(pictures(1))
+    assert alone().item() == found.item()
+
+
+def test_a_network_beside_itself_is_one_network() -> None:
+    model = Blocks("tokens")
+    losses = StageLosses(model, model, stages=["first"])
+    model(pictures(0)), model(pictures(1))
+    assert losses() > 0
+
+
+def test_projectors_take_a_network_in_half_precision() -> None:
+    model = Blocks("tokens").bfloat16()
+    losses = StageLosses(model, stages=["first"], kind="barlow", projector_width=16, size=8)
+    for view in (0, 1):
+        model(pictures(view).bfloat16())
+    loss = losses()
+    loss.backward()
+    assert loss.dtype == torch.float32 and model.first.weight.grad is not None
+    assert all(parameter.grad is not None for parameter in losses.parameters())
+
+
+def test_a_network_for_other_pictures_says_what_to_give() -> None:
+    with pytest.raises(UserError, match=r"empty picture \(1, 3, 224, 224\).* give size= in pixels"):
+        StageLosses(small_vit(), stages=["encoder.layers.encoder_layer_0"], kind="barlow", projector_width=16)
+    gray = models.resnet18()
+    gray.conv1 = nn.Conv2d(1, 64, 7, 2, 3)
+    losses = StageLosses(gray, stages=["layer1"], kind="barlow", projector_width=16, size=32)
+    for view in (0, 1):
+        gray(pictures(view)[:, :1])
+    assert losses().isfinite()
+
+
+def test_torchs_memory_format_is_not_taken_for_channels_that_are_the_last() -> None:
+    model = models.resnet18().to(memory_format=torch.channels_last)
+    losses = StageLosses(model, stages=["layer2"], channels_last=True)
+    for view in (0, 1):
+        model(pictures(view))
+    with pytest.raises(UserError, match=r"layer2 gives maps \(4, 128, 4, 4\) whose channels are the second"):
+        losses()
+
+
+@pytest.mark.parametrize("weight", [-1.0, [1, 2], float("nan")])
+def test_a_weight_is_one_number_from_zero(weight: Any) -> None:
+    with pytest.raises(UserError, match="weight is one number, from 0"):
+        StageLosses(Blocks("tokens"), stages=["first"], weight=weight)
+
+
+def test_a_network_that_is_listened_to_can_be_saved_and_is_let_go() -> None:
+    model = Blocks("tokens")
+    losses = StageLosses(model, stages=["first"])
+    loaded = pickle.loads(pickle.dumps(model))
+    loaded(pictures(0)), copy.deepcopy(model)(pictures(0))
+    with pytest.raises(UserError, match="0 of 2 views"):
+        losses()
+    assert len(model.first._forward_hooks) == 1
+    del losses
+    gc.collect()
+    assert not model.first._forward_hooks
