@@ -46,7 +46,9 @@ class Machine:
 
     def floor(self, work: Work) -> tuple[float, str]:
         """Seconds below which `work` cannot be done while its data is not in a cache, and what bounds it."""
-        product, exponential = work.flops / self.flops[work.dtype], work.exponentials / self.exponentials
+        # Where narrow products are the slower ones, their numbers can be widened.
+        rate = max(self.flops[work.dtype], self.flops["float32"])
+        product, exponential = work.flops / rate, work.exponentials / self.exponentials
         arithmetic = max(product, exponential) if self.overlaps else product + exponential
         memory = work.bytes / self.bytes
         return max((memory, "memory"), (arithmetic, "arithmetic"))

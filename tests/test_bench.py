@@ -257,6 +257,11 @@ def test_the_floor_is_the_slower_of_bytes_and_arithmetic() -> None:
     assert machine.floor(work) == (3.0, "arithmetic")
     assert machine.floor(roofline.Work(bytes=40, flops=100, exponentials=100)) == (4.0, "memory")
     assert roofline.replace(machine, overlaps=True).floor(work) == (2.0, "memory")
+    # Numbers that are multiplied slowly as they are can be widened.
+    for slow in (20.0, 400.0):
+        both = roofline.replace(machine, flops={"float32": 100.0, "bfloat16": slow})
+        seconds = roofline.Work(bytes=0.0, flops=800.0, dtype="bfloat16")
+        assert both.floor(seconds)[0] == 800.0 / max(slow, 100.0)
 
 
 def test_the_document_has_the_table_that_the_formulas_give(capsys: pytest.CaptureFixture[str]) -> None:
