@@ -18,6 +18,8 @@ from bench.loaders import endless
 from bench.step import FLOAT32_TOLERANCE, LOSS_TOLERANCE, PLAIN, Variant, as_run
 from bench.timing import environment, save
 from fastmoco.adapters.loader import PairLoader
+from fastmoco.errors import UserError
+from fastmoco.train.config import Arch
 
 
 @dataclass(frozen=True)
@@ -58,7 +60,7 @@ class LoopArgs:
 
     data: Path
     """Folder of images."""
-    arch: str = "resnet50"
+    arch: Arch = "resnet50"
     """Torchvision ResNet."""
     size: int = 64
     """Side of the views, in pixels."""
@@ -66,6 +68,10 @@ class LoopArgs:
     """Images in a batch."""
     workers: int = 2
     """Processes or threads that load."""
+
+    def __post_init__(self) -> None:
+        if not self.data.is_dir():
+            raise UserError(f"--data {self.data}: no such folder; name one with images")
 
 
 @dataclass(kw_only=True)

@@ -22,6 +22,7 @@ from bench.paper import Paper, StageLoss
 from bench.timing import environment, interleaved, quantiles, save
 from fastmoco.data.loader import Batch
 from fastmoco.distributed.world import World
+from fastmoco.errors import UserError
 from fastmoco.losses import StageBarlow
 from fastmoco.precision import cpu_has_bf16, default_precision
 from fastmoco.train.config import Config
@@ -122,9 +123,16 @@ def views(args: StepArgs, channels_last: bool) -> Batch:
 
 
 def build_paper(trainer: Trainer) -> Paper:
-    """The paper's step with the weights, queue and constants of `trainer`, before its first step."""
+    """The paper's step with the weights, queue and constants of `trainer`, before its first step.
+
+    Raises UserError where those are of another objective.
+    """
     config, module = trainer.config, trainer.module
-    assert trainer.queue is not None
+    if trainer.queue is None or config.loss.symmetric:
+        raise UserError(
+            f"--recipe {config.recipe}: the paper's step has a queue and one direction, not the objective "
+            f"{config.loss.title}; give mocov2 or a recipe of a domain, such as histology-mse or fundus-moco-small"
+        )
     names = {name: name.replace("head.", "fc.").removeprefix("backbone.") for name in module.query.state_dict()}
     projectors = module.stage_loss.projectors.children() if isinstance(module.stage_loss, StageBarlow) else ()
     stage_loss: StageLoss = "none" if config.loss.method == "moco" else config.loss.method

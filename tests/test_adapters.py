@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import re
 from typing import Any
 
 import pytest
@@ -44,6 +45,13 @@ def test_solos_contrastive_loss() -> None:
     torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
     wanted, own = (torch.autograd.grad(loss, (query, key)) for loss in (expected, found))
     torch.testing.assert_close(own, wanted, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("queue", [(8, 16), (4,), (2, 4, 16)])
+def test_a_queue_of_another_shape_is_told_as_solo_has_it(queue: tuple[int, ...]) -> None:
+    said = rf"query and key must be \(N, D\) and queue \(D, K\), not \(8, 4\), \(8, 4\) and {re.escape(str(queue))}"
+    with pytest.raises(UserError, match=said):
+        solo.mocov2plus_loss_func(torch.ones(8, 4), torch.ones(8, 4), torch.ones(queue), 0.2)
 
 
 def _plain_barlow(z1: Tensor, z2: Tensor, lamb: float, scale: float) -> Tensor:

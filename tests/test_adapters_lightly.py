@@ -152,6 +152,16 @@ def test_momentum_moves_parameters_and_not_buffers() -> None:
     compare([*average.state_dict().values()], [*other.state_dict().values()])
 
 
+def test_parameters_may_be_frozen_and_let_go() -> None:
+    model = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3))
+    for end, wanted in (("deactivate", False), ("activate", True)):
+        for module in (ours, their_utils):
+            model.requires_grad_(not wanted)
+            getattr(module, f"{end}_requires_grad")(model)
+            assert all(parameter.requires_grad == wanted for parameter in model.parameters())
+        assert f"{end}_requires_grad" in ours.__all__
+
+
 def test_a_shuffled_batch_comes_back() -> None:
     batch = torch.arange(10.0).view(5, 2)
     torch.manual_seed(3)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -170,3 +171,39 @@ def test_an_epoch_goes_on_where_it_was_left(folder: Path) -> None:
     whole.load_state_dict(state)
     whole.set_epoch(0)
     assert [names for *_, names in epochs(whole, 1)[0]] == [names for *_, names in first]
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"batch_size": 0}, "batch_size must be at least 1, not 0"),
+        ({"batch_size": 64}, "18 images do not fill one batch of 64: lower batch_size, .* or pass drop_last=False"),
+        ({"device": "nonsense"}, "device nonsense cannot be used here"),
+        ({"max_bad": -1}, "max_bad must be 0 or more, not -1"),
+    ],
+)
+def test_mistakes_are_told_by_the_names_of_the_arguments(folder: Path, options: dict[str, Any], said: str) -> None:
+    with pytest.raises(UserError, match=f"^{said}") as told:
+        PairLoader(folder, views=VIEWS, loader="pillow", **({"batch_size": 6} | options))
+    assert "--" not in str(told.value)
+    PairLoader(folder, views=VIEWS, loader="pillow", batch_size=64, drop_last=False)
+
+
+def _uneven(world: World, folder: Path) -> str:
+    with pytest.raises(UserError) as told:
+        PairLoader(folder, views=VIEWS, batch_size=7, loader="pillow")
+    return str(told.value)
+
+
+def test_a_batch_that_cannot_be_shared_out_is_told(folder: Path) -> None:
+    said = "batch_size 7 cannot be shared out evenly to 2 processes: give a multiple of 2"
+    assert in_world(2, _uneven, folder) == [said, said]
+
+
+def test_too_many_images_that_go_bad_are_told_by_the_argument(folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder, tmp_path / "data")
+    loader = PairLoader(tmp_path / "data", views=VIEWS, batch_size=6, loader="pillow", max_bad=0)
+    next(path for path in (tmp_path / "data").rglob("*.png")).write_bytes(b"no image")
+    with pytest.raises(UserError, match=r"more than max_bad 0:(?s:.)*with a higher max_bad") as told:
+        epochs(loader, 1)
+    assert "--" not in str(told.value)

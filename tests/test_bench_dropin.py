@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
 from bench import dropin, dropin_curves
+from bench.command import start
 from bench.dropin import ALL, LIGHTLY, UNTIMED, VARIANTS, DropInArgs, judged
 from bench.dropin_curves import COMPARED, CurvesArgs, verdict
 from bench.example import OURS, PARTS, Example, Laps
@@ -117,3 +119,18 @@ def test_curves_agree_within_the_spread_of_lightlys_seeds() -> None:
     found = verdict(2 + 9 * (theirs - 2), theirs)
     assert found["limit"] == 2 and found["differences"] == [-8, 0, 8] and found["by_seed"].startswith("-8.0000, +0.")
     assert not verdict(np.full((3, 6), np.nan), theirs)["within"]
+
+
+@pytest.mark.parametrize(("module", "kind"), [(dropin, DropInArgs), (dropin_curves, CurvesArgs)])
+def test_a_folder_and_an_encoder_that_are_not_there_are_told(
+    module: Any, kind: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.argv", ["x", "--data", str(tmp_path / "nope")])
+    with pytest.raises(SystemExit) as stop:
+        start(module.main, kind, "x")
+    assert stop.value.code == f"error: --data {tmp_path / 'nope'}: no such folder; name one with images"
+    monkeypatch.setattr("sys.argv", ["x", "--data", str(tmp_path), "--arch", "vgg"])
+    with pytest.raises(SystemExit) as stop:
+        start(module.main, kind, "x")
+    said = capsys.readouterr()
+    assert stop.value.code == 2 and "--arch" in said.out + said.err and "resnet18" in said.out + said.err

@@ -19,7 +19,7 @@ from bench import e2e, products, ways
 from bench.e2e import BASES, LIMIT, LOSSES, Case, E2eArgs, cases, disagreements, judged, limits_of, ratios
 from bench.loaders import Pair
 from bench.products import DTYPES, Product, Products, candidates, fastest, multiplications
-from bench.step import FLOAT32_TOLERANCE, LOSS_TOLERANCE, PLAIN, StepArgs, as_run
+from bench.step import FLOAT32_TOLERANCE, LOSS_TOLERANCE, PLAIN, StepArgs, as_run, build, build_paper
 from bench.turns import Missing, Turn, summary
 from bench.ways import EAGER, FLUSHED, LIGHTLY, OURS, WAYS, Steps, eager_steps, fastmoco_steps, lightly_steps
 from fastmoco.errors import UserError
@@ -82,6 +82,13 @@ def test_our_steps_lead_where_the_eager_references_do(monkeypatch: pytest.Monkey
     monkeypatch.setattr(ways, "as_run", lambda device: PLAIN)
     assert after_steps(fastmoco_steps, args) == pytest.approx(eager, rel=FLOAT32_TOLERANCE)
     assert after_steps(lightly_steps, args) != pytest.approx(eager, rel=1e-2)
+
+
+@pytest.mark.parametrize("recipe", ["simclr-small", "mocov2-symmetric-small"])
+def test_the_papers_step_has_a_queue_and_one_direction(recipe: str) -> None:
+    trainer = build(StepArgs(recipe=recipe, arch="resnet18", size=32, batch_size=4, queue_size=64), PLAIN)
+    with pytest.raises(UserError, match=rf"--recipe {recipe}: the paper's step has a queue .*; give mocov2 or"):
+        build_paper(trainer)
 
 
 @pytest.mark.system

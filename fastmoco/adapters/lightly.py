@@ -27,8 +27,10 @@ __all__ = [
     "MemoryBankModule",
     "MoCoProjectionHead",
     "NTXentLoss",
+    "activate_requires_grad",
     "batch_shuffle",
     "batch_unshuffle",
+    "deactivate_requires_grad",
     "update_momentum",
 ]
 
@@ -242,6 +244,16 @@ def update_momentum(model: nn.Module, model_ema: nn.Module, m: float) -> None:
     Raises UserError (a ValueError) where the two have not the same shapes, or `m` is not from 0 to 1.
     """
     move_average(model_ema, model, m)
+
+
+def deactivate_requires_grad(model: nn.Module) -> None:
+    """Have no parameter of `model` require a gradient."""
+    model.requires_grad_(False)
+
+
+def activate_requires_grad(model: nn.Module) -> None:
+    """Have every parameter of `model` require a gradient."""
+    model.requires_grad_(True)
 
 
 @torch.no_grad()

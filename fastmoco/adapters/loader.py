@@ -31,6 +31,11 @@ PairBatch = tuple[list[Tensor], Tensor, list[str]]
 throughout where there is no label."""
 
 
+class _Quarantine(Quarantine):
+    option = "max_bad"
+    remedy = "Mend or remove them, or make the loader anew with a higher max_bad"
+
+
 class PairLoader:
     """Random pairs of views of the images of `data`, batch after batch; going over it is an epoch, another each time.
 
@@ -49,7 +54,8 @@ class PairLoader:
     An epoch's images and draws depend on `seed` and the epoch's number alone. `set_epoch` sets that of the next, where
     training is resumed; `state_dict` and `load_state_dict` keep the place in it too. Lightning calls them by itself.
     Targets and file names are those of the first view. Raises UserError as `load_manifest` does, and where no
-    image is of the split, a batch cannot be shared out or filled, or pairs are to be of patients without two images.
+    image is of the split, a batch cannot be shared out or filled, the device cannot be used, `max_bad` is below 0, or
+    pairs are to be of patients without two images.
     """
 
     def __init__(
@@ -75,6 +81,9 @@ class PairLoader:
         max_bad: int = 100,
         progress: bool = False,
     ) -> None:
+        if max_bad < 0:
+            raise UserError(f"max_bad must be 0 or more, not {max_bad}")
+        self._device = _device(device)
         chosen = find(recipe)(Path(data), Path()).views if views is None else views
         self.views = chosen if size is None else replace(chosen, size=size)
         manifest = load_manifest(
@@ -90,12 +99,13 @@ class PairLoader:
             warnings.warn(describe_skipped(manifest.skipped), stacklevel=2)
         self._manifest = manifest if split is None else manifest.only_split(split)
         here = world()
+        _check_batches(len(self._manifest), batch_size, processes=here.size, drop_last=drop_last)
         self._order = Order(
             len(self._manifest), batch_size, seed, drop_last=drop_last, shard=here.rank, shards=here.size,
             pairs=find_pairs(pairs, self._manifest),
         )  # fmt: skip
-        self._workers, self._loader, self._device, self._dtype = workers, loader, find_device(str(device)), dtype
-        self._quarantine = Quarantine(max_bad)
+        self._workers, self._loader, self._dtype = workers, loader, dtype
+        self._quarantine = _Quarantine(max_bad)
         # Epoch and batch: of what was given out last, and where the next pass begins.
         self._done = self._next = (0, 0)
         none = np.zeros(len(self._manifest), dtype=np.int64)
@@ -161,3 +171,26 @@ class PairLoader:
                 targets = self._targets[torch.from_numpy(batch.indices)].to(self._device)
                 names = [self._manifest.files[index] for index in batch.indices.tolist()]
                 yield [batch.q.to(self._dtype), batch.k.to(self._dtype)], targets, names
+
+
+def _device(device: str | torch.device) -> torch.device:
+    try:
+        return find_device(str(device))
+    except UserError as error:
+        raise UserError(str(error).removeprefix("--")) from error
+
+
+def _check_batches(images: int, batch_size: int, *, processes: int, drop_last: bool) -> None:
+    """Raise UserError where `images` make no batch, or a batch cannot be shared out."""
+    if batch_size < 1:
+        raise UserError(f"batch_size must be at least 1, not {batch_size}")
+    if batch_size % processes:
+        raise UserError(
+            f"batch_size {batch_size} cannot be shared out evenly to {processes} processes: give a multiple of "
+            f"{processes}"
+        )
+    if drop_last and images < batch_size:
+        raise UserError(
+            f"{images} images do not fill one batch of {batch_size}: lower batch_size, give more images, or pass "
+            "drop_last=False"
+        )

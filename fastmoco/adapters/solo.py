@@ -19,7 +19,13 @@ __all__ = ["MomentumUpdater", "barlow_loss_func", "gather", "initialize_momentum
 
 
 def mocov2plus_loss_func(query: Tensor, key: Tensor, queue: Tensor, temperature: float = 0.1) -> Tensor:
-    """InfoNCE of `query` against `key`, both (N, D) of unit length, and the negatives `queue` (D, K): a 0-d tensor."""
+    """InfoNCE of `query` against `key`, both (N, D) of unit length, and the negatives `queue` (D, K): a 0-d tensor.
+
+    Raises UserError (a ValueError) for other shapes.
+    """
+    if not query.ndim == queue.ndim == 2 or query.shape != key.shape or len(queue) != query.shape[1]:
+        shapes = f"{tuple(query.shape)}, {tuple(key.shape)} and {tuple(queue.shape)}"
+        raise UserError(f"mocov2plus_loss_func: query and key must be (N, D) and queue (D, K), not {shapes}")
     return infonce(query, key, queue.T, temperature=temperature)
 
 

@@ -61,7 +61,12 @@ class Quarantine:
 
     What is in it goes into the checkpoint (`state`), and a resumed run starts with it (`entries`): a file that was
     mended meanwhile stays out, so that the images of a run do not depend on when it was stopped.
+
+    `option` is what its user gives the limit by, `remedy` what to do where it is passed.
     """
+
+    option = "--max-bad"
+    remedy = "What was set aside stays aside: go on with --resume and a higher --max-bad, or start anew"
 
     def __init__(self, limit: int, entries: Iterable[dict[str, Any]] = ()) -> None:
         self.limit = limit
@@ -86,12 +91,9 @@ class Quarantine:
         """Raise TooManyBad, with the list, where there are more than the limit, or all `of` a set's images."""
         count = len(self.entries)
         if count > self.limit or count == of:
-            more = f"all {of} there are" if count == of else f"more than --max-bad {self.limit}"
+            more = f"all {of} there are" if count == of else f"more than {self.option} {self.limit}"
             listed = "\n  ".join(str(entry) for entry in self.entries)
-            raise TooManyBad(
-                f"{count} image(s) could not be read any more, {more}:\n  {listed}\n"
-                "What was set aside stays aside: go on with --resume and a higher --max-bad, or start anew"
-            )
+            raise TooManyBad(f"{count} image(s) could not be read any more, {more}:\n  {listed}\n{self.remedy}")
 
     def state(self) -> list[dict[str, Any]]:
         """The entries as plain JSON values."""

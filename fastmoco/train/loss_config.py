@@ -77,6 +77,19 @@ class LossConfig:
         """Keys of a pair of views that enter the queue."""
         return (2 if self.symmetric else 1) if self.objective == "moco" else 0
 
+    @property
+    def unused(self) -> dict[str, str]:
+        """The fields that change nothing of what is trained by, each with why."""
+        found: dict[str, str] = {}
+        if self.stage_loss == "none":
+            found |= dict.fromkeys(("stage_weight", "stages", "grids"), f"--method {self.method} has no stage losses")
+        if self.objective != "moco":
+            why = f"--objective {self.objective} has no queue and no key encoder"
+            found |= dict.fromkeys(("queue_size", "queue_dtype", "ema", "key_shuffle"), why)
+        if self.objective == "barlow-twins":
+            found["temperature"] = "--objective barlow-twins has no temperature"
+        return found
+
     def __post_init__(self) -> None:
         if not self.temperature > 0:
             raise UserError(f"--temperature must be above 0, not {self.temperature}")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -23,6 +25,7 @@ from fastmoco.train.engines.make import engine_name
 from fastmoco.train.folder import BAD_FILES, write_description, writing
 from fastmoco.train.graph import check_capturable
 from fastmoco.train.images import find_images, list_images, refuse_others, refuse_out_inside
+from fastmoco.train.recipes import RECIPES
 from fastmoco.train.schedules import Plan
 from fastmoco.train.trainer import Trainer
 
@@ -101,11 +104,8 @@ def describe(trainer: Trainer, manifest: Manifest, order: Order, plan: Plan, *, 
     )
     if order.pairs is not None:
         print(f"pairs from two images of a patient: {order.pairs.paired} of the images have another to go with")
-    if config.loss.method == "barlow" and config.loss.stage_weight > 0.01:
-        print(
-            f"warning: --stage-weight {config.loss.stage_weight:g} is for --method mse; of barlow the paper has 5e-5, "
-            "and 5e-4 goes with --barlow-scale 1 --barlow-off-diagonal 0.005"
-        )
+    for warning in barlow_warnings(config):
+        print(f"warning: {warning}")
     if config.loss.objective == "barlow-twins" and config.model.head != "projector":
         print(f"warning: --head {config.model.head}: Barlow Twins wants --head projector, as wide as --dim")
     if trainer.targets is not None:
@@ -118,3 +118,28 @@ def describe(trainer: Trainer, manifest: Manifest, order: Order, plan: Plan, *, 
         print(f"finished already at step {start}: nothing to train; --init {config.run.out} starts another run from it")
     elif start:
         print(f"going on from step {start}")
+
+
+def barlow_warnings(config: Config) -> Iterator[str]:
+    """What is likely a mistake in the settings of --method barlow."""
+    loss = config.loss
+    if loss.method != "barlow":
+        return
+    twins = loss.objective == "barlow-twins"
+    if loss.stage_weight > (0.1 if twins else 0.01):
+        fitting = "of barlow the paper has 5e-5, and 5e-4 goes with --barlow-scale 1 --barlow-off-diagonal 0.005"
+        if twins:
+            fitting = "of barlow, 0.02 goes with --objective barlow-twins and its recipes' other settings"
+        yield f"--stage-weight {loss.stage_weight:g} is for --method mse; {fitting}"
+    recipe = RECIPES.get(config.recipe)
+    if not twins or recipe is None:
+        return
+    usual = recipe(Path(), Path()).loss
+    for name in ("barlow_scale", "barlow_off_diagonal"):
+        value, its = getattr(loss, name), getattr(usual, name)
+        if value != its:
+            option = f"--{name.replace('_', '-')}"
+            yield (
+                f"{option} {value:g} is of --objective barlow-twins too, not of the stages alone, and the recipe has "
+                f"{its:g}: weigh the stages by --stage-weight"
+            )

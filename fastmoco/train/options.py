@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import sys
+
 import tyro
 
 from fastmoco.arguments import read_arguments
+from fastmoco.distributed.launch import find_launch
 from fastmoco.errors import UserError
 from fastmoco.train import recipes
 from fastmoco.train.config import Config
@@ -35,12 +38,15 @@ ELSEWHERE = {
 
 
 def read_options(args: list[str]) -> Config:
-    """The configuration that `args`, RECIPE and options, make. Raises UserError, or exits with 2, for a mistake."""
+    """The configuration that `args`, RECIPE and options, make; options that change nothing in it are told.
+
+    Raises UserError, or exits with 2, for a mistake.
+    """
     if not args or args[0].startswith("-"):
         raise UserError("name a recipe first: fastmoco pretrain RECIPE --data FOLDER --out FOLDER")
     name = args[0]
     _refuse_other_names(args[1:])
-    return read_arguments(
+    config = read_arguments(
         Config,
         prog=f"fastmoco pretrain {name}",
         description=f"Pretrain with the recipe {name}. Every field can be overridden.",
@@ -48,6 +54,16 @@ def read_options(args: list[str]) -> Config:
         args=args[1:],
         config=(tyro.conf.OmitArgPrefixes,),
     )
+    _tell_unused(config, args[1:])
+    return config
+
+
+def _tell_unused(config: Config, args: list[str]) -> None:
+    """Say on standard error which of the options that `args` give have no effect, and why; rank 0 says it."""
+    given = {word.partition("=")[0].replace("_", "-") for word in args}
+    options = {f"--{name.replace('_', '-')}": why for name, why in config.loss.unused.items()}
+    for option in [option for option in options if option in given and find_launch().rank == 0]:
+        print(f"note: {option} has no effect: {options[option]}", file=sys.stderr)
 
 
 def _refuse_other_names(args: list[str]) -> None:

@@ -180,9 +180,8 @@ def small(full: Callable[[Path, Path], Config], data: Path, out: Path) -> Config
     config = full(data, out)
     kind = DOMAINS.get(config.recipe.removesuffix(f"-{config.loss.method}"))
     epochs, views = (60, {}) if kind is None else (kind.small_epochs, kind.small_views)
-    own = _SMALL_LOSSES[config.loss.method] | {"temperature": 0.2}
-    if config.loss.objective == "moco":
-        own |= {"queue_size": 1024, "ema": 0.99}
+    # Queue and momentum also where the recipe's own objective has none: for `--objective moco`.
+    own = _SMALL_LOSSES[config.loss.method] | {"temperature": 0.2, "queue_size": 1024, "ema": 0.99}
     twins = config.loss.objective == "barlow-twins"
     if config.loss.mix_weight:
         # With 5, 20 epochs on 2,054 patches of tissue learned less than random weights have

@@ -37,7 +37,8 @@ def changed_fields(stored: dict[str, Any], config: Config) -> list[str]:
     """What a resumed run was given that differs from the stored configuration, as "--field was A, is B".
 
     A field that the stored one lacks came after the version that wrote it, and counts as its default: a new field's
-    default has to be what was done before there was the field, or the field be free on resume.
+    default has to be what was done before there was the field, or the field be free on resume. Of the loss only what
+    it uses counts.
     """
     changes = []
     for group, values in to_json(config).items():
@@ -48,7 +49,8 @@ def changed_fields(stored: dict[str, Any], config: Config) -> list[str]:
         known = dataclasses.fields(getattr(config, group))
         defaults = {f.name: _plain(f.default) for f in known if f.default is not dataclasses.MISSING}
         before = defaults | stored.get(group, {})
+        free = FREE_ON_RESUME.get(group, set()) | ({*config.loss.unused} if group == "loss" else set())
         for name, value in values.items():
-            if before.get(name) != value and name not in FREE_ON_RESUME.get(group, set()):
+            if before.get(name) != value and name not in free:
                 changes.append(f"--{name.replace('_', '-')} was {before.get(name)}, is {value}")
     return changes
