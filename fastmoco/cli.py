@@ -125,7 +125,7 @@ def compare(args: list[str]) -> int:
 
 
 def export(args: list[str]) -> int:
-    """Write a run's query encoder as safetensors in torchvision's key layout."""
+    """Write a run's query encoder to a file in torchvision's key layout."""
     from fastmoco.models.weights import EXPORTED, load_encoder, run_folder, save_encoder
 
     options = read_arguments(ExportArgs, prog="fastmoco export", args=args)
@@ -140,12 +140,13 @@ def export(args: list[str]) -> int:
 
 @dataclass(kw_only=True)
 class ExportArgs:
-    """Write a run's query encoder as safetensors in torchvision's key layout."""
+    """Write a run's query encoder to a file in torchvision's key layout."""
 
     run: tyro.conf.Positional[Path]
     """Run folder or checkpoint."""
     out: Path | None = None
-    """File to write; encoder.safetensors in the run folder if not given."""
+    """File to write: .safetensors, or .pth, .pt or .bin, a state dict that torch.load reads; encoder.safetensors in the
+    run folder if not given."""
 
 
 def doctor(args: list[str]) -> int:

@@ -17,6 +17,7 @@ import fastmoco
 from fastmoco.data.dali import dali_installed
 from fastmoco.distributed.world import World
 from fastmoco.errors import UserError
+from fastmoco.models.encoder import Encoder
 from fastmoco.train import pretrain as module
 from fastmoco.train.config import Config
 from fastmoco.train.metrics import read_rows
@@ -224,6 +225,18 @@ def test_pretraining_from_an_earlier_run(images: Path, tmp_path: Path, capsys: p
         assert all(torch.equal(value, expected[name]) for name, value in encoder.backbone.state_dict().items())
     with pytest.raises(UserError, match="holds a narrow18, not --arch resnet34"):
         pretrain(small_config(images, tmp_path / "c", arch="resnet34", init=str(tmp_path / "a")))
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_weights_to_begin_with_that_are_not_finite_are_named(bad: float, images: Path, tmp_path: Path) -> None:
+    state = Encoder("narrow18").backbone.state_dict()
+    state["layer1.0.bn1.running_var"][2] = state["layer2.0.conv1.weight"][0, 1] = bad
+    torch.save(state, tmp_path / "bad.pth")
+    config = small_config(images, tmp_path / "run", init=str(tmp_path / "bad.pth"))
+    wanted = r"--init .*bad\.pth: NaN or infinite values in layer1\.0\.bn1\.running_var and 1 more tensors; give other"
+    with pytest.raises(UserError, match=wanted):
+        pretrain(config)
+    assert not list((tmp_path / "run").glob("checkpoints/*"))
 
 
 def test_bad_files_are_left_out_and_listed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

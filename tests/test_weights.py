@@ -10,6 +10,7 @@ import torchvision
 from safetensors.torch import load_file, save_file
 
 import fastmoco
+from fastmoco.cli import export
 from fastmoco.errors import UserError
 from fastmoco.models.encoder import Encoder
 from fastmoco.models.weights import (
@@ -52,6 +53,61 @@ def test_exported_weights_load_strictly_into_torchvision(arch: str, tmp_path: Pa
         assert expected.std() > 1e-3
         assert torch.allclose(ours(images).embedding, expected, rtol=1e-5, atol=1e-5)
         assert torch.allclose(encoder(images).stages[3].mean(dim=(2, 3)), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".pt", ".bin"])
+def test_an_export_of_that_name_is_a_pytorch_file(suffix: str, tmp_path: Path) -> None:
+    encoder = shaken("resnet18").to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    save_encoder(tmp_path / EXPORTED, encoder, {})
+    file = tmp_path / f"e{suffix}"
+    assert export([str(tmp_path), "--out", str(file)]) == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([file.name, EXPORTED])
+    state = torch.load(file, weights_only=True)
+    assert type(state) is dict and all(value.is_contiguous() for value in state.values())
+    theirs = torchvision.models.resnet18()
+    theirs.fc = torch.nn.Identity()
+    theirs.load_state_dict(state, strict=True)
+    ours = load_encoder(file).backbone.state_dict()
+    for name, value in encoder.backbone.state_dict().items():
+        assert torch.equal(ours[name], value) and torch.equal(theirs.state_dict()[name], value)
+
+
+def test_export_s_help_says_which_files_it_writes(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        export(["--help"])
+    shown = capsys.readouterr().out
+    assert all(suffix in shown for suffix in (".safetensors", ".pth", ".pt", ".bin"))
+
+
+def test_files_of_other_names_are_not_written(tmp_path: Path) -> None:
+    save_encoder(tmp_path / EXPORTED, Encoder("resnet18"), {})
+    for name in ("e.onnx", "e"):
+        with pytest.raises(UserError, match=rf"{name}: .* \.safetensors, or \.pth, \.pt, \.bin for torch\.save's$"):
+            export([str(tmp_path), "--out", str(tmp_path / name)])
+        assert not (tmp_path / name).exists()
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"e\.pth could not be written"):
+        export([str(tmp_path), "--out", str(tmp_path / "file" / "e.pth")])
+
+
+@pytest.mark.parametrize("arch", ["resnext50_32x4d", "wide_resnet50_2"])
+def test_networks_with_a_resnet_s_blocks_and_other_widths_are_refused(arch: str, tmp_path: Path) -> None:
+    torch.save(torchvision.models.get_model(arch).state_dict(), tmp_path / "x.pth")
+    with pytest.raises(UserError) as caught:
+        initial_backbone(str(tmp_path / "x.pth"), "resnet50")
+    assert str(caught.value) == (
+        f"{tmp_path / 'x.pth'}: its weights are of other shapes than a resnet50's: layer1.0.conv1.weight is "
+        "(128, 64, 1, 1), not (64, 64, 1, 1); of networks with these blocks only plain ResNets are read"
+    )
+
+
+def test_a_network_that_lacks_a_layer_is_refused_in_one_line(tmp_path: Path) -> None:
+    state = torchvision.models.resnet18().state_dict()
+    del state["bn1.weight"], state["bn1.bias"]
+    torch.save(state, tmp_path / "x.pth")
+    with pytest.raises(UserError, match=r'x\.pth does not fit: .* Missing key\(s\) .*: "bn1\.weight"') as caught:
+        load_encoder(tmp_path / "x.pth")
+    assert "\n" not in str(caught.value)
 
 
 def test_a_run_that_kept_its_query_encoder_alone_is_read_with_its_head(tmp_path: Path) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import pickle
+import pickletools
 import re
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,6 +19,8 @@ from fastmoco.errors import UserError
 _CONTAINERS = ("state_dict", "model", "model_state_dict")
 # What wrappers put before every key.
 _WRAPPERS = ("module.", "_orig_mod.", "model.")
+# What wrappers of the backbone alone put behind its prefix: DataParallel, fastmoco's Accelerated, torch.compile.
+_WRAPPED = r"(?:(?:module|_orig_mod)\.)*"
 # What stands before the backbone's keys, first the query's, and whose layout that is.
 _BACKBONES = {
     "encoder_q.": "MoCo",
@@ -29,7 +33,7 @@ _BACKBONES = {
 _OTHERS = (
     r"encoder_k\.|momentum_|key_|teacher_|student_|(backbone|head)_(momentum|ema)\.|queue|(local_)?projection_head|"
     r"projector|prediction_head|predictor|prototypes|local_memory_|p[1-4]\.|bn\.|fc\.|head\.|classifier|online_|"
-    r"criterion|loss|knn"
+    r"criterion|loss|knn|(\w+\.)+projectors\.stage\d+\."
 )
 _OWN = r"(conv1|bn1|layer[1-4])\."
 # lightly's examples make the backbone a Sequential of a torchvision ResNet's children.
@@ -95,6 +99,8 @@ def read_checkpoint(path: Path) -> Any:
 
     Raises UserError where it cannot be read so.
     """
+    if not path.stat().st_size:
+        raise UserError(f"{path}: an empty file; write or fetch it again, or give another")
     try:
         try:
             return torch.load(path, map_location="cpu", weights_only=True)
@@ -104,10 +110,29 @@ def read_checkpoint(path: Path) -> Any:
             with torch.serialization.safe_globals(stand_ins):  # type: ignore[arg-type]
                 return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load's own errors have no common class short of Exception
+        # Reading a file that is no archive also fails on what its first pickle does not show: that its end is missing.
+        refused = isinstance(error.__context__, pickle.UnpicklingError) or zipfile.is_zipfile(path)
+        if not (refused and _is_whole(path)):
+            raise UserError(
+                f"{path}: truncated, damaged or no PyTorch file; write or fetch it again, or give another"
+            ) from error
         raise UserError(
             f"{path}: not a checkpoint that can be read without executing code; give a run folder, a .safetensors file "
             "or a .pth file of tensors"
         ) from error
+
+
+def _is_whole(path: Path) -> bool:
+    """Whether `path` begins with a pickle, or is an undamaged archive with one as torch writes it; none of it runs."""
+    try:
+        if not zipfile.is_zipfile(path):
+            with path.open("rb") as stream:
+                return any(operation.name == "STOP" for operation, *_ in pickletools.genops(stream))
+        with zipfile.ZipFile(path) as archive:
+            held = any(name.endswith("/data.pkl") for name in archive.namelist())
+            return held and archive.testzip() is None
+    except Exception:  # what damaged archives and pickles raise is of many classes
+        return False
 
 
 def state_dict_of(loaded: Any, path: Path) -> dict[str, Tensor]:
@@ -119,10 +144,18 @@ def state_dict_of(loaded: Any, path: Path) -> dict[str, Tensor]:
                 break
     if not isinstance(loaded, Mapping) or not loaded:
         raise UserError(f"{path}: not a state dict of tensors, nor a checkpoint with one in {', '.join(_CONTAINERS)}")
+    nested = [str(name) for name, value in loaded.items() if isinstance(value, Mapping)]
+    if nested:
+        raise UserError(
+            f"{path}: no state dict of tensors, but dictionaries under {_few(nested)}; save the one with the encoder's "
+            f"tensors by itself, or under {', '.join(_CONTAINERS)}"
+        )
     others = [str(name) for name, value in loaded.items() if not isinstance(value, Tensor)]
     if others:
+        code = any(isinstance(value, _Inert) for value in loaded.values())
         raise UserError(
-            f"{path}: not a state dict of tensors that can be read without executing code: {_few(others)} are none"
+            f"{path}: not a state dict of tensors{' that can be read without executing code' if code else ''}: "
+            f"{_few(others)} are none"
         )
     return {str(name): value for name, value in loaded.items()}
 
@@ -137,16 +170,17 @@ def query_backbone(state: Mapping[str, Tensor], path: Path) -> Backbone:
     for wrapper in _WRAPPERS:
         if all(name.startswith(wrapper) for name in state):
             state = {name.removeprefix(wrapper): value for name, value in state.items()}
-    for prefix in _BACKBONES:
-        own = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
-        if "conv1.weight" in own or "0.weight" in own:
+    for start in _BACKBONES:
+        first = re.compile(rf"({re.escape(start)}{_WRAPPED})(conv1|0)\.weight")
+        prefix = next((match[1] for match in map(first.fullmatch, state) if match), None)
+        if prefix is not None:
             break
     else:
         raise UserError(
             f"{path}: no conv1.weight in it, alone or after {', '.join(filter(None, _BACKBONES))}: the keys must be "
             f"those of a ResNet of torchvision, or of a library that has one; it has {_few(list(state))}"
         )
-    sequential = "conv1.weight" not in own
+    sequential = f"{prefix}conv1.weight" not in state
     found, others, unknown = {}, [], []
     for name, value in state.items():
         key = name.removeprefix(prefix)
@@ -161,7 +195,7 @@ def query_backbone(state: Mapping[str, Tensor], path: Path) -> Backbone:
             unknown.append(name)
     if unknown:
         raise UserError(f"{path}: keys that are neither a ResNet's nor known of any library: {_few(unknown)}")
-    return Backbone(found, _BACKBONES[prefix], prefix, others)
+    return Backbone(found, _BACKBONES[start], prefix, others)
 
 
 def _of_sequential(name: str) -> str:

@@ -1,10 +1,13 @@
-"""Weights in and out: torchvision's key layout in safetensors; reading never executes code."""
+"""Weights in and out: torchvision's key layout, in safetensors or PyTorch files; reading never executes code."""
 
 from __future__ import annotations
 
+import io
 import json
 import re
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from urllib.error import URLError
@@ -30,6 +33,9 @@ QUERY = "query.safetensors"
 # In a run folder: its settings.
 CONFIG = "config.json"
 EXPORTED = "encoder.safetensors"
+SAFETENSORS = ".safetensors"
+# Of files that torch.save writes.
+PYTORCH = (".pth", ".pt", ".bin")
 
 
 def load_encoder(path: str | Path) -> Encoder:
@@ -58,13 +64,13 @@ def _read_encoder(path: Path) -> tuple[Encoder, Backbone]:
         found = Backbone(own, f"fastmoco, at step {meta['step']}", "query.", others)
         model = config["model"]
         encoder = Encoder(model["arch"], head=model["head"], dim=model["dim"])
-        _load(encoder, query, file)
+        _load(encoder, encoder.arch, query, file)
     else:
         found = query_backbone(state, file)
         if "arch" in meta:
             found = found._replace(layout="fastmoco")
         encoder = Encoder(infer_arch(found.tensors, file))
-        _load(encoder.backbone, found.tensors, file)
+        _load(encoder.backbone, encoder.arch, found.tensors, file)
     encoder.config = config
     encoder.image_size = config.get("views", {}).get("size")
     encoder.resize = config.get("views", {}).get("resize")
@@ -72,13 +78,22 @@ def _read_encoder(path: Path) -> tuple[Encoder, Backbone]:
 
 
 def save_encoder(path: Path, encoder: Encoder, config: dict[str, Any]) -> None:
-    """Write the backbone of `encoder` to `path` as safetensors in torchvision's key layout, without `fc`.
+    """Write the backbone of `encoder` to `path` in torchvision's key layout, without `fc`.
 
-    `config`, of the run it comes from, goes into the header.
+    A .safetensors file has `config`, of the run it comes from, in its header; .pth, .pt and .bin are torch.save's, of
+    the tensors alone.
 
-    Raises UserError where the file cannot be written; `path` is then as it was.
+    Raises UserError for other names and where the file cannot be written; `path` is then as it was.
     """
+    if path.suffix not in (SAFETENSORS, *PYTORCH):
+        raise UserError(f"{path}: a file of weights is named {SAFETENSORS}, or {', '.join(PYTORCH)} for torch.save's")
     tensors = {name: value.detach().cpu().contiguous() for name, value in encoder.backbone.state_dict().items()}
+    if path.suffix in PYTORCH:
+        held = io.BytesIO()
+        torch.save(tensors, held)
+        with _writing(path) as temporary:
+            temporary.write_bytes(held.getbuffer())
+        return
     meta = {"arch": encoder.arch, "config": config, "input": "RGB in [0, 1], no mean or deviation taken off"}
     write_weights(path, tensors, meta)
 
@@ -115,7 +130,7 @@ def read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """
     if not path.is_file():
         raise UserError(f"{path}: no such file")
-    if path.suffix != ".safetensors":
+    if path.suffix != SAFETENSORS:
         return state_dict_of(read_checkpoint(path), path), {}
     try:
         with safe_open(path, framework="pt") as file:
@@ -139,12 +154,19 @@ def write_weights(path: Path, tensors: dict[str, Tensor], meta: dict[str, Any]) 
 
     Raises UserError where the file cannot be written (a full disk, no permission); `path` is then as it was.
     """
+    with _writing(path) as temporary:
+        # Not save_file, which writes to a temporary file of its own naming that a killed process leaves behind.
+        header = {METADATA_KEY: json.dumps(meta), CHECKSUM_KEY: _checksum(tensors)}
+        temporary.write_bytes(save(tensors, metadata=header))
+
+
+@contextmanager
+def _writing(path: Path) -> Iterator[Path]:
+    """As `replacing`, in a folder that is made where it is not there. Raises UserError where that fails."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with replacing(path) as temporary:
-            # Not save_file, which writes to a temporary file of its own naming that a killed process leaves behind.
-            header = {METADATA_KEY: json.dumps(meta), CHECKSUM_KEY: _checksum(tensors)}
-            temporary.write_bytes(save(tensors, metadata=header))
+            yield temporary
     except (SafetensorError, OSError) as error:
         raise UserError(f"{path} could not be written: {error}; free some space or choose another folder") from error
 
@@ -206,8 +228,14 @@ def _strip(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
 
 
-def _load(module: torch.nn.Module, state: dict[str, Tensor], file: Path) -> None:
+def _load(module: torch.nn.Module, arch: str, state: dict[str, Tensor], file: Path) -> None:
     try:
         module.load_state_dict(state)
     except RuntimeError as error:
-        raise UserError(f"{file} does not fit: {error}") from error
+        for name, value in module.state_dict().items():
+            if name in state and state[name].shape != value.shape:
+                raise UserError(
+                    f"{file}: its weights are of other shapes than a {arch}'s: {name} is {tuple(state[name].shape)}, "
+                    f"not {tuple(value.shape)}; of networks with these blocks only plain ResNets are read"
+                ) from error
+        raise UserError(f"{file} does not fit: {' '.join(str(error).split())}") from error

@@ -18,7 +18,7 @@ from fastmoco.distributed.world import World
 from fastmoco.errors import UserError
 from fastmoco.models.weights import initial_backbone
 from fastmoco.precision import default_precision
-from fastmoco.train.checkpoint import Checkpoint, Store
+from fastmoco.train.checkpoint import Checkpoint, Store, non_finite
 from fastmoco.train.classes import describe_classes
 from fastmoco.train.config import Config
 from fastmoco.train.engines.make import engine_name
@@ -65,14 +65,18 @@ def initial_weights(world: World, config: Config, saved: Checkpoint | None) -> d
     """The backbone that training begins with, where --init names one and there is nothing to go on from; rank 0 says
     what was read.
 
-    Raises UserError for whatever else a trainer may lack on this machine. A trainer's making is no place to find that:
-    there the others wait for this process already.
+    Raises UserError for weights that are not finite, and for whatever else a trainer may lack on this machine. A
+    trainer's making is no place to find that: there the others wait for this process already.
     """
     check_capturable(config, world)
     engine_name(config, world)
     if saved is not None or config.model.init is None:
         return None
     tensors, said = initial_backbone(config.model.init, config.model.arch)
+    broken = non_finite(tensors)
+    if broken:
+        more = f" and {len(broken) - 1} more tensors" if len(broken) > 1 else ""
+        raise UserError(f"--init {config.model.init}: NaN or infinite values in {broken[0]}{more}; give other weights")
     if world.first:
         print(said, flush=True)
     return tensors
