@@ -69,10 +69,6 @@ class LoopArgs:
     workers: int = 2
     """Processes or threads that load."""
 
-    def __post_init__(self) -> None:
-        if not self.data.is_dir():
-            raise UserError(f"--data {self.data}: no such folder; name one with images")
-
 
 @dataclass(kw_only=True)
 class DropInArgs(LoopArgs):
@@ -90,10 +86,12 @@ class Loop:
     """A training that goes on a few steps at a time: its losses, seconds of each turn, and of each part of them.
 
     `seed` decides weights, negatives, order and views. `normalize`: whether lightly's transforms end with ImageNet's
-    mean and deviation, as they do by default; ours leave values in [0, 1].
+    mean and deviation, as they do by default; ours leave values in [0, 1]. Raises UserError without a folder of images.
     """
 
     def __init__(self, args: LoopArgs, change: Change, *, seed: int = 0, normalize: bool = True) -> None:
+        if not args.data.is_dir():
+            raise UserError(f"--data {args.data}: no such folder; name one with images")
         # lightly's transforms draw from all three.
         torch.manual_seed(seed)
         np.random.seed(seed)

@@ -182,7 +182,8 @@ class StageBarlow(nn.Module):
         for name, projector in self.projectors.items():
             stage = int(name.removeprefix("stage")) - 1
             means = [adaptive_avg_pool2d(stages[stage], 1).flatten(1) for stages in (query, key)]
-            if not torch.is_autocast_enabled(means[0].device.type):
+            kind = next(projector.parameters()).dtype
+            if means[0].dtype != kind and not torch.is_autocast_enabled(means[0].device.type):
                 # Of a network in half precision, say, beside projectors in float32.
-                means = [mean.to(next(projector.parameters()).dtype) for mean in means]
+                means = [mean.to(kind) for mean in means]
             yield projector(*means)
