@@ -283,3 +283,11 @@ def test_a_batch_of_one_is_refused_before_training(images: Path, tmp_path: Path)
     config = small_config(images, tmp_path / "run", method="mse", batch_size=1)
     with pytest.raises(UserError, match="--batch-size 1: BatchNorm"):
         pretrain(config)
+
+
+def test_resuming_where_there_is_no_checkpoint_says_so(
+    images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = resumed(small_config(images, tmp_path / "run", steps=1))
+    pretrain(config)
+    assert f"no checkpoint in {tmp_path / 'run'}: begins at step 0\n" in capsys.readouterr().out

@@ -54,6 +54,32 @@ def test_the_manifest_that_it_writes_is_trusted(
         cli.dispatch(["data", "scan", str(images), "--out", str(tmp_path / "none" / "m.csv")])
 
 
+def test_it_writes_over_no_file_that_holds_more_than_a_manifest(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    labels, other, manifest = tmp_path / "l.csv", tmp_path / "other.csv", tmp_path / "m.csv"
+    labels.write_text("file,kind,note\na.png,1,x\nb.png,0,y\n")
+    other.write_text("mine\n")
+    scan = ["data", "scan", str(images), "--labels", str(labels), "--label", "kind", "--out"]
+    for out, reason in (
+        (labels, "is the file of --labels"),
+        (other, "no manifest file; name another"),
+        (tmp_path, "a folder; name a file"),
+    ):
+        with pytest.raises(UserError, match=reason):
+            cli.dispatch([*scan, str(out)])
+    assert labels.read_text().startswith("file,kind,note\n") and other.read_text() == "mine\n"
+    # One that was written before is written anew.
+    assert cli.dispatch([*scan, str(manifest)]) == 0 == cli.dispatch([*scan, str(manifest)])
+
+    def full(path: Path, manifest: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("fastmoco.data.scan.write_manifest", full)
+    with pytest.raises(UserError, match=r"--out .*m\.csv: cannot be written: .*No space left"):
+        cli.dispatch([*scan, str(manifest)])
+
+
 def test_mistakes_are_named(images: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(UserError, match="did you mean scan"):
         cli.dispatch(["data", "scna"])

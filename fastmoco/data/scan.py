@@ -9,7 +9,7 @@ from typing import Literal
 
 from fastmoco.arguments import read_arguments
 from fastmoco.data.manifest import Manifest, trusted_list
-from fastmoco.data.manifest_file import SHARD_INDEX, write_manifest
+from fastmoco.data.manifest_file import SHARD_INDEX, is_manifest_file, write_manifest
 from fastmoco.data.sizes import show_count
 from fastmoco.data.source import Source
 from fastmoco.errors import UserError
@@ -30,17 +30,32 @@ class ScanArgs(Source):
 def scan_command(args: list[str]) -> int:
     """Print what was found. Returns the exit status: 1 with --strict and a file left out, otherwise 0."""
     options = read_arguments(ScanArgs, prog="fastmoco data scan", args=args)
-    if options.out is not None and not options.out.parent.is_dir():
-        raise UserError(f"--out {options.out}: no such folder")
+    if options.out is not None:
+        _refuse_out(options.out, options.labels)
     manifest = options.manifest(options.decoder)
     print(report(manifest))
     trusted = trusted_list(options.images(), options.labels)
     if trusted is not None:
         print(untested(options.images(), trusted))
     if options.out is not None:
-        write_manifest(options.out, manifest)
+        try:
+            write_manifest(options.out, manifest)
+        except OSError as error:
+            raise UserError(f"--out {options.out}: cannot be written: {error}") from error
         print(f"written: {options.out}")
     return 1 if options.strict and manifest.skipped else 0
+
+
+def _refuse_out(out: Path, labels: Path | None) -> None:
+    """Raise UserError where `out` cannot be a file, or is one that holds more than a manifest to be written anew."""
+    if not out.parent.is_dir():
+        raise UserError(f"--out {out}: no such folder")
+    if out.is_dir():
+        raise UserError(f"--out {out}: a folder; name a file")
+    if labels is not None and out.exists() and out.samefile(labels):
+        raise UserError(f"--out {out}: is the file of --labels, whose other columns would be lost; name another file")
+    if out.exists() and not is_manifest_file(out):
+        raise UserError(f"--out {out}: there already, and no manifest file; name another file")
 
 
 def report(manifest: Manifest) -> str:

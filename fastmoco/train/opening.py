@@ -122,6 +122,8 @@ def describe(trainer: Trainer, manifest: Manifest, order: Order, plan: Plan, *, 
         print(f"finished already at step {start}: nothing to train; --init {config.run.out} starts another run from it")
     elif start:
         print(f"going on from step {start}")
+    elif config.run.resume:
+        print(f"no checkpoint in {config.run.out}: begins at step 0")
 
 
 def barlow_warnings(config: Config) -> Iterator[str]:
