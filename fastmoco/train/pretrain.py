@@ -27,6 +27,7 @@ from fastmoco.train.alike import check_settings, check_start
 from fastmoco.train.checkpoint import Checkpoint, Store
 from fastmoco.train.classes import classes
 from fastmoco.train.clock import Clock
+from fastmoco.train.collapse import Collapse
 from fastmoco.train.config import Config
 from fastmoco.train.crowding import Crowding
 from fastmoco.train.folder import BAD_FILES, find_checkpoint, writing
@@ -85,9 +86,7 @@ def _begin(world: World, config: Config, monitor: Monitor) -> _Run:
     targets = everywhere(world, lambda: classes(config, manifest))
     make = partial(Trainer, config, precision=run.precision, world=world, backbone=backbone, targets=targets)
     trainer = everywhere(world, make)
-    return everywhere(
-        world, lambda: _Run(config, store, manifest, trainer, saved, monitor, root=root_of(listed))
-    )
+    return everywhere(world, lambda: _Run(config, store, manifest, trainer, saved, monitor, root=root_of(listed)))
 
 
 class _Run:
@@ -118,6 +117,7 @@ class _Run:
         )  # fmt: skip
         self.plan = plan(config, self.order)
         refuse_single_images(world, config, self.order)
+        self.collapse = Collapse()
         self.crowding = Crowding(torch.get_num_threads() if world.device.type == "cpu" else 1)
         self.start = 0
         if saved is not None:
@@ -225,13 +225,12 @@ class _Run:
         if knn:
             encoder = self.trainer.query_encoder()
             if self.world.first:
-                rows[-1] |= knn_row(
-                    self.trainer, encoder, self.manifest, self.set_aside.quarantine, self.monitor.alive
-                )
+                rows[-1] |= knn_row(self.trainer, encoder, self.manifest, self.set_aside.quarantine, self.monitor.alive)
             self.monitor.alive()
         self.record.write(rows)
-        if told := self.crowding.read():
-            self.record.say(told)
+        for told in (self.collapse.read(rows), self.crowding.read()):
+            if told:
+                self.record.say(told)
         if save:
             self.saving.save(done, now=done == self.plan.total, before=self.record.sync)
         # Neither a score nor a checkpoint counts in the speed.
