@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -83,7 +85,8 @@ class PairLoader:
     ) -> None:
         if max_bad < 0:
             raise UserError(f"max_bad must be 0 or more, not {max_bad}")
-        self._device = _device(device)
+        with _as_arguments():
+            self._device = find_device(str(device))
         chosen = find(recipe)(Path(data), Path()).views if views is None else views
         self.views = chosen if size is None else replace(chosen, size=size)
         manifest = load_manifest(
@@ -99,11 +102,17 @@ class PairLoader:
             warnings.warn(describe_skipped(manifest.skipped), stacklevel=2)
         self._manifest = manifest if split is None else manifest.only_split(split)
         here = world()
-        _check_batches(len(self._manifest), batch_size, processes=here.size, drop_last=drop_last)
-        self._order = Order(
-            len(self._manifest), batch_size, seed, drop_last=drop_last, shard=here.rank, shards=here.size,
-            pairs=find_pairs(pairs, self._manifest),
-        )  # fmt: skip
+        paired = find_pairs(pairs, self._manifest)
+        with _as_arguments():
+            self._order = Order(
+                len(self._manifest),
+                batch_size,
+                seed,
+                drop_last=drop_last,
+                shard=here.rank,
+                shards=here.size,
+                pairs=paired,
+            )
         self._workers, self._loader, self._dtype = workers, loader, dtype
         self._quarantine = _Quarantine(max_bad)
         # Epoch and batch: of what was given out last, and where the next pass begins.
@@ -173,24 +182,11 @@ class PairLoader:
                 yield [batch.q.to(self._dtype), batch.k.to(self._dtype)], targets, names
 
 
-def _device(device: str | torch.device) -> torch.device:
+@contextmanager
+def _as_arguments() -> Iterator[None]:
+    """Have errors name arguments where what is shared with `fastmoco pretrain` names its options."""
     try:
-        return find_device(str(device))
+        yield
     except UserError as error:
-        raise UserError(str(error).removeprefix("--")) from error
-
-
-def _check_batches(images: int, batch_size: int, *, processes: int, drop_last: bool) -> None:
-    """Raise UserError where `images` make no batch, or a batch cannot be shared out."""
-    if batch_size < 1:
-        raise UserError(f"batch_size must be at least 1, not {batch_size}")
-    if batch_size % processes:
-        raise UserError(
-            f"batch_size {batch_size} cannot be shared out evenly to {processes} processes: give a multiple of "
-            f"{processes}"
-        )
-    if drop_last and images < batch_size:
-        raise UserError(
-            f"{images} images do not fill one batch of {batch_size}: lower batch_size, give more images, or pass "
-            "drop_last=False"
-        )
+        said = str(error).replace("--no-drop-last", "drop_last=False")
+        raise UserError(re.sub("--([a-z-]+)", lambda option: option[1].replace("-", "_"), said)) from error

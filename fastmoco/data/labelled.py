@@ -27,7 +27,7 @@ def only_labelled(manifest: Manifest, labels: Sequence[str]) -> Manifest:
     some = manifest.select(known)
     some.labels = {label: manifest.labels[label][known] for label in labels}
     some.class_names = {label: manifest.class_names[label] for label in labels}
-    # Not known may also be what of an image that did not decode is not: its cell is among the names all the same.
+    # An empty cell is among the names also where its image did not decode and is not here.
     if known.all() and all("" not in names for names in some.class_names.values()):
         return some
     for label in labels:

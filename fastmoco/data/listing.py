@@ -134,7 +134,6 @@ def list_table(
             required=(file_column, *label),
             optional=said,
             others=all_labels and not label,
-            filled=file_column,
         )
         taken = label or [
             name
@@ -244,11 +243,9 @@ def _separator(header: Sequence[str], name: str) -> str | None:
     return next((each for each in ";\t|" if name in (cell.strip(' "') for cell in line.split(each))), None)
 
 
-def _read_csv(
-    path: Path, *, required: Sequence[str], optional: Sequence[str], others: bool, filled: str
-) -> dict[str, list[str]]:
-    """The cells of the columns `required`, of those in `optional` that there are, and of `others`, which are all that
-    have a name. Those of the column `filled` may not be empty.
+def _read_csv(path: Path, *, required: Sequence[str], optional: Sequence[str], others: bool) -> dict[str, list[str]]:
+    """The cells of the columns `required`, the first of which may have no empty ones, of those in `optional` that there
+    are, and of `others`, which are all that have a name.
     """
     try:
         with path.open(newline="", encoding="utf-8-sig") as stream:
@@ -271,7 +268,7 @@ def _read_csv(
                     continue
                 for name, place in places.items():
                     cell = row[place] if place < len(row) else ""
-                    if not cell and name == filled:
+                    if not cell and name == required[0]:
                         raise UserError(
                             f"{path}, line {reader.line_num}: column {name!r} is empty; fill it in, or leave the row "
                             "out"

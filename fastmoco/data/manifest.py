@@ -173,8 +173,8 @@ def load_manifest(
     If `labels` is a manifest file, or an index.csv beside the shards is one (see `trusted_list`), it is trusted, and
     nothing is opened; only the lengths of shards are looked at.
     `label` chooses among the label columns; of CSV files it names them, and where it is empty none are taken, or with
-    `all_labels` every column that holds 2 to 1000 different values. Where a cell of
-    theirs is empty, the class of that image is not known (see `Manifest.classes`).
+    `all_labels` every column that holds 2 to 1000 different values. Where a cell of theirs is empty, the
+    class of that image is not known (see `Manifest.classes`).
 
     `decoder` is "pillow", or "dali" to find out which files DALI may decode; images that do not decode on the host
     and listed files that are not there are left out, and are in `skipped`. `workers` threads check them; 0: one a core.
