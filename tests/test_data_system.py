@@ -213,13 +213,14 @@ with make_loader({kind!r}, manifest, VIEWS, order, start=0, stop=3000, workers=2
         sizes.append(pages * resource.getpagesize())
 print(json.dumps(sizes))
 """
-    done = subprocess.run(
-        [sys.executable, "-c", watch], env=environment(tmp_path), capture_output=True, text=True, timeout=900
-    )
+    # Blocks from there on, and so images, go back to the kernel when they are freed. By default they leave holes in the
+    # heap, by which it is some hundredths larger or smaller from hour to hour.
+    exact = environment(tmp_path) | {"MALLOC_MMAP_THRESHOLD_": "65536"}
+    done = subprocess.run([sys.executable, "-c", watch], env=exact, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr
     sizes = json.loads(done.stdout)
     assert len(sizes) == 3000
     # Allocators reach their high-water marks in the first thousand; how many batches are in flight always changes.
     early, late = statistics.median(sizes[800:1000]), statistics.median(sizes[2800:])
     print(f"{kind}: {early / 1e6:.1f} MB after 900 batches, {late / 1e6:.1f} MB after 2900")
-    assert late < 1.02 * early
+    assert late < 1.01 * early
