@@ -67,7 +67,7 @@ class LoopArgs:
     batch_size: int = 32
     """Images in a batch."""
     workers: int = 2
-    """Processes or threads that load."""
+    """Processes that load, of lightly's loader."""
 
 
 @dataclass(kw_only=True)
@@ -139,9 +139,7 @@ def _lightly_loader(args: LoopArgs, normalize: bool) -> Any:
 
 
 def _our_loader(args: LoopArgs, seed: int) -> PairLoader:
-    return PairLoader(
-        args.data, recipe="mocov2", size=args.size, batch_size=args.batch_size, workers=args.workers, seed=seed
-    )
+    return PairLoader(args.data, recipe="mocov2", size=args.size, batch_size=args.batch_size, seed=seed)
 
 
 def _endless(loader: Any) -> Iterator[Any]:

@@ -30,6 +30,7 @@ from bench.step import FLOAT32_TOLERANCE, LOSS_TOLERANCE, StepArgs
 from bench.timing import environment, save
 from bench.turns import Contestant, Missing, Turn, as_rows, rounds, summary
 from bench.ways import EAGER, FLUSHED, LIGHTLY, OURS, WAYS, Training
+from fastmoco.data.loader import default_workers
 from fastmoco.device import find_device
 from fastmoco.errors import UserError
 from fastmoco.train.recipes import find
@@ -101,7 +102,7 @@ class E2eArgs:
     queue_size: int = 4096
     """Keys in the queue, of all; 4,096 are those of lightly's example."""
     workers: int = field(default_factory=lambda: os.cpu_count() or 1)
-    """Threads, or processes in loaders that use processes."""
+    """Threads, or processes in loaders that use processes; fastmoco has as many threads as a run that is not told."""
     seconds: float = 2.0
     """Length of a turn, in seconds; at least some whole steps are taken."""
     rounds: int = 3
@@ -146,7 +147,8 @@ def measure(case: Case, setting: Setting, name: str, args: E2eArgs, console: Con
     for way, error in errors.items():
         row: dict[str, Any] = {"op": "e2e", "implementation": way, "images": name, "loader": WAYS[way].loader}
         row |= {"recipe": args.recipe, "arch": case.arch, "size": case.size, "batch": case.batch_size}
-        row |= {"K": args.queue_size, "workers": args.workers, "precision": str(variants[way]), "loss_error": error}
+        workers = default_workers(args.device) if way == OURS else args.workers
+        row |= {"K": args.queue_size, "workers": workers, "precision": str(variants[way]), "loss_error": error}
         if way in turns:
             row |= summary(turns[way]) | ratios(turns, way) | {"every_turn": as_rows(turns[way])}
             if way == OURS:

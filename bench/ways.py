@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -13,7 +13,7 @@ from bench.step import PLAIN, StepArgs, Variant, as_run, build, build_paper
 from bench.turns import Missing, Turn, take_turn
 from fastmoco.allocator import keep_freed_memory
 from fastmoco.data.dali import dali_installed
-from fastmoco.data.loader import Batch
+from fastmoco.data.loader import Batch, default_workers
 
 # A step that changes the weights, and so little that none of the ways runs into other numbers than another.
 LR = 1e-4
@@ -116,6 +116,8 @@ class Training:
     """A step fed by a loader, at work in its own process. Raises Missing where there is no such way here."""
 
     def __init__(self, way: str, args: StepArgs, setting: Setting) -> None:
+        if way == OURS:
+            setting = replace(setting, workers=default_workers(setting.device))
         self._setting, self._open = setting, LOADERS[WAYS[way].loader]
         # The draws of torchvision's transforms, and of lightly's.
         torch.manual_seed(0)

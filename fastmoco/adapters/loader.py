@@ -75,7 +75,7 @@ class PairLoader:
         batch_size: int = 256,
         seed: int = 0,
         pairs: PairKind = "image",
-        workers: int = 2,
+        workers: int | None = None,
         loader: LoaderKind = "auto",
         device: str | torch.device = "cpu",
         dtype: torch.dtype = torch.float32,

@@ -43,7 +43,7 @@ def examples(
     epoch: int,
     count: int,
     kind: LoaderKind,
-    workers: int,
+    workers: int | None = None,
     pairs: PairKind = "image",
 ) -> list[Example]:
     """The first `count` images of `epoch` (all, if there are fewer) with the very views that training would use.

@@ -47,8 +47,10 @@ class DataConfig:
     loader: Literal["auto", "dali", "pillow", "torchvision"] = "auto"
     """What decodes: dali, pillow, or auto, which takes DALI where it is installed. torchvision decodes with Pillow and
     makes the views with torchvision's transforms too, the definition of what the others do, slowly."""
-    workers: int = 2
-    """Threads that decode, and as many that make the views; they do not change what is loaded."""
+    workers: int | None = None
+    """Threads that decode, and as many that make the views; they do not change what is loaded. If not given, two with a
+    GPU, and where it is the processor that trains one for every four cores, at least one: with more they are in its
+    way."""
     stage: Path | None = None
     """Folder on a disk of this machine to which the images are copied first, once for all its processes and runs."""
     max_bad: int = 100
@@ -56,7 +58,7 @@ class DataConfig:
     aside and another takes its place. With one more the run stops and lists them."""
 
     def __post_init__(self) -> None:
-        if self.workers < 0:
+        if self.workers is not None and self.workers < 0:
             raise UserError(f"--workers must be 0 or more, not {self.workers}")
         if self.max_bad < 0:
             raise UserError(f"--max-bad must be 0 or more, not {self.max_bad}")

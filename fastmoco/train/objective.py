@@ -13,9 +13,15 @@ from fastmoco.distributed.exchange import Exchange
 from fastmoco.distributed.world import World
 from fastmoco.losses import InfoNCE, StageBarlow, StageMSE, Stages
 from fastmoco.models.batch_norms import convert_norms
-from fastmoco.models.encoder import Encoder
+from fastmoco.models.encoder import Encoder, Features
+from fastmoco.ops.library import left_to_torch
 from fastmoco.ops.precision import wide
+from fastmoco.together import together
 from fastmoco.train.config import LossConfig, ModelConfig
+
+# Elements of a view (N, 3, H, W) up to which both encoders are at work at once on a CPU: 32 of 64 px are well below,
+# 16 of 224 px, by whose maps the two take the cache from each other, above.
+SMALL = 2**20
 
 
 class Output(NamedTuple):
@@ -114,6 +120,7 @@ class MomentumContrast(Objective):
     def __init__(self, model: ModelConfig, loss: LossConfig, *, seed: int, world: World | None = None) -> None:
         super().__init__()
         world = world or World()
+        self.alone = world.alone
         self.symmetric = loss.symmetric
         self.passes = (2, 2) if loss.symmetric else (1, 1)
         self.key_shuffle = loss.key_shuffle
@@ -155,9 +162,9 @@ class MomentumContrast(Objective):
 
     def _one_way(self, view_q: Tensor, view_k: Tensor, bank: Tensor, order: Tensor | None) -> Output:
         if self.key_shuffle == "none":
-            query = self.query(view_q)
-            with torch.no_grad():
-                embedding, key_stages = self.key(view_k.to(view_q.dtype))
+            query, key = self._both(view_q, view_k.to(view_q.dtype))
+            embedding: Tensor = key.embedding
+            key_stages: Stages = key.stages
         else:
             assert order is not None
             exchange = Exchange(self.shuffled_over, order)
@@ -171,6 +178,17 @@ class MomentumContrast(Objective):
         if self.stage_loss is not None:
             losses |= self.stage_loss(query.stages, key_stages)
         return Output(losses, q.detach(), k, rank)
+
+    def _both(self, view_q: Tensor, view_k: Tensor) -> tuple[Features, Features]:
+        """What the encoders make of the views: of small ones on a CPU both at once."""
+
+        def keys() -> Features:
+            with torch.no_grad():
+                return self.key(view_k)
+
+        if view_q.device.type == "cpu" and self.alone and view_q.numel() <= SMALL and not left_to_torch():
+            return together(lambda: self.query(view_q), keys)
+        return self.query(view_q), keys()
 
     @torch.no_grad()
     def _keys_elsewhere(self, exchange: Exchange, images: Tensor) -> tuple[Tensor, Stages]:
