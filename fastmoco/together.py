@@ -40,11 +40,11 @@ def together(here: Callable[[], Here], there: Callable[[], There]) -> tuple[Here
             return there()
 
     running = _helper().submit(run)
-    _use_threads(threads - threads // 2)
+    products = _use_threads(threads - threads // 2)
     try:
         mine = here()
     finally:
-        _use_threads(threads)
+        _use_threads(threads, products)
         # Also where `here` failed: nothing goes on behind the back of what handles that.
         wait([running])
     return mine, running.result()
@@ -77,10 +77,28 @@ def _openmp() -> ctypes.CDLL | None:
     return library if followed else None
 
 
-def _use_threads(count: int) -> None:
-    """Have the operations that this thread calls share their work among `count` threads."""
+@cache
+def _mkl() -> Callable[[int], int] | None:
+    """Sets the number of threads that MKL's products, which this thread calls, share (0: as in the whole process) and
+    returns the one before; None where torch has no MKL.
+
+    It has a number of its own. Threads that it started for `there` would be more than there are cores, and OpenMP's
+    then wait asleep rather than at work: waking them takes longer than many an operation.
+    """
+    try:
+        found: Callable[[int], int] = ctypes.CDLL("libtorch_cpu.so", mode=os.RTLD_NOLOAD).MKL_Set_Num_Threads_Local
+    except (OSError, AttributeError):
+        return None
+    return found
+
+
+def _use_threads(count: int, products: int | None = None) -> int:
+    """Have the operations that this thread calls share their work among `count` threads, and MKL's products among
+    `products`, where that is another number. Returns how many MKL's were given before: 0 where nobody had said."""
     library = _openmp()
     assert library is not None
     # The first that a thread asks of torch gives it the number of the process.
     torch.get_num_threads()
     library.omp_set_num_threads(count)
+    mkl = _mkl()
+    return 0 if mkl is None else mkl(count if products is None else products)
