@@ -43,7 +43,8 @@ MORE = """## More results
   dropin_curves: the losses of lightly's loop and of ours, [ResNet-18](../../docs/results/dropin_curves.md) with our
   arithmetic in bfloat16, [ResNet-50](../../docs/results/dropin_curves_resnet50.md) in float32.
 - [e2e_float32](../../docs/results/e2e_float32.md): from files to weights at 64 px on a processor without bfloat16,
-  where fastmoco trains in float32 too.
+  where fastmoco trains in float32 too; [e2e_avx512_bf16](../../docs/results/e2e_avx512_bf16.md): on one that has
+  bfloat16 in vectors, not in tiles.
 - [objectives](../../docs/results/objectives.md): what each objective learns on tissue patches, beside random weights.
 - [engines](../../docs/results/engines.md): two processes beside one on real images, under DDP and ZeRO 0 to 3.
 - [plan](../../docs/results/plan.md): the plan's formulas beside published runs on 8 to 2,528 GPUs.

@@ -24,7 +24,7 @@ class PreviewArgs:
     data: DataConfig
     views: ViewConfig = field(default_factory=ViewConfig)
     out: Path = Path("preview.png")
-    """PNG file to write."""
+    """PNG file to write, by its name."""
     count: int = 8
     """Images to show: the first that training will take in the epoch."""
     seed: int = 0
@@ -37,6 +37,8 @@ class PreviewArgs:
             raise UserError(f"--count must be from 1 to 64, not {self.count}")
         if self.epoch < 0 or self.seed < 0:
             raise UserError(f"--epoch and --seed must be 0 or more, not {self.epoch} and {self.seed}")
+        if self.out.suffix.lower() != ".png":
+            raise UserError(f"--out {self.out}: the picture is a PNG file; name one that ends in .png")
 
 
 def preview_command(args: list[str]) -> int:

@@ -28,7 +28,7 @@ from fastmoco.evaluate.features import evaluation_image, extract
 from fastmoco.evaluate.intervals import replicates
 from fastmoco.evaluate.knn import knn_probabilities
 from fastmoco.evaluate.protocol import evaluate_features
-from fastmoco.evaluate.report import Result, print_result, to_csv, to_json, to_markdown, write_results
+from fastmoco.evaluate.report import Result, print_result, to_csv, to_json, to_markdown
 from fastmoco.evaluate.run import evaluate
 from fastmoco.models.encoder import Encoder
 from runs import NARROW
@@ -311,15 +311,6 @@ def test_a_bad_label_is_refused_before_any_image_is_read(manifest: Manifest, enc
     gone = dataclasses.replace(manifest, root=Path("/nonexistent"))
     with pytest.raises(UserError, match="--label tint"):
         evaluate({"net": encoder}, gone, label="tint", size=SIZE, progress=False)
-
-
-def test_results_in_an_impossible_place_are_a_user_error(
-    numbers: dict[str, dict[str, np.ndarray]], tmp_path: Path
-) -> None:
-    result = evaluate_features({"flat": numbers["flat"]}, abstract_manifest(SIGNAL), label="y")
-    (tmp_path / "file").write_text("in the way")
-    with pytest.raises(UserError, match="--out"):
-        write_results([result], tmp_path / "file")
 
 
 def test_the_printed_table_is_cut_nowhere_in_a_narrow_terminal(

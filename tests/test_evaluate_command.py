@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 from PIL import Image
@@ -110,6 +111,15 @@ def test_images_without_a_class_and_files_not_there_are_left_out_and_told(
     assert "10 images without a class in warm left out." in (tmp_path / "partly" / "evaluation.md").read_text()
 
 
+def nearly(found: Any) -> Any:
+    """What equals `found`, but for the sixth digit of fractions."""
+    if isinstance(found, dict):
+        return {name: nearly(value) for name, value in found.items()}
+    if isinstance(found, list):
+        return [nearly(value) for value in found]
+    return pytest.approx(found, rel=1e-6) if isinstance(found, float) else found
+
+
 def test_a_label_is_scored_on_all_images_that_have_it_whichever_others_are_asked_for(
     folder: Path, tmp_path: Path, encoder: Encoder
 ) -> None:
@@ -126,7 +136,8 @@ def test_a_label_is_scored_on_all_images_that_have_it_whichever_others_are_asked
         )  # fmt: skip
         assert evaluate_command(args) == 0
         found[asked] = json.loads((tmp_path / "out" / "evaluation.json").read_text())
-    assert found["warm", "coin"] == found["warm",] + found["coin",]
+    # A batch of other images may round an image's features otherwise.
+    assert found["warm", "coin"] == nearly(found["warm",] + found["coin",])
     assert [sum(result["images"].values()) for result in found["warm", "coin"]] == [90, 67]
 
 

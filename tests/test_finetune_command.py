@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.status import Status
 from sklearn.metrics import roc_auc_score
 
-from fastmoco import cli
+from fastmoco import cli, tracking
 from fastmoco.data.manifest import load_manifest
 from fastmoco.data.manifest_file import write_manifest
 from fastmoco.errors import UserError
@@ -99,11 +99,11 @@ def test_draws_of_a_small_budget_are_printed_and_written(
 
 
 def test_progress_is_told_in_lines_where_there_is_no_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
-    now = iter([100.0, 104.0, 115.0, 116.0])
-    monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: next(now)))
+    now = [100.0]
+    monkeypatch.setattr(tracking, "time", SimpleNamespace(monotonic=lambda: now[0]))
     pipe = Console(file=io.StringIO(), width=100)
     told = _Progress(pipe, Status("", console=pipe), "draw 1 of 2", 40)
-    for step, auc in ((10, 0.5), (20, 0.625), (30, None)):
+    for now[0], step, auc in ((104.0, 10, 0.5), (115.0, 20, 0.625), (116.0, 30, None)):
         told.look({"step": step, "validation_auc": auc})
     assert isinstance(pipe.file, io.StringIO)
     assert pipe.file.getvalue() == "draw 1 of 2: step 20/40, validation AUC 0.625, ETA 0:00:15\n"

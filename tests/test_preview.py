@@ -125,4 +125,6 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
     assert fastmoco("fundus-mse", *options, "--count", 0) == 2 and "--count must be" in capsys.readouterr().err
     assert fastmoco("fundus-mse", *options[:-4], "--out", tmp_path / "no/such.png") == 2
     assert "cannot be written" in capsys.readouterr().err
+    assert fastmoco("fundus-mse", *options[:-4], "--out", tmp_path / "picture.jpg") == 2
+    assert "picture.jpg: the picture is a PNG file" in capsys.readouterr().err
     assert fastmoco("fundus-mse", "--help") == 0 and "--blur-sigma" in capsys.readouterr().out

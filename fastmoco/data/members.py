@@ -11,12 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rich.progress import track
-
 from fastmoco.data.manifest import Manifest
 from fastmoco.data.store import split_member
 from fastmoco.data.tars import read_headers
 from fastmoco.errors import UserError
+from fastmoco.tracking import track
 
 # In an image's record, where it came from: an object, which what reads shards does not take for a label.
 SOURCE = "packed_from"
@@ -68,7 +67,7 @@ def compare(packed: Manifest, *, workers: int = 0, progress: bool = True) -> lis
     unlisted = sorted({path.name for path in packed.root.glob("*.tar")} - rows.keys())
     with ThreadPoolExecutor(workers or os.cpu_count() or 1) as pool:
         found = pool.map(lambda shard: _compare_shard(packed, shard, rows[shard]), rows)
-        each = list(track(found, "checking shards", total=len(rows), disable=not progress, transient=True))
+        each = list(track(found, "checking shards", total=len(rows), progress=progress))
     return [f"{name}: not in the index" for name in unlisted] + [line for lines in each for line in lines]
 
 

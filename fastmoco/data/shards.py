@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.progress import track
 
 from fastmoco.atomic import write_text
 from fastmoco.data.cache import cache_file
@@ -23,6 +22,7 @@ from fastmoco.data.sizes import show_count
 from fastmoco.data.store import split_member
 from fastmoco.data.tars import Damaged, read_headers
 from fastmoco.errors import UserError
+from fastmoco.tracking import track
 
 CLS_LABEL = "cls"
 # Bytes in a member that holds labels; a rotten header may claim any number.
@@ -61,7 +61,7 @@ def list_shards(shards: Sequence[Path], *, patient_column: str, split_column: st
     """
     with ThreadPoolExecutor() as pool:
         read = pool.map(_rows_of, shards)
-        tables = list(track(read, "reading shards", total=len(shards), disable=not progress, transient=True))
+        tables = list(track(read, "reading shards", total=len(shards), progress=progress))
     read_from = zip(shards, tables, strict=True)
     named = [(f"{shard.name}/{row[0]}", row, stamp) for shard, (stamp, rows) in read_from for row in rows]
     if not named:

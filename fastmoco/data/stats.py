@@ -13,10 +13,10 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
-from rich.progress import track
 
 from fastmoco.data.manifest import Manifest
 from fastmoco.data.store import BadFile
+from fastmoco.tracking import track
 
 # Of an image's gray values, whose greatest is 1: below that there is next to nothing to see.
 NEARLY_EMPTY = 0.01
@@ -97,7 +97,7 @@ def statistics(manifest: Manifest, *, workers: int = 0, progress: bool = True) -
     looks: list[Look | BadFile] = []
     threads = workers or os.cpu_count() or 1
     numbers = track(
-        range(0, len(manifest), _READ_AHEAD), "looking at images", disable=not progress, transient=True
+        range(0, len(manifest), _READ_AHEAD), "looking at images", progress=progress
     )
     with ThreadPoolExecutor(threads) as pool:
         for first in numbers:

@@ -25,6 +25,7 @@ from fastmoco.evaluate.images import MOST_BYTES
 from fastmoco.evaluate.options import LabelledImages, require_head
 from fastmoco.models.weights import load_encoder, run_folder, weights_file
 from fastmoco.precision import Precision
+from fastmoco.results import try_out, unwritable
 
 # Four, the least for the unbiased estimator, can then be drawn in more than one way.
 LEAST_IMAGES = 5
@@ -86,11 +87,8 @@ def compare_command(args: CompareArgs) -> int:
     if args.split is not None:
         manifest = manifest.only_split(args.split)
     estimator = _estimator(args, len(manifest))
-    try:
-        # Before minutes go into features.
-        out.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise _unwritable(out, error) from error
+    # Before minutes go into features.
+    try_out(out)
     features = [_features(side, manifest, args, device) for side in sides]
     console = Console()
     with console.status("comparing"):
@@ -110,7 +108,7 @@ def compare_command(args: CompareArgs) -> int:
         write_text(out, json.dumps(record, indent=1, allow_nan=False) + "\n")
         pictures = draw_comparison(found, sides, out)
     except OSError as error:
-        raise _unwritable(out, error) from error
+        raise unwritable(out, error) from error
     console.print(f"written: {', '.join(str(path) for path in [out, *pictures])}", soft_wrap=True, markup=False)
     if not pictures:
         console.print("no picture: matplotlib is not installed; pip install matplotlib", soft_wrap=True, markup=False)
@@ -198,7 +196,3 @@ def _features(side: Side, manifest: Manifest, args: CompareArgs, device: torch.d
         precision=args.precision,
     )
     return {stage: found[stage] for stage in dict.fromkeys(args.stages)}
-
-
-def _unwritable(out: Path, error: OSError) -> UserError:
-    return UserError(f"--out {out}: cannot be written: {error}")

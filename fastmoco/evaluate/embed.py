@@ -19,6 +19,7 @@ from fastmoco.evaluate.features import extract
 from fastmoco.evaluate.options import LabelledImages, require_head
 from fastmoco.models.weights import load_encoder
 from fastmoco.precision import Precision
+from fastmoco.results import try_out, unwritable
 
 Stage = Literal["stage1", "stage2", "stage3", "stage4", "final"]
 ABOUT = "fastmoco"
@@ -61,6 +62,7 @@ def embed_command(args: EmbedArgs) -> int:
     if "final" in args.stages:
         require_head(encoder, args.run)
     manifest = args.manifest(all_labels=True)
+    try_out(args.out)
     resize = encoder.resize or 1.0
     features = extract(
         encoder,
@@ -74,11 +76,10 @@ def embed_command(args: EmbedArgs) -> int:
     )
     about = {"run": str(args.run), "arch": encoder.arch, "size": size, "resize": resize, "precision": args.precision}
     try:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
         with replacing(args.out) as temporary:
             write(temporary, manifest, {stage: features[stage] for stage in args.stages}, about)
     except OSError as error:
-        raise UserError(f"--out {args.out}: cannot be written: {error}") from error
+        raise unwritable(args.out, error) from error
     widths = ", ".join(f"{stage} ({features[stage].shape[1]})" for stage in args.stages)
     print(f"{args.out}: {len(manifest):,} images, {widths}")
     return 0

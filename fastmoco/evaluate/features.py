@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
 import torch
-from rich.progress import track
 from torch import Tensor, nn
 from torch.nn.functional import interpolate, normalize
 from torch.utils.data import DataLoader, Dataset
@@ -16,6 +15,7 @@ from fastmoco.data.manifest import Manifest
 from fastmoco.data.store import BadFile
 from fastmoco.errors import UserError
 from fastmoco.models.encoder import Encoder
+from fastmoco.tracking import track
 
 
 def evaluation_image(image: np.ndarray, *, size: int, resize: float = 1.0) -> Tensor:
@@ -98,7 +98,7 @@ def extract(
         num_workers=workers,
         generator=torch.Generator(),
     )
-    batches = track(loader, "extracting features", disable=not progress, transient=True)
+    batches = track(loader, "extracting features", progress=progress)
     return stage_features(encoder, batches, device=device, precision=precision, after_batch=after_batch)
 
 

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import time
 from dataclasses import asdict, dataclass, field, replace
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +14,6 @@ from rich.console import Console
 from rich.status import Status
 from rich.table import Table
 
-from fastmoco.atomic import write_text
 from fastmoco.data.labelled import describe_unlabelled, only_labelled
 from fastmoco.data.manifest import Manifest
 from fastmoco.data.patients import patient_groups
@@ -34,13 +31,13 @@ from fastmoco.evaluate.splits import Splits
 from fastmoco.evaluate.targets import Target, make_target, target_splits
 from fastmoco.models.encoder import Encoder
 from fastmoco.models.weights import load_encoder, run_folder
+from fastmoco.results import try_out, write_results
+from fastmoco.tracking import Lines
 
 _COLUMNS = {
     "auc": "AUC", "average_precision": "av. prec.", "accuracy": "acc.", "f1": "F1", "calibration_error": "cal. error",
 }  # fmt: skip
 _TABLE_WIDTH = 100
-# Seconds between lines on progress, where there is no terminal.
-_LINES_APART = 10.0
 
 
 @dataclass(kw_only=True, slots=True)
@@ -71,7 +68,8 @@ class FinetuneArgs(LabelledImages):
     seed: int = 0
     """Seed of drawn splits; draw i of the labels, its first weights and its augmentation have seed + i."""
     out: Path | None = None
-    """JSON file to write; in folder "finetune" of the run, named after label, mode and budget, if not given."""
+    """JSON file to write; in folder "finetune" of the run, named after label, mode and budget, if not given. An earlier
+    one there is numbered."""
 
 
 def finetune_command(args: FinetuneArgs) -> int:
@@ -92,6 +90,7 @@ def finetune_command(args: FinetuneArgs) -> int:
     manifest = only_labelled(everything, labels)
     target = make_target(manifest, labels)
     out = _file(args, target)
+    try_out(out)
     splits = target_splits(manifest, target, seed=args.seed, allow_leaks=args.allow_leaks)
     budgets = [
         draw_budget(target.values, splits.train, args.budget, seed=args.seed + draw, class_names=target.class_names)
@@ -128,11 +127,8 @@ def finetune_command(args: FinetuneArgs) -> int:
     record = {"run": None if args.run is None else str(args.run), "size": size, "training": _plain(config)}
     record |= _record(manifest, target, splits, budgets, done, args.seed) | {"leaks": leaks, "notes": notes}
     _print(record, console)
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        write_text(out, json.dumps(record, indent=1, allow_nan=False) + "\n")
-    except OSError as error:
-        raise UserError(f"--out {out}: cannot be written: {error}") from error
+    if earlier := write_results({out: json.dumps(record, indent=1, allow_nan=False) + "\n"}):
+        console.print(f"earlier result: {earlier[0]}", soft_wrap=True, markup=False)
     console.print(f"written: {out}", soft_wrap=True, markup=False)
     return 0
 
@@ -142,19 +138,16 @@ class _Progress:
     what is none in lines some seconds apart."""
 
     def __init__(self, console: Console, status: Status, said: str, steps: int) -> None:
-        self._console, self._status, self._said, self._steps = console, status, said, steps
-        self._began = self._told = time.monotonic()
+        self._status, self._said, self._steps = status, said, steps
+        self._lines = Lines(console, steps)
 
     def look(self, row: dict[str, Any]) -> None:
         """Take a row of the curve."""
-        now, step, auc = time.monotonic(), row["step"], row["validation_auc"]
-        left = timedelta(seconds=round((now - self._began) / step * (self._steps - step)))
+        step, auc = row["step"], row["validation_auc"]
         score = "-" if auc is None else f"{auc:.3f}"
-        text = f"{self._said}: step {step}/{self._steps}, validation AUC {score}, ETA {left}"
+        text = f"{self._said}: step {step}/{self._steps}, validation AUC {score}, ETA {self._lines.left(step)}"
         self._status.update(text)
-        if not self._console.is_terminal and now - self._told >= _LINES_APART:
-            self._told = now
-            self._console.print(text, highlight=False)
+        self._lines.say(text)
 
 
 def _views(args: FinetuneArgs, encoder: Encoder | None, size: int) -> ViewConfig:
@@ -176,8 +169,6 @@ def _views(args: FinetuneArgs, encoder: Encoder | None, size: int) -> ViewConfig
 
 def _file(args: FinetuneArgs, target: Target) -> Path:
     if args.out is not None:
-        if args.out.is_dir():
-            raise UserError(f"--out {args.out} is a folder: name a file")
         return args.out
     if args.run is None:
         raise UserError("--out: name the file to write, as there is no run folder")

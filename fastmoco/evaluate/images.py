@@ -9,7 +9,6 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
-from rich.progress import track
 from torch import Tensor
 
 from fastmoco.data.draws import draw
@@ -20,6 +19,7 @@ from fastmoco.evaluate.features import evaluation_image, stage_features
 from fastmoco.models.encoder import Encoder
 from fastmoco.ops.lists import NATIVE_DEVICES
 from fastmoco.ops.views import make_views
+from fastmoco.tracking import track
 
 MOST_BYTES = 8 << 30
 # Images decoded ahead of the one that is being shrunk.
@@ -112,7 +112,7 @@ def load_images(
     pixels = torch.empty((len(manifest), size, size, 3), dtype=torch.uint8)
     parts = range(0, len(manifest), _READ_AHEAD)
     with ThreadPoolExecutor(workers or os.cpu_count() or 1) as pool:
-        for first in track(parts, "decoding images", disable=not progress, transient=True):
+        for first in track(parts, "decoding images", progress=progress):
             some = range(first, min(first + _READ_AHEAD, len(manifest)))
             for i, image in zip(some, pool.map(manifest.decode, some), strict=True):
                 values = evaluation_image(image, size=size, resize=resize)

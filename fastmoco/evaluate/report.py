@@ -7,7 +7,6 @@ import io
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Literal
 
 from rich import box
@@ -15,14 +14,13 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from fastmoco.atomic import write_text
 from fastmoco.data.sizes import show_count
-from fastmoco.errors import UserError
 from fastmoco.evaluate.intervals import INTERVAL
 from fastmoco.evaluate.scores import Scores
 from fastmoco.evaluate.weighted import CALIBRATION_BINS
 
 Method = Literal["knn", "probe"]
+RECORD = "evaluation.json"
 _HEADER = ("encoder", "features", "kNN AUC [95 %]", "acc.", "probe AUC [95 %]", "AP", "acc.", "F1", "ECE", "C")
 
 
@@ -150,17 +148,9 @@ def to_json(results: Sequence[Result]) -> str:
     return json.dumps(records, indent=2, allow_nan=False) + "\n"
 
 
-def write_results(results: Sequence[Result], folder: Path) -> list[Path]:
-    """Write evaluation.json, .csv and .md into `folder`, each atomically; UserError where that fails."""
-    texts = {"json": to_json(results), "csv": to_csv(results), "md": to_markdown(results)}
-    paths = [folder / f"evaluation.{suffix}" for suffix in texts]
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        for path, text in zip(paths, texts.values(), strict=True):
-            write_text(path, text)
-    except OSError as error:
-        raise UserError(f"--out {folder}: cannot be written: {error}") from error
-    return paths
+def as_files(results: Sequence[Result]) -> dict[str, str]:
+    """What the files evaluation.json, .csv and .md hold, by their names."""
+    return {RECORD: to_json(results), "evaluation.csv": to_csv(results), "evaluation.md": to_markdown(results)}
 
 
 def _cells(result: Result) -> list[tuple[str, ...]]:

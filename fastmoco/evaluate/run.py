@@ -19,11 +19,12 @@ from fastmoco.evaluate.features import describe_input, extract
 from fastmoco.evaluate.leaks import pretrained_on, refuse_leaks, seen_before
 from fastmoco.evaluate.options import LabelledImages
 from fastmoco.evaluate.protocol import evaluate_features
-from fastmoco.evaluate.report import Result, print_result, write_results
+from fastmoco.evaluate.report import RECORD, Result, as_files, print_result
 from fastmoco.evaluate.splits import make_splits
 from fastmoco.models.encoder import Encoder
 from fastmoco.models.weights import load_encoder, run_folder
 from fastmoco.precision import Precision
+from fastmoco.results import try_out, write_results
 
 FeatureSets = dict[str, dict[str, np.ndarray]]
 
@@ -51,7 +52,8 @@ class EvaluateArgs(LabelledImages):
     seed: int = 0
     """Seed of the drawn splits, the random encoder and the intervals."""
     out: Path | None = None
-    """Folder for evaluation.json, .csv and .md; "evaluation" in the run folder if not given."""
+    """Folder for evaluation.json, .csv and .md; "evaluation" in the run folder if not given. Earlier ones there are
+    numbered."""
 
 
 def evaluate(
@@ -111,8 +113,8 @@ def collect_features(
     """
     features: FeatureSets = {}
     if baselines:
-        features["colour statistics"] = {"image": colour_statistics(manifest, workers=workers)}
-        features["gray pixels"] = {"16x16": gray_pixels(manifest, side=16, workers=workers)}
+        features["colour statistics"] = {"image": colour_statistics(manifest, workers=workers, progress=progress)}
+        features["gray pixels"] = {"16x16": gray_pixels(manifest, side=16, workers=workers, progress=progress)}
     for name, encoder in encoders.items():
         features[name] = extract(
             encoder,
@@ -148,6 +150,8 @@ def evaluate_command(args: EvaluateArgs) -> int:
             refuse_leaks(some, splits, allowed=args.allow_leaks)
         unknown = len(everything) - len(some)
         said[label] = ((describe_unlabelled(unknown, [label]),) if unknown else ()) + seen_before(images, some, splits)
+    folder = args.out or default_folder(args.run)
+    try_out(folder / RECORD)
     encoders = {"random": Encoder(encoder.arch, seed=args.seed)} if args.baselines else {}
     features = collect_features(
         {**encoders, "pretrained": encoder},
@@ -177,8 +181,10 @@ def evaluate_command(args: EvaluateArgs) -> int:
             )
         print_result(result)
         results.append(result)
-    paths = write_results(results, args.out or default_folder(args.run))
-    console.print(f"written: {', '.join(str(path) for path in paths)}", soft_wrap=True, markup=False)
+    texts = {folder / name: text for name, text in as_files(results).items()}
+    if earlier := write_results(texts):
+        console.print(f"earlier results: {', '.join(map(str, earlier))}", soft_wrap=True, markup=False)
+    console.print(f"written: {', '.join(map(str, texts))}", soft_wrap=True, markup=False)
     return 0
 
 

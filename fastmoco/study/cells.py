@@ -38,6 +38,7 @@ NOT_SETTINGS = {
     "cuda_graph",
     "log_every",
     "checkpoint_every",
+    "checkpoint_minutes",
     "keep_checkpoints",
     "max_failed_saves",
     "watchdog",

@@ -173,9 +173,12 @@ class RunConfig:
     """On a GPU, capture a micro-batch (forwards, losses, backward, queue) as a CUDA graph and replay it, which spares
     the host from launching its kernels one by one: for small batches and fast GPUs."""
     log_every: int = 20
-    """Steps between reads of the metrics from the device; every step's losses are written all the same."""
+    """Steps between reads of the metrics from the device, or a minute where steps are slow; every step's losses are
+    written all the same."""
     checkpoint_every: int = 500
     """Steps between checkpoints; one is always written at the end and on Ctrl-C."""
+    checkpoint_minutes: float = 15.0
+    """Minutes between checkpoints where so many steps take longer than that; 0: only after so many steps."""
     keep_checkpoints: int = 2
     """Newest checkpoints kept; older ones are removed once a newer one is complete."""
     max_failed_saves: int = 3
@@ -191,6 +194,8 @@ class RunConfig:
         for name in ("log_every", "checkpoint_every", "keep_checkpoints", "max_failed_saves"):
             if getattr(self, name) < 1:
                 raise UserError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(self, name)}")
+        if not 0 <= self.checkpoint_minutes < math.inf:
+            raise UserError(f"--checkpoint-minutes must be 0 (never) or more, not {self.checkpoint_minutes}")
         if self.knn_every < 0:
             raise UserError(f"--knn-every must be 0 (never) or more, not {self.knn_every}")
         if not 0 < self.watchdog < math.inf:

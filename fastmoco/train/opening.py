@@ -114,6 +114,8 @@ def describe(trainer: Trainer, manifest: Manifest, order: Order, plan: Plan, *, 
         print(f"warning: --head {config.model.head}: Barlow Twins wants --head projector, as wide as --dim")
     if trainer.targets is not None:
         print(describe_classes(manifest, trainer.targets))
+    if config.run.knn_every and manifest.labels:
+        print(describe_score(config, manifest))
     if config.model.norm == "frozen" and config.model.init is None:
         print("warning: --norm frozen without --init normalises nothing: its statistics are mean 0 and variance 1")
     if set_aside:
@@ -124,6 +126,21 @@ def describe(trainer: Trainer, manifest: Manifest, order: Order, plan: Plan, *, 
         print(f"going on from step {start}")
     elif config.run.resume:
         print(f"no checkpoint in {config.run.out}: begins at step 0")
+
+
+# Classes of images are seldom more; folders that are more are rather patients, or slides.
+MANY_FOLDERS = 20
+
+
+def describe_score(config: Config, manifest: Manifest) -> str:
+    """Which classes the kNN score while training tells apart."""
+    name = next(iter(manifest.labels))
+    classes = manifest.known_classes(name)
+    shown = ", ".join(classes[:3]) + (", ..." if len(classes) > 3 else "")
+    said = f"kNN score every {config.run.knn_every} epochs: by {name}, {len(classes)} classes ({shown})"
+    if config.data.labels is None and len(classes) > MANY_FOLDERS:
+        said += "; if these are patients, not classes, give --labels a CSV file with columns file and patient"
+    return said
 
 
 def barlow_warnings(config: Config) -> Iterator[str]:

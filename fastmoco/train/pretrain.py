@@ -30,6 +30,7 @@ from fastmoco.train.clock import Clock
 from fastmoco.train.collapse import Collapse
 from fastmoco.train.config import Config
 from fastmoco.train.crowding import Crowding
+from fastmoco.train.due import LINE, NOTHING, SAVE, Due
 from fastmoco.train.folder import BAD_FILES, find_checkpoint, writing
 from fastmoco.train.images import fingerprint, root_of, staged
 from fastmoco.train.metrics import Row
@@ -118,6 +119,8 @@ class _Run:
         self.plan = plan(config, self.order)
         refuse_single_images(world, config, self.order)
         self.collapse = Collapse()
+        # At the step under way, and what the clock says of those to come.
+        self.due, self.clock_due = NOTHING, Due(config.run.checkpoint_minutes)
         self.crowding = Crowding(torch.get_num_threads() if world.device.type == "cpu" else 1)
         self.start = 0
         if saved is not None:
@@ -171,6 +174,7 @@ class _Run:
             self.record = record
             clock = Clock(trainer.pairs)
             self.crowding.restart()
+            self.clock_due.restart(saved=True)
             self.monitor.beat(self.start)
             batches = clock.timing(loader)
             for done in range(self.start, total):
@@ -198,7 +202,10 @@ class _Run:
             ready = list(self._alive(islice(batches, self.config.optim.accumulate)))
         except (TooManyBad, ImagesGone) as error:
             problem = error
-        failed, bad, asked = largest(self.world, problem is not None, self.set_aside.unshared(), stop.signal or 0)
+        due = self.clock_due.read() if self.world.first else NOTHING
+        failed, bad, asked, self.due = largest(
+            self.world, problem is not None, self.set_aside.unshared(), stop.signal or 0, due
+        )
         if bad:
             try:
                 everywhere(self.world, self.set_aside.share)
@@ -217,9 +224,9 @@ class _Run:
         """What is due after `done` steps: metrics, a score, a checkpoint."""
         run = self.config.run
         self.record.advance(done)
-        save = done % run.checkpoint_every == 0 or done == self.plan.total
+        save = done % run.checkpoint_every == 0 or done == self.plan.total or self.due == SAVE
         knn = self._knn_due(done)
-        if not (save or knn or done % run.log_every == 0):
+        if not (save or knn or done % run.log_every == 0 or self.due == LINE):
             return
         rows = self._rows(done, clock)
         if knn:
@@ -236,6 +243,7 @@ class _Run:
         # Neither a score nor a checkpoint counts in the speed.
         clock.restart(self.trainer.pairs)
         self.crowding.restart()
+        self.clock_due.restart(saved=save)
 
     def _lr(self, step: int) -> float:
         optim = self.config.optim

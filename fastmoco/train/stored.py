@@ -27,8 +27,8 @@ FREE_ON_RESUME = {
     "data": {"data", "labels", "workers", "stage", "max_bad"},
     "optim": {"update"},
     "run": {
-        "out", "resume", "device", "engine", "zero", "cuda_graph", "log_every", "checkpoint_every", "keep_checkpoints",
-        "max_failed_saves", "watchdog", "knn_every",
+        "out", "resume", "device", "engine", "zero", "cuda_graph", "log_every", "checkpoint_every",
+        "checkpoint_minutes", "keep_checkpoints", "max_failed_saves", "watchdog", "knn_every",
     },
 }
 
