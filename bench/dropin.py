@@ -18,6 +18,7 @@ from bench.loaders import endless
 from bench.step import FLOAT32_TOLERANCE, LOSS_TOLERANCE, PLAIN, Variant, as_run
 from bench.timing import environment, save
 from fastmoco.adapters.loader import PairLoader
+from fastmoco.data.loader import default_workers
 from fastmoco.errors import UserError
 from fastmoco.train.config import Arch
 
@@ -34,6 +35,10 @@ class Change:
     def variant(self) -> Variant:
         """The arithmetic of the backbone."""
         return as_run("cpu") if self.arithmetic else PLAIN
+
+    def workers(self, theirs: int) -> int:
+        """What loads: `theirs`, processes of lightly's loader, or as many threads as ours has that is not told."""
+        return default_workers("cpu") if self.loading else theirs
 
 
 LIGHTLY, ALL = "lightly", "our operations, loading and arithmetic"
@@ -193,7 +198,8 @@ def main(args: DropInArgs) -> int:
     rows: list[dict[str, Any]] = []
     for name, error in errors.items():
         row: dict[str, Any] = {"op": "dropin", "implementation": name, "arch": args.arch, "size": args.size}
-        row |= {"batch": args.batch_size, "workers": args.workers, "turns": args.turns, "loss_error": error}
+        row |= {"batch": args.batch_size, "workers": VARIANTS[name].workers(args.workers), "turns": args.turns}
+        row |= {"loss_error": error}
         row |= {"precision": str(VARIANTS[name].variant)}
         rows.append(row | (described(loops[name], loops[LIGHTLY], args) if name in loops else {}) | environment())
     before = 1.0

@@ -81,8 +81,8 @@ def main(args: CurvesArgs) -> int:
     rows: list[dict[str, Any]] = []
     for name, losses in trained.items():
         row: dict[str, Any] = {"op": "dropin curves", "implementation": name, "precision": str(COMPARED[name].variant)}
-        row |= {"arch": args.arch, "size": args.size}
-        row |= {"batch": args.batch_size, "workers": args.workers, "seeds": args.seeds, "steps": args.steps}
+        row |= {"arch": args.arch, "size": args.size, "batch": args.batch_size}
+        row |= {"workers": COMPARED[name].workers(args.workers), "seeds": args.seeds, "steps": args.steps}
         row |= verdict(curves[name], curves[LIGHTLY]) | {"losses": losses}
         rows.append(row | environment())
     same = all(row["within"] for row in rows)

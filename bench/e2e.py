@@ -29,8 +29,7 @@ from bench.products import Products
 from bench.step import FLOAT32_TOLERANCE, LOSS_TOLERANCE, StepArgs
 from bench.timing import environment, save
 from bench.turns import Contestant, Missing, Turn, as_rows, rounds, summary
-from bench.ways import EAGER, FLUSHED, LIGHTLY, OURS, WAYS, Training
-from fastmoco.data.loader import default_workers
+from bench.ways import EAGER, FLUSHED, LIGHTLY, OURS, WAYS, Training, workers_of
 from fastmoco.device import find_device
 from fastmoco.errors import UserError
 from fastmoco.train.recipes import find
@@ -147,8 +146,8 @@ def measure(case: Case, setting: Setting, name: str, args: E2eArgs, console: Con
     for way, error in errors.items():
         row: dict[str, Any] = {"op": "e2e", "implementation": way, "images": name, "loader": WAYS[way].loader}
         row |= {"recipe": args.recipe, "arch": case.arch, "size": case.size, "batch": case.batch_size}
-        workers = default_workers(args.device) if way == OURS else args.workers
-        row |= {"K": args.queue_size, "workers": workers, "precision": str(variants[way]), "loss_error": error}
+        row |= {"K": args.queue_size, "workers": workers_of(way, args.workers, args.device)}
+        row |= {"precision": str(variants[way]), "loss_error": error}
         if way in turns:
             row |= summary(turns[way]) | ratios(turns, way) | {"every_turn": as_rows(turns[way])}
             if way == OURS:

@@ -112,13 +112,17 @@ WAYS = {
 }
 
 
+def workers_of(way: str, workers: int, device: str) -> int:
+    """The threads or processes that load: ours has as many as a run that is not told, the others `workers`."""
+    return default_workers(device) if way == OURS else workers
+
+
 class Training:
     """A step fed by a loader, at work in its own process. Raises Missing where there is no such way here."""
 
     def __init__(self, way: str, args: StepArgs, setting: Setting) -> None:
-        if way == OURS:
-            setting = replace(setting, workers=default_workers(setting.device))
-        self._setting, self._open = setting, LOADERS[WAYS[way].loader]
+        self._setting = replace(setting, workers=workers_of(way, setting.workers, setting.device))
+        self._open = LOADERS[WAYS[way].loader]
         # The draws of torchvision's transforms, and of lightly's.
         torch.manual_seed(0)
         self._backward, self._step = WAYS[way].steps(args)

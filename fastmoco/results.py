@@ -1,13 +1,14 @@
-"""Files that long work ends in: tried before it begins, and what they held before is kept."""
+"""Files that long work ends in: tried before it begins; an evaluation keeps what they held before."""
 
 from __future__ import annotations
 
+import shutil
 import tempfile
 from collections.abc import Mapping
 from itertools import count
 from pathlib import Path
 
-from fastmoco.atomic import write_text
+from fastmoco.atomic import replacing, write_text
 from fastmoco.errors import UserError
 
 
@@ -15,12 +16,14 @@ def try_out(path: Path, *, option: str = "--out") -> None:
     """Make the folder of the file `path` and try to write there. Raises UserError, with `option`, where that fails."""
     if path.is_dir():
         raise UserError(f"{option} {path} is a folder: name a file")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=path.parent) as stream:
-            stream.write(b"tried")
-    except OSError as error:
-        raise unwritable(path, error, option) from error
+    _try(path.parent, path, option)
+
+
+def try_folder(folder: Path, *, option: str = "--out") -> None:
+    """As `try_out`, of files in `folder`."""
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{option} {folder} is a file: name a folder")
+    _try(folder, folder, option)
 
 
 def unwritable(path: Path, error: OSError, option: str = "--out") -> UserError:
@@ -31,7 +34,8 @@ def unwritable(path: Path, error: OSError, option: str = "--out") -> UserError:
 def write_results(texts: Mapping[Path, str], *, option: str = "--out") -> list[Path]:
     """Write files of one folder, each atomically; those that were there with other contents get the first free number.
 
-    Returns where the earlier ones are now. Raises UserError, with `option`, where a file cannot be written.
+    Returns where the earlier ones are now; until all of them are there, they keep their names as well. Raises
+    UserError, with `option`, where a file cannot be written.
     """
     paths = list(texts)
     try:
@@ -39,12 +43,24 @@ def write_results(texts: Mapping[Path, str], *, option: str = "--out") -> list[P
         kept: list[Path] = []
         if any(path.read_bytes() != texts[path].encode(errors="surrogateescape") for path in earlier):
             free = next(n for n in count(1) if not any(_numbered(path, n).exists() for path in paths))
-            kept = [path.rename(_numbered(path, free)) for path in earlier]
+            for path in earlier:
+                with replacing(_numbered(path, free)) as temporary:
+                    shutil.copy2(path, temporary)
+                kept.append(_numbered(path, free))
         for path, text in texts.items():
             write_text(path, text)
     except OSError as error:
         raise unwritable(paths[0] if len(paths) == 1 else paths[0].parent, error, option) from error
     return kept
+
+
+def _try(folder: Path, named: Path, option: str) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder) as stream:
+            stream.write(b"tried")
+    except OSError as error:
+        raise unwritable(named, error, option) from error
 
 
 def _numbered(path: Path, number: int) -> Path:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, wait
 from functools import cache
@@ -14,6 +15,8 @@ import torch
 Here = TypeVar("Here")
 There = TypeVar("There")
 
+_NAME = "together"
+
 
 def together(here: Callable[[], Here], there: Callable[[], There]) -> tuple[Here, There]:
     """What `here` and `there`, which have nothing to do with each other, return. Raises what either does, first `here`.
@@ -21,10 +24,10 @@ def together(here: Callable[[], Here], there: Callable[[], There]) -> tuple[Here
     Threads that share one operation wait for each other at its end, dozens of times in a forward: small operations have
     little to share out, and one thread that loses its core to a loader holds up all. So `there` runs in a thread of its
     own, in the autocast and gradient mode of this one, and each of the two has half of its threads. Where there is but
-    one thread, or the number cannot be set, they run one after the other.
+    one thread, or the number cannot be set, they run one after the other, and so they do within a `there`.
     """
     threads = torch.get_num_threads()
-    if threads < 2 or _openmp() is None:
+    if threads < 2 or _openmp() is None or threading.current_thread().name.startswith(_NAME):
         return here(), there()
     autocast = torch.autocast(
         "cpu",
@@ -53,7 +56,10 @@ def together(here: Callable[[], Here], there: Callable[[], There]) -> tuple[Here
 @cache
 def _helper() -> ThreadPoolExecutor:
     """The thread that is always the same: oneDNN keeps what it has prepared for the shapes it meets by the thread."""
-    return ThreadPoolExecutor(1, thread_name_prefix="together")
+    # Weights that autocast has rounded are kept for the whole process, and dropped by each thread that leaves its
+    # outermost autocast. This one never does: what the other still goes through would be rounded again or not, and
+    # gradients summed otherwise, by which of the two is first.
+    return ThreadPoolExecutor(1, thread_name_prefix=_NAME, initializer=torch.autocast_increment_nesting)
 
 
 # Of a process that is forked there is but the thread that forked.

@@ -36,9 +36,17 @@ class Lines:
             self._console.print(text, highlight=False, soft_wrap=True, markup=False)
 
 
-def track(items: Iterable[Item], what: str, *, total: int | None = None, progress: bool = True) -> Iterator[Item]:
+def track(
+    items: Iterable[Item],
+    what: str,
+    *,
+    total: int | None = None,
+    each: int = 1,
+    images: int | None = None,
+    progress: bool = True,
+) -> Iterator[Item]:
     """The `items`, one after the other, while it is shown how many are done, of `total` or as many as they say they
-    are. `what` says what is done with them."""
+    are. `what` says what is done with them. Where an item is `each` of `images`, lines count those."""
     if total is None:
         assert isinstance(items, Sized)
         total = len(items)
@@ -49,6 +57,7 @@ def track(items: Iterable[Item], what: str, *, total: int | None = None, progres
         yield from bar(items, what, total=total, transient=True, console=console)
     else:
         lines = Lines(console, total)
+        of = total if images is None else images
         for done, item in enumerate(items, start=1):
             yield item
-            lines.say(f"{what}: {done:,} of {total:,}, ETA {lines.left(done)}")
+            lines.say(f"{what}: {min(done * each, of):,} of {of:,}, ETA {lines.left(done)}")

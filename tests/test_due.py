@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -97,16 +98,21 @@ def test_saved_by_the_clock_or_not_a_run_computes_the_same(tmp_path: Path) -> No
     assert found[0] == found[1] and len(found[0]) == 6
 
 
+def only_of(deciding: int, rank: int) -> None:
+    """In a process of `rank`: by its clock a checkpoint is always due, or, if it is not the one `deciding`, nothing."""
+    Due.read = lambda _: SAVE if rank == deciding else NOTHING  # type: ignore[method-assign]
+
+
 @pytest.mark.system
-def test_the_first_process_decides_for_all(tmp_path: Path) -> None:
+@pytest.mark.parametrize("deciding", [0, 1])
+def test_the_first_process_decides_for_all(tmp_path: Path, deciding: int) -> None:
     images = draw_images(tmp_path)
     options = {"data": images, "out": tmp_path / "run", "steps": 6, "arch": "resnet18", "size": 32, "batch-size": 4}
     options |= {"workers": 0, "loader": "pillow", "device": "cpu", "log-every": 99, "checkpoint-every": 99}
-    options |= {"checkpoint-minutes": 1e-9}
     args = ["pretrain", "histology-mse-small", *(f"--{name}={value}" for name, value in options.items())]
-    with Job(tmp_path / "job", 2, args) as job:
+    with Job(tmp_path / "job", 2, args, prepare=partial(only_of, deciding)) as job:
         assert job.end() == [0, 0], job.all_output()
-    assert steps_with_speed(tmp_path / "run") == [1, 2, 3, 4, 5, 6]
+    assert steps_with_speed(tmp_path / "run") == ([1, 2, 3, 4, 5, 6] if deciding == 0 else [6])
 
 
 @pytest.mark.parametrize("minutes", [-1.0, float("inf"), float("nan")])

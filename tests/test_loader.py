@@ -18,7 +18,7 @@ from PIL import Image
 
 from fastmoco.data import dali as dali_module
 from fastmoco.data.dali import DaliDecoder, decode_pipeline
-from fastmoco.data.loader import Batch, LoaderKind, make_loader
+from fastmoco.data.loader import Batch, LoaderKind, default_workers, make_loader
 from fastmoco.data.manifest import Manifest
 from fastmoco.data.order import Order
 from fastmoco.data.quarantine import Quarantine, TooManyBad
@@ -333,3 +333,11 @@ def test_cpu_and_gpu_decode_by_the_same_graph() -> None:
     cpu, gpu = graphs
     assert len(cpu) == 2 and cpu != gpu
     assert cpu == [text.replace("device: mixed", "device: cpu").replace("_gpu", "_cpu") for text in gpu]
+
+
+@pytest.mark.parametrize(("threads", "workers"), [(1, 1), (2, 1), (7, 1), (8, 2), (16, 4)])
+def test_threads_that_nobody_named_are_a_quarter_of_those_that_train(
+    monkeypatch: pytest.MonkeyPatch, threads: int, workers: int
+) -> None:
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    assert default_workers("cpu") == workers and default_workers("cuda:1") == 2

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,7 @@ from fastmoco.train.classes import classes, describe_classes
 from fastmoco.train.config import LossConfig
 from fastmoco.train.images import fingerprint
 from fastmoco.train.joint import draw_share
+from fastmoco.train.opening import describe_score
 from fastmoco.train.pretrain import pretrain
 from fastmoco.train.trainer import Trainer
 from objectives import OBJECTIVES, TARGETS, changes_of
@@ -190,3 +192,23 @@ def test_batches_that_do_not_fit_are_refused() -> None:
         dataclasses.replace(config, loss=loss, optim=dataclasses.replace(config.optim, batch_size=1))
     # It has no queue for a batch to fill.
     assert dataclasses.replace(config, loss=loss).loss.title == "simclr"
+
+
+@pytest.mark.parametrize(
+    ("label", "many", "every", "said"),
+    [
+        ("kind", 2, 1, "kNN score every epoch: by kind, 2 classes (c00, c01)"),
+        ("kind", 30, 10, "kNN score every 10 epochs: by kind, 30 classes (c00, c01, c02, ...)"),
+        ("folder", 20, 10, "kNN score every 10 epochs: by folder, 20 classes (c00, c01, c02, ...)"),
+        (
+            "folder", 21, 10,
+            "kNN score every 10 epochs: by folder, 21 classes (c00, c01, c02, ...); if these are patients, not "
+            "classes, give --labels a CSV file with columns file and patient",
+        ),
+    ],
+)  # fmt: skip
+def test_it_is_said_what_the_score_tells_apart(label: str, many: int, every: int, said: str) -> None:
+    names = [f"c{number:02}" for number in range(many)]
+    manifest = SimpleNamespace(labels={label: np.arange(many)}, known_classes=lambda _: names)
+    config = small_config(Path(), Path(), knn_every=every)
+    assert describe_score(config, manifest) == said  # type: ignore[arg-type]

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from fastmoco.errors import UserError
-from fastmoco.results import try_out, write_results
+from fastmoco.results import try_folder, try_out, write_results
 
 
 def contents(folder: Path) -> dict[str, str]:
@@ -47,6 +47,30 @@ def test_trying_makes_the_folder_and_leaves_nothing_in_it(tmp_path: Path) -> Non
     out.write_text("there")
     try_out(out)
     assert contents(out.parent) == {"a.json": "there"}
+
+
+def test_where_the_new_cannot_be_written_the_earlier_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = tmp_path / "a.json"
+    out.write_text("0")
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    for name in ("shutil.copy2", "write_text"):
+        with monkeypatch.context() as patch:
+            patch.setattr(f"fastmoco.results.{name}", full)
+            with pytest.raises(UserError, match=r"--out .*a\.json: cannot be written: No space left on device"):
+                write_results({out: "1"})
+        assert out.read_text() == "0"
+        assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
+
+
+def test_a_file_in_the_place_of_a_folder_is_said(tmp_path: Path) -> None:
+    (tmp_path / "results.json").write_text("in the way")
+    with pytest.raises(UserError, match=r"--out .*results\.json is a file: name a folder"):
+        try_folder(tmp_path / "results.json")
+    try_folder(tmp_path / "new" / "folder")
+    assert list((tmp_path / "new" / "folder").iterdir()) == []
 
 
 def test_an_impossible_place_is_said_before_and_when_writing(tmp_path: Path) -> None:

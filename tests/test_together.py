@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import os
+import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
+from itertools import cycle
 from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastmoco.distributed.world import World
 from fastmoco.together import _openmp, together
 from fastmoco.train import objective
 from fastmoco.train.objective import MomentumContrast
 from fastmoco.train.recipes import find
+from runs import shared_batch, shared_trainer
 
 Seen = tuple[str, int, bool, bool, torch.dtype]
 
@@ -117,9 +121,57 @@ def test_a_forked_process_has_a_thread_of_its_own() -> None:
     together(look, look)
     child = os.fork()
     if child == 0:
-        # Without tensors: OpenMP's threads do not outlive a fork.
-        os._exit(0 if together(lambda: 1, lambda: 2) == (1, 2) else 1)
+        try:
+            # What hangs is killed.
+            signal.signal(signal.SIGALRM, signal.SIG_DFL)
+            signal.alarm(30)
+            # Without tensors: OpenMP's threads do not outlive a fork.
+            os._exit(0 if together(lambda: 1, lambda: 2) == (1, 2) else 2)
+        finally:
+            os._exit(1)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+@needs_openmp
+def test_within_the_other_thread_it_is_one_after_the_other() -> None:
+    torch.set_num_threads(4)
+    assert together(lambda: 0, lambda: together(look, look))[1][1][0].startswith("together")
+
+
+@needs_openmp
+@pytest.mark.parametrize("update", ["fused", "torch"])
+def test_which_is_first_makes_no_difference_to_a_step_in_bfloat16(update: str) -> None:
+    """Both ways of a symmetric loss go through the same weights, which autocast rounds, with copies or without."""
+    torch.set_num_threads(2)
+    found = []
+    # Which encoder is late, on the first way and on the second.
+    for late in (("query", "key"), ("key", "query")):
+        settings = {"method": "moco", "precision": "bf16", "symmetric": True, "update": update}
+        trainer = shared_trainer(World(), **settings)
+        for name in ("query", "key"):
+            ways = cycle([name == one for one in late])
+            first = getattr(trainer.module, name).backbone.conv1
+            first.register_forward_pre_hook(lambda *_, ways=ways: time.sleep(0.1 * next(ways)))
+        for seed in range(2):
+            trainer.step([shared_batch(World(), seed)], lr=0.05)
+        found.append(trainer.engine.state())
+    assert found[0].keys() == found[1].keys() and len(found[0]) > 50
+    for name, value in found[0].items():
+        assert torch.equal(value, found[1][name]), name
+
+
+@needs_openmp
+def test_a_profiler_sees_both_encoders() -> None:
+    torch.set_num_threads(2)
+    config = find("mocov2")(Path(), Path())
+    module = MomentumContrast(replace(config.model, arch="resnet18"), config.loss, seed=0)
+    views = [torch.rand(2, 3, 32, 32) for _ in range(2)]
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as seen:
+        module(*views, torch.zeros(8, config.model.dim))
+    convolutions = sum(event.count for event in seen.key_averages() if event.key == "aten::conv2d")
+    products = sum(event.count for event in seen.key_averages() if event.key == "fastmoco::unfold")
+    alone = sum(isinstance(part, nn.Conv2d) and part.kernel_size != (1, 1) for part in module.query.modules())
+    assert convolutions + products >= 2 * alone
 
 
 def losses_and_gradients(module: MomentumContrast, views: list[Tensor], bank: Tensor) -> dict[str, Tensor]:

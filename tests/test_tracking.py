@@ -25,6 +25,12 @@ def test_a_pipe_gets_lines_ten_seconds_apart(now: list[float], capsys: pytest.Ca
     assert capsys.readouterr().out == "looking: 3 of 8, ETA 0:00:20\nlooking: 6 of 8, ETA 0:00:08\n"
 
 
+def test_parts_are_told_by_their_images(now: list[float], capsys: pytest.CaptureFixture[str]) -> None:
+    for _ in track(range(0, 100, 64), "decoding", each=64, images=100):
+        now[0] += 10
+    assert capsys.readouterr().out == "decoding: 64 of 100, ETA 0:00:10\ndecoding: 100 of 100, ETA 0:00:00\n"
+
+
 def test_short_work_and_work_that_nobody_watches_say_nothing(
     now: list[float], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -39,8 +45,12 @@ def test_a_terminal_gets_a_bar_and_no_lines(
 ) -> None:
     monkeypatch.setenv("FORCE_COLOR", "1")
     monkeypatch.setenv("TERM", "xterm")
-    assert list(track([1, 2], "looking")) == [1, 2]
-    assert " of 2, ETA" not in capsys.readouterr().out
+    found = []
+    for item in track([1, 2], "looking"):
+        found.append(item)
+        now[0] += 100
+    shown = capsys.readouterr().out
+    assert found == [1, 2] and "looking" in shown and " of 2, ETA" not in shown
     console = Console(file=io.StringIO(), force_terminal=True)
     lines = Lines(console, 2)
     now[0] += 1000

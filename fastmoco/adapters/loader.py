@@ -48,6 +48,9 @@ class PairLoader:
     batch_size: images in a batch, over all processes of torch.distributed, which share an epoch out evenly.
     pairs: what the two views are cut from: image, or patient, two images of one patient, whom the CSV file's column
         `patient_column` names (see `fastmoco pretrain`).
+    workers: threads that decode, and as many that make the views; if not given, two where `device` is a GPU, and else
+        one for every four of torch's threads, which is for training on the CPU: where the views go on to a GPU, say
+        more.
     loader: dali, pillow, torchvision, or auto, which takes DALI where it is installed. Views are made on the `device`.
     dtype: of the views, which are made in float16.
     max_bad: images that may turn out to be unreadable, each of which another stands in for. Files that are not there or

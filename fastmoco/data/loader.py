@@ -149,9 +149,10 @@ def default_workers(device: torch.device | str) -> int:
     """The threads that keep up with training on `device`, where nobody has said how many.
 
     A CPU that trains has the loader's work to do as well, a tenth to a fifth of it all, and each thread more that asks
-    for a core in the middle of an operation holds up the others: on two cores 3 to 10 % of a run (measured).
+    for a core in the middle of an operation holds up the others: on two cores 3 to 10 % of a run (measured). Of torch's
+    threads there are as many as this process has cores for itself.
     """
-    return 2 if torch.device(device).type == "cuda" else max(1, (os.cpu_count() or 1) // 4)
+    return 2 if torch.device(device).type == "cuda" else max(1, torch.get_num_threads() // 4)
 
 
 def make_loader(

@@ -27,6 +27,7 @@ from fastmoco.data.members import SOURCE, Member, read_members, record
 from fastmoco.data.sizes import show_bytes, show_count
 from fastmoco.data.store import BadFile
 from fastmoco.errors import UserError
+from fastmoco.tracking import Lines
 
 # Bytes that a member takes beside its data, about: two headers, the record of labels, padding.
 _OVERHEAD = 4 * tarfile.BLOCKSIZE
@@ -129,10 +130,13 @@ def _write_all(
         ThreadPoolExecutor(4 * (workers or os.cpu_count() or 1)) as pool,
     ):
         task = bar.add_task("packing", total=needed)
-        for shard in shards:
+        lines = Lines(bar.console, len(shards))
+        for number, shard in enumerate(shards, start=1):
             if not (out / shard.name).exists():
                 _write(manifest, shard, out, pool, lambda size: bar.advance(task, size + _OVERHEAD))
             yield _finished(manifest, shard, out)
+            if progress:
+                lines.say(f"packing: {number:,} of {len(shards):,} shards, ETA {lines.left(number)}")
 
 
 def _clear(out: Path, shards: list[Shard]) -> None:

@@ -96,9 +96,8 @@ def statistics(manifest: Manifest, *, workers: int = 0, progress: bool = True) -
     """
     looks: list[Look | BadFile] = []
     threads = workers or os.cpu_count() or 1
-    numbers = track(
-        range(0, len(manifest), _READ_AHEAD), "looking at images", progress=progress
-    )
+    parts = range(0, len(manifest), _READ_AHEAD)
+    numbers = track(parts, "looking at images", each=_READ_AHEAD, images=len(manifest), progress=progress)
     with ThreadPoolExecutor(threads) as pool:
         for first in numbers:
             some = range(first, min(first + _READ_AHEAD, len(manifest)))

@@ -14,7 +14,7 @@ from fastmoco.arguments import read_arguments
 from fastmoco.atomic import write_text
 from fastmoco.data.source import Source
 from fastmoco.data.stats import statistics, summary
-from fastmoco.errors import UserError
+from fastmoco.results import try_out, unwritable
 
 
 @dataclass(kw_only=True)
@@ -28,6 +28,8 @@ class StatsArgs(Source):
 def stats_command(args: list[str]) -> int:
     """Print the table and write the file. Returns the exit status, 0."""
     options = read_arguments(StatsArgs, prog="fastmoco data stats", args=args)
+    if options.out is not None:
+        try_out(options.out)
     found = statistics(options.manifest(), workers=options.threads())
     table = Table(title=str(options.images()), show_header=False)
     table.add_column(no_wrap=True)
@@ -40,6 +42,6 @@ def stats_command(args: list[str]) -> int:
         try:
             write_text(options.out, json.dumps(found, indent=1) + "\n")
         except OSError as error:
-            raise UserError(f"--out {options.out}: cannot be written: {error.strerror or error}") from error
+            raise unwritable(options.out, error) from error
         print(f"{options.out}: written")
     return 0

@@ -20,6 +20,7 @@ from fastmoco.data.sizes import show_count
 from fastmoco.data.store import ABSENT, BadFile, Store, open_store
 from fastmoco.data.undecodable import DecoderMissing, Undecodable
 from fastmoco.data.verdicts import Verdict, VerdictFile
+from fastmoco.tracking import Lines
 
 # Files that a thread checks before it says what it found: no more is lost when the check is interrupted.
 _AT_ONCE = 16
@@ -109,6 +110,7 @@ def _in_parallel(
         ThreadPoolExecutor(threads) as pool,
     ):
         task = bar.add_task("checking images", total=len(places))
+        lines, done = Lines(bar.console, len(places)), 0
         left = iter(chunks)
         # A few chunks ahead, and not all of them, so that Ctrl-C has little to wait for.
         ahead = [(chunk, pool.submit(check.verdicts, chunk)) for chunk in islice(left, 2 * threads)]
@@ -116,6 +118,9 @@ def _in_parallel(
             chunk, future = ahead.pop(0)
             yield chunk, future.result()
             bar.advance(task, len(chunk))
+            done += len(chunk)
+            if progress:
+                lines.say(f"checking images: {done:,} of {len(places):,}, ETA {lines.left(done)}")
             ahead += [(chunk, pool.submit(check.verdicts, chunk)) for chunk in islice(left, 1)]
 
 

@@ -57,12 +57,12 @@ def embed_command(args: EmbedArgs) -> int:
     if not args.stages:
         raise UserError("--stages: name at least one of stage1, stage2, stage3, stage4 and final")
     device = find_device(args.device)
+    try_out(args.out)
     encoder = load_encoder(args.run)
     size = args.input_size(encoder, args.run)
     if "final" in args.stages:
         require_head(encoder, args.run)
     manifest = args.manifest(all_labels=True)
-    try_out(args.out)
     resize = encoder.resize or 1.0
     features = extract(
         encoder,

@@ -98,7 +98,7 @@ def extract(
         num_workers=workers,
         generator=torch.Generator(),
     )
-    batches = track(loader, "extracting features", progress=progress)
+    batches = track(loader, "extracting features", each=batch_size, images=len(manifest), progress=progress)
     return stage_features(encoder, batches, device=device, precision=precision, after_batch=after_batch)
 
 

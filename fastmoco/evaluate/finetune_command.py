@@ -75,6 +75,8 @@ class FinetuneArgs(LabelledImages):
 def finetune_command(args: FinetuneArgs) -> int:
     """Train, print a table and write the file. Returns the exit status, 0; raises UserError."""
     device = find_device(args.device)
+    if args.out is not None:
+        try_out(args.out)
     encoder = None if args.run is None else load_encoder(args.run)
     mode = args.training.mode
     if encoder is None and mode != "scratch":
@@ -90,7 +92,6 @@ def finetune_command(args: FinetuneArgs) -> int:
     manifest = only_labelled(everything, labels)
     target = make_target(manifest, labels)
     out = _file(args, target)
-    try_out(out)
     splits = target_splits(manifest, target, seed=args.seed, allow_leaks=args.allow_leaks)
     budgets = [
         draw_budget(target.values, splits.train, args.budget, seed=args.seed + draw, class_names=target.class_names)
@@ -101,6 +102,7 @@ def finetune_command(args: FinetuneArgs) -> int:
     notes = [describe_unlabelled(unknown, labels)] if unknown else []
     if args.run is not None and mode != "scratch":
         notes += seen_before(pretrained_on(run_folder(args.run)), manifest, splits)
+    try_out(out)
     resize = (encoder.resize if encoder is not None else None) or 1.0
     images = load_images(manifest, size, resize=resize, workers=args.workers)
     # As wide as the table is, also in a pipe or a terminal of 80 columns.

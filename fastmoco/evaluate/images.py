@@ -112,7 +112,8 @@ def load_images(
     pixels = torch.empty((len(manifest), size, size, 3), dtype=torch.uint8)
     parts = range(0, len(manifest), _READ_AHEAD)
     with ThreadPoolExecutor(workers or os.cpu_count() or 1) as pool:
-        for first in track(parts, "decoding images", progress=progress):
+        shown = track(parts, "decoding images", each=_READ_AHEAD, images=len(manifest), progress=progress)
+        for first in shown:
             some = range(first, min(first + _READ_AHEAD, len(manifest)))
             for i, image in zip(some, pool.map(manifest.decode, some), strict=True):
                 values = evaluation_image(image, size=size, resize=resize)

@@ -20,7 +20,6 @@ from fastmoco.evaluate.scores import Scores
 from fastmoco.evaluate.weighted import CALIBRATION_BINS
 
 Method = Literal["knn", "probe"]
-RECORD = "evaluation.json"
 _HEADER = ("encoder", "features", "kNN AUC [95 %]", "acc.", "probe AUC [95 %]", "AP", "acc.", "F1", "ECE", "C")
 
 
@@ -150,7 +149,8 @@ def to_json(results: Sequence[Result]) -> str:
 
 def as_files(results: Sequence[Result]) -> dict[str, str]:
     """What the files evaluation.json, .csv and .md hold, by their names."""
-    return {RECORD: to_json(results), "evaluation.csv": to_csv(results), "evaluation.md": to_markdown(results)}
+    texts = {"json": to_json(results), "csv": to_csv(results), "md": to_markdown(results)}
+    return {f"evaluation.{suffix}": text for suffix, text in texts.items()}
 
 
 def _cells(result: Result) -> list[tuple[str, ...]]:

@@ -19,12 +19,12 @@ from fastmoco.evaluate.features import describe_input, extract
 from fastmoco.evaluate.leaks import pretrained_on, refuse_leaks, seen_before
 from fastmoco.evaluate.options import LabelledImages
 from fastmoco.evaluate.protocol import evaluate_features
-from fastmoco.evaluate.report import RECORD, Result, as_files, print_result
+from fastmoco.evaluate.report import Result, as_files, print_result
 from fastmoco.evaluate.splits import make_splits
 from fastmoco.models.encoder import Encoder
 from fastmoco.models.weights import load_encoder, run_folder
 from fastmoco.precision import Precision
-from fastmoco.results import try_out, write_results
+from fastmoco.results import try_folder, write_results
 
 FeatureSets = dict[str, dict[str, np.ndarray]]
 
@@ -133,6 +133,8 @@ def collect_features(
 def evaluate_command(args: EvaluateArgs) -> int:
     """Print a table for each label and write the results. Returns the exit status, 0; raises UserError."""
     device = find_device(args.device)
+    if args.out is not None:
+        try_folder(args.out)
     encoder = load_encoder(args.run)
     size = args.input_size(encoder, args.run)
     resize = encoder.resize or 1.0
@@ -151,7 +153,7 @@ def evaluate_command(args: EvaluateArgs) -> int:
         unknown = len(everything) - len(some)
         said[label] = ((describe_unlabelled(unknown, [label]),) if unknown else ()) + seen_before(images, some, splits)
     folder = args.out or default_folder(args.run)
-    try_out(folder / RECORD)
+    try_folder(folder)
     encoders = {"random": Encoder(encoder.arch, seed=args.seed)} if args.baselines else {}
     features = collect_features(
         {**encoders, "pretrained": encoder},

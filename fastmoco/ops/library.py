@@ -60,7 +60,7 @@ class Operation:
 
     def __call__(self, *args: Any) -> Any:
         """What the operation returns."""
-        if _watched() or not all(_plain(value) for value in args):
+        if watched() or not all(_plain(value) for value in args):
             return self.overload(*args)
         if torch.is_grad_enabled() and any(isinstance(value, Tensor) and value.requires_grad for value in args):
             return (self.overload if self.gradient is None else self.gradient.apply)(*args)
@@ -100,7 +100,7 @@ def transformed() -> bool:
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
-def _watched() -> bool:
+def watched() -> bool:
     """Whether calls are being compiled, traced, mapped, recorded, or taken over by one of torch's modes."""
     return (
         torch.compiler.is_compiling()

@@ -82,7 +82,8 @@ class Store:
             self._missed += 1
             self.warn(
                 f"warning: no checkpoint of step {checkpoint.step}, since {self._writing.path.name} is still being "
-                f"written after {self._writing.seconds:.1f} s: the folder is slow; save less often (--checkpoint-every)"
+                f"written after {self._writing.seconds:.1f} s: the folder is slow; save less often "
+                "(--checkpoint-every, --checkpoint-minutes)"
             )
             return
         self._collect()

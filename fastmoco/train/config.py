@@ -49,8 +49,8 @@ class DataConfig:
     makes the views with torchvision's transforms too, the definition of what the others do, slowly."""
     workers: int | None = None
     """Threads that decode, and as many that make the views; they do not change what is loaded. If not given, two with a
-    GPU, and where it is the processor that trains one for every four cores, at least one: with more they are in its
-    way."""
+    GPU, and where it is the processor that trains one for every four threads of this process (OMP_NUM_THREADS), at
+    least one: with more they are in its way."""
     stage: Path | None = None
     """Folder on a disk of this machine to which the images are copied first, once for all its processes and runs."""
     max_bad: int = 100

@@ -14,7 +14,7 @@ from fastmoco.distributed.world import World
 from fastmoco.losses import InfoNCE, StageBarlow, StageMSE, Stages
 from fastmoco.models.batch_norms import convert_norms
 from fastmoco.models.encoder import Encoder, Features
-from fastmoco.ops.library import left_to_torch
+from fastmoco.ops.library import left_to_torch, watched
 from fastmoco.ops.precision import wide
 from fastmoco.together import together
 from fastmoco.train.config import LossConfig, ModelConfig
@@ -186,7 +186,9 @@ class MomentumContrast(Objective):
             with torch.no_grad():
                 return self.key(view_k)
 
-        if view_q.device.type == "cpu" and self.alone and view_q.numel() <= SMALL and not left_to_torch():
+        small = view_q.device.type == "cpu" and view_q.numel() <= SMALL
+        # A tracer, a profiler or a mode sees one thread.
+        if small and self.alone and not left_to_torch() and not watched():
             return together(lambda: self.query(view_q), keys)
         return self.query(view_q), keys()
 

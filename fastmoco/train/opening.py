@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fastmoco.data.dali import dali_installed
+from fastmoco.data.listing import FOLDER_LABEL
 from fastmoco.data.manifest import Manifest
 from fastmoco.data.order import Order
 from fastmoco.data.pairs import find_pairs
@@ -137,8 +138,9 @@ def describe_score(config: Config, manifest: Manifest) -> str:
     name = next(iter(manifest.labels))
     classes = manifest.known_classes(name)
     shown = ", ".join(classes[:3]) + (", ..." if len(classes) > 3 else "")
-    said = f"kNN score every {config.run.knn_every} epochs: by {name}, {len(classes)} classes ({shown})"
-    if config.data.labels is None and len(classes) > MANY_FOLDERS:
+    every = "every epoch" if config.run.knn_every == 1 else f"every {config.run.knn_every} epochs"
+    said = f"kNN score {every}: by {name}, {len(classes)} classes ({shown})"
+    if name == FOLDER_LABEL and len(classes) > MANY_FOLDERS:
         said += "; if these are patients, not classes, give --labels a CSV file with columns file and patient"
     return said
 
