@@ -60,6 +60,9 @@ def _try(folder: Path, named: Path, option: str) -> None:
         with tempfile.TemporaryFile(dir=folder) as stream:
             stream.write(b"tried")
     except OSError as error:
+        in_the_way = next((part for part in (folder, *folder.parents) if part.exists()), folder)
+        if not in_the_way.is_dir():
+            raise UserError(f"{option} {named}: cannot be written: {in_the_way} is a file, not a folder") from error
         raise unwritable(named, error, option) from error
 
 

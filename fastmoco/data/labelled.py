@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from fastmoco.data.listing import FOLDER_LABEL
 from fastmoco.data.manifest import Manifest
 from fastmoco.data.sizes import show_count
 from fastmoco.errors import UserError
@@ -41,6 +42,17 @@ def only_labelled(manifest: Manifest, labels: Sequence[str]) -> Manifest:
                 "tell apart"
             )
     return some
+
+
+# Classes of images are seldom more; folders that are more are rather patients, or slides.
+MANY_FOLDERS = 20
+
+
+def doubt_folders(label: str, classes: Sequence[str]) -> str:
+    """What to do if the `classes` of `label` are none: where they are many folders; else ""."""
+    if label != FOLDER_LABEL or len(classes) <= MANY_FOLDERS:
+        return ""
+    return "if these are patients, not classes, give --labels a CSV file with columns file and patient"
 
 
 def describe_unlabelled(images: int, labels: Sequence[str]) -> str:

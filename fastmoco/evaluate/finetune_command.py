@@ -130,7 +130,7 @@ def finetune_command(args: FinetuneArgs) -> int:
     record |= _record(manifest, target, splits, budgets, done, args.seed) | {"leaks": leaks, "notes": notes}
     _print(record, console)
     if earlier := write_results({out: json.dumps(record, indent=1, allow_nan=False) + "\n"}):
-        console.print(f"earlier result: {earlier[0]}", soft_wrap=True, markup=False)
+        console.print(f"the result before is now {earlier[0]}", soft_wrap=True, markup=False)
     console.print(f"written: {out}", soft_wrap=True, markup=False)
     return 0
 

@@ -11,7 +11,7 @@ import torch
 import tyro
 from rich.console import Console
 
-from fastmoco.data.labelled import describe_unlabelled, labelled, only_labelled
+from fastmoco.data.labelled import describe_unlabelled, doubt_folders, labelled, only_labelled
 from fastmoco.data.manifest import Manifest
 from fastmoco.device import find_device
 from fastmoco.evaluate.baselines import colour_statistics, gray_pixels
@@ -22,7 +22,7 @@ from fastmoco.evaluate.protocol import evaluate_features
 from fastmoco.evaluate.report import Result, as_files, print_result
 from fastmoco.evaluate.splits import make_splits
 from fastmoco.models.encoder import Encoder
-from fastmoco.models.weights import load_encoder, run_folder
+from fastmoco.models.weights import load_encoder, run_folder, weights_file
 from fastmoco.precision import Precision
 from fastmoco.results import try_folder, write_results
 
@@ -151,7 +151,9 @@ def evaluate_command(args: EvaluateArgs) -> int:
         if args.duplicates:
             refuse_leaks(some, splits, allowed=args.allow_leaks)
         unknown = len(everything) - len(some)
-        said[label] = ((describe_unlabelled(unknown, [label]),) if unknown else ()) + seen_before(images, some, splits)
+        doubt = doubt_folders(label, some.known_classes(label))
+        said[label] = (f"{len(some.known_classes(label))} folders as classes: {doubt}.",) if doubt else ()
+        said[label] += ((describe_unlabelled(unknown, [label]),) if unknown else ()) + seen_before(images, some, splits)
     folder = args.out or default_folder(args.run)
     try_folder(folder)
     encoders = {"random": Encoder(encoder.arch, seed=args.seed)} if args.baselines else {}
@@ -167,7 +169,10 @@ def evaluate_command(args: EvaluateArgs) -> int:
         precision=args.precision,
     )
     console = Console()
-    context = (f"Pretrained: {args.run}, {encoder.arch}.", f"Encoders see {describe_input(size, resize)}.")
+    context = (
+        f"Pretrained: {weights_file(args.run)}, {encoder.arch}.",
+        f"Encoders see {describe_input(size, resize)}.",
+    )
     results = []
     for label, some in parts.items():
         known = labelled(manifest, [label])
@@ -185,7 +190,7 @@ def evaluate_command(args: EvaluateArgs) -> int:
         results.append(result)
     texts = {folder / name: text for name, text in as_files(results).items()}
     if earlier := write_results(texts):
-        console.print(f"earlier results: {', '.join(map(str, earlier))}", soft_wrap=True, markup=False)
+        console.print(f"the results before are now {', '.join(map(str, earlier))}", soft_wrap=True, markup=False)
     console.print(f"written: {', '.join(map(str, texts))}", soft_wrap=True, markup=False)
     return 0
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fastmoco.data.dali import dali_installed
-from fastmoco.data.listing import FOLDER_LABEL
+from fastmoco.data.labelled import doubt_folders
 from fastmoco.data.manifest import Manifest
 from fastmoco.data.order import Order
 from fastmoco.data.pairs import find_pairs
@@ -129,20 +129,14 @@ def describe(trainer: Trainer, manifest: Manifest, order: Order, plan: Plan, *, 
         print(f"no checkpoint in {config.run.out}: begins at step 0")
 
 
-# Classes of images are seldom more; folders that are more are rather patients, or slides.
-MANY_FOLDERS = 20
-
-
 def describe_score(config: Config, manifest: Manifest) -> str:
     """Which classes the kNN score while training tells apart."""
     name = next(iter(manifest.labels))
     classes = manifest.known_classes(name)
     shown = ", ".join(classes[:3]) + (", ..." if len(classes) > 3 else "")
     every = "every epoch" if config.run.knn_every == 1 else f"every {config.run.knn_every} epochs"
-    said = f"kNN score {every}: by {name}, {len(classes)} classes ({shown})"
-    if name == FOLDER_LABEL and len(classes) > MANY_FOLDERS:
-        said += "; if these are patients, not classes, give --labels a CSV file with columns file and patient"
-    return said
+    doubt = doubt_folders(name, classes)
+    return f"kNN score {every}: by {name}, {len(classes)} classes ({shown})" + (f"; {doubt}" if doubt else "")
 
 
 def barlow_warnings(config: Config) -> Iterator[str]:
