@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import time
 from types import TracebackType
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
 
+from fastmoco.tracking import Lines
 from fastmoco.train.metrics import Row
 
 
@@ -18,8 +18,8 @@ class ProgressLine:
         self.console = Console(highlight=False, soft_wrap=True)
         self.total = total
         self.parts = parts
-        self._started = time.monotonic()
         self._first = done
+        self._lines = Lines(self.console, total - done)
         columns = (TextColumn("step"), MofNCompleteColumn(), BarColumn(bar_width=20), TextColumn("{task.description}"))
         self._bar = Progress(*columns, console=self.console, disable=not self.console.is_terminal)
         self._task: TaskID = self._bar.add_task("starting", total=total, completed=done)
@@ -47,15 +47,11 @@ class ProgressLine:
         queue = f"queue {row['queue_fill']:.0%}  " if "queue_fill" in row else ""
         text = (
             f"{losses}  spread {row['embedding_std']:.2f}  {queue}lr {row['lr']:.2g}  "
-            f"{row['pairs_per_s']:.1f} pairs/s (loading {row['data_wait']:.0%})  ETA {self._eta(row['step'])}"
+            f"{row['pairs_per_s']:.1f} pairs/s (loading {row['data_wait']:.0%})  "
+            f"ETA {self._lines.left(row['step'] - self._first)}"
         )
         if "knn_accuracy" in row:
             text += f"  kNN {row['knn_accuracy']:.3f}"
         self._bar.update(self._task, completed=row["step"], description=text)
         if not self.console.is_terminal:
             self.say(f"step {row['step']}/{self.total}  epoch {row['epoch']:.2f}  {text}")
-
-    def _eta(self, step: int) -> str:
-        pace = (time.monotonic() - self._started) / max(1, step - self._first)
-        seconds = int(pace * (self.total - step))
-        return f"{seconds // 3600}:{seconds // 60 % 60:02d}:{seconds % 60:02d}"
