@@ -52,6 +52,7 @@ py::dict build_info() {
 PYBIND11_MODULE(_C, module) {
   module.doc() = "fastmoco's C++ operations on raw addresses; use them through fastmoco.ops.";
   fastmoco::bind_batch_norm(module);
+  fastmoco::bind_convolve(module);
   fastmoco::bind_crosscorr(module);
   fastmoco::bind_ema(module);
   fastmoco::bind_infonce(module);

@@ -44,6 +44,7 @@ inline bool is_float32(const char* operation, const std::string& dtype) {
 }
 
 void bind_batch_norm(pybind11::module_& module);
+void bind_convolve(pybind11::module_& module);
 void bind_crosscorr(pybind11::module_& module);
 void bind_ema(pybind11::module_& module);
 void bind_infonce(pybind11::module_& module);

@@ -1,4 +1,4 @@
-"""Convolutions as matrix products: the same maps and gradients as torch's own convolutions."""
+"""Convolutions in other forms than torch's: the same maps and gradients."""
 
 from __future__ import annotations
 
@@ -7,8 +7,11 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
+from fastmoco.models import convolution
 from fastmoco.models.convolution import Convolution
 from fastmoco.models.encoder import Encoder
+from fastmoco.ops import dispatch
+from fastmoco.ops.convolve import SETS
 
 
 def layers(
@@ -80,10 +83,10 @@ def test_products_give_the_same_map_and_gradients(
                 parameter.copy_(short(parameter))
         x = short(x)
     if dtype == torch.bfloat16:
-        assert ours._as_product(x.contiguous(memory_format=torch.channels_last))
+        assert ours._form(x.contiguous(memory_format=torch.channels_last)) == "product"
     else:
         # Chosen for weights a hundred times as large.
-        monkeypatch.setattr(ours, "_as_product", lambda _: True)
+        monkeypatch.setattr(ours, "_form", lambda _: "product")
     theirs = run(plain, x)
     upstream = short(torch.randn_like(theirs["map"]))
     plain.zero_grad()
@@ -129,6 +132,57 @@ def test_all_else_is_left_to_torch(x: Tensor, options: dict[str, object]) -> Non
     assert torch.equal(ours(x), plain(x))
 
 
+@pytest.mark.parametrize(
+    ("shape", "channels", "kernel", "stride", "padding"),
+    [
+        ((3, 64, 4, 5), (64, 96), 3, 1, 1),
+        ((2, 32, 16, 16), (32, 64), 3, 2, 1),
+        ((5, 32, 2, 2), (32, 32), (3, 2), 1, (1, 0)),
+    ],
+)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_over_few_places_the_map_and_gradients_are_the_same(
+    shape: tuple[int, ...],
+    channels: tuple[int, int],
+    kernel: int,
+    stride: int,
+    padding: int,
+    dtype: torch.dtype,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(convolution, "TILES", False)
+    plain, ours = layers(channels, kernel, stride, padding, bias=False)
+    x = torch.randn(shape).to(dtype)
+    chosen = ours._form(x.contiguous(memory_format=torch.channels_last))
+    assert (chosen == "convolve") == bool(SETS[dtype])
+    upstream = torch.randn_like(run(plain, x)["map"])
+    plain.zero_grad()
+    theirs, mine = run(plain, x, upstream), run(ours, x, upstream)
+    weight = plain.weight.detach().to(dtype).double().requires_grad_()
+    z = x.double().requires_grad_()
+    exact = torch.nn.functional.conv2d(z, weight, None, plain.stride, plain.padding)
+    exact.backward(upstream.double())
+    for name, value in (("map", exact.detach()), ("input", z.grad), ("weight", weight.grad)):
+        assert mine[name].shape == theirs[name].shape
+        assert close(mine[name], value, theirs[name], dtype), name
+
+
+@pytest.mark.skipif(not SETS[torch.float32], reason=dispatch.NATIVE_MISSING or "this processor has no AVX2")
+def test_few_places_are_those_of_a_map_with_a_kernel_over_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    def form(channels: tuple[int, int], side: int, dtype: torch.dtype = torch.float32, **options: object) -> str:
+        layer = Convolution(*channels, **({"kernel_size": 3, "padding": 1, "bias": False} | options))  # type: ignore[arg-type]
+        x = torch.zeros(2, channels[0], side, side, dtype=dtype).contiguous(memory_format=torch.channels_last)
+        return layer._form(x)
+
+    assert form((64, 64), 16) == form((32, 96), 2) == form((64, 64), 16, stride=2) == "convolve"
+    others = [form((48, 64), 8), form((64, 48), 8), form((64, 64), 17), form((64, 64), 8, bias=True)]
+    assert "convolve" not in [*others, form((64, 64), 16, kernel_size=1, padding=0)]
+    for tiles in (False, True):
+        monkeypatch.setattr(convolution, "TILES", tiles)
+        chosen = form((64, 64), 4, torch.bfloat16) == "convolve"
+        assert chosen == (bool(SETS[torch.bfloat16]) and not tiles)
+
+
 def wide(channels: int = 512, kernel: int = 3, dtype: torch.dtype = torch.float32, **options: object) -> Convolution:
     """A layer whose weights outweigh small maps by far."""
     layer = Convolution(channels, channels, kernel, dtype=dtype, **({"padding": kernel // 2} | options))  # type: ignore[arg-type]
@@ -140,11 +194,14 @@ def small(side: int, images: int = 2, channels: int = 512, dtype: torch.dtype = 
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_in_wider_types_where_the_weights_outweigh_the_map_by_far(dtype: torch.dtype) -> None:
+def test_in_wider_types_where_the_weights_outweigh_the_map_by_far(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A product's own cost, a copy of each place's neighbourhood, is that of many more weights."""
+    monkeypatch.setitem(SETS, torch.float32, [])
 
     def chosen(channels: int, kernel: int, images: int, side: int) -> bool:
-        return wide(channels, kernel, dtype)._as_product(small(side, images, channels, dtype))
+        return wide(channels, kernel, dtype)._form(small(side, images, channels, dtype)) == "product"
 
     assert chosen(512, 3, 32, 2) and chosen(512, 3, 64, 4)
     assert not chosen(512, 3, 32, 7) and not chosen(256, 3, 32, 4) and not chosen(64, 3, 32, 16)
@@ -153,13 +210,13 @@ def test_in_wider_types_where_the_weights_outweigh_the_map_by_far(dtype: torch.d
 
 
 def test_wide_layers_that_are_none_of_its_own_are_left_to_torch() -> None:
-    assert wide()._as_product(small(2))
+    assert wide()._form(small(2)) != "torch"
     for options in ({"groups": 2}, {"dilation": 2, "padding": 2}, {"padding_mode": "reflect"}, {"padding": "same"}):
-        assert not wide(**options)._as_product(small(2)), options  # type: ignore[arg-type]
-    assert not wide()._as_product(small(2).contiguous())
-    assert not wide()._as_product(small(2)[0])
+        assert wide(**options)._form(small(2)) == "torch", options  # type: ignore[arg-type]
+    assert wide()._form(small(2).contiguous()) == "torch"
+    assert wide()._form(small(2)[0]) == "torch"
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert not wide()._as_product(small(2)) and wide()._as_product(small(2).bfloat16())
+        assert wide()._form(small(2)) == "torch" and wide()._form(small(2).bfloat16()) != "torch"
 
 
 def test_a_map_smaller_than_its_kernel_is_refused_as_by_torch() -> None:
@@ -169,7 +226,7 @@ def test_a_map_smaller_than_its_kernel_is_refused_as_by_torch() -> None:
 
 def test_traced_exported_and_mapped_layers_hold_for_any_number_of_images() -> None:
     layer, x = wide().eval(), small(2)
-    assert layer._as_product(x)
+    assert layer._form(x) != "torch"
     traced = torch.jit.trace(layer, x)  # type: ignore[no-untyped-call]
     batch = torch.export.Dim("batch", min=2, max=64)
     exported = torch.export.export(layer, (x,), dynamic_shapes=({0: batch},)).module()
@@ -180,9 +237,11 @@ def test_traced_exported_and_mapped_layers_hold_for_any_number_of_images() -> No
     torch.testing.assert_close(mapped[:, 0], layer(five), rtol=1e-4, atol=1e-5)
 
 
-def test_compiled_it_is_a_product_too() -> None:
-    layer, x = wide().eval(), small(2)
-    assert layer._as_product(x)
+@pytest.mark.parametrize("form", ["product", "convolve"])
+def test_compiled_it_keeps_its_form(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(convolution, "runs_native", lambda *_: form == "convolve")
+    layer, x = wide(bias=False).eval(), small(2)
+    assert layer._form(x) == form
     graphs: list[str] = []
 
     def backend(module: torch.fx.GraphModule, _: object) -> torch.fx.GraphModule:
@@ -191,7 +250,8 @@ def test_compiled_it_is_a_product_too() -> None:
 
     with torch.no_grad():
         torch.testing.assert_close(torch.compile(layer, fullgraph=True, backend=backend)(x), layer(x))
-    assert len(graphs) == 1 and "fastmoco.unfold" in graphs[0] and "conv2d" not in graphs[0]
+    operation = {"product": "fastmoco.unfold", "convolve": "fastmoco.convolve"}[form]
+    assert len(graphs) == 1 and operation in graphs[0] and "conv2d" not in graphs[0]
 
 
 def test_transforms_differentiate() -> None:
@@ -201,7 +261,7 @@ def test_transforms_differentiate() -> None:
         return layer(x).square().sum()
 
     (wanted,) = torch.autograd.grad(loss(x.requires_grad_()), x)
-    assert layer._as_product(x)
+    assert layer._form(x) != "torch"
     torch.testing.assert_close(torch.func.grad(loss)(x.detach()), wanted, rtol=1e-4, atol=1e-4)
     x = x.detach()
     _, along = torch.func.jvp(loss, (x,), (x,))

@@ -1,0 +1,122 @@
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <array>
+#include <cstdint>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "bindings.h"
+#include "convolve.h"
+
+namespace py = pybind11;
+
+namespace fastmoco {
+namespace {
+
+constexpr const char* kName = "convolve";
+
+using Pair = std::array<std::size_t, 2>;
+
+MapDtype map_dtype(const std::string& dtype) {
+  if (dtype != "bfloat16" && dtype != "float32")
+    throw std::invalid_argument("convolve: dtype must be bfloat16 or float32, not " + dtype);
+  return dtype == "bfloat16" ? MapDtype::kBFloat16 : MapDtype::kFloat32;
+}
+
+std::vector<std::string> sets(const std::string& dtype) { return convolve_sets(map_dtype(dtype)); }
+
+// What a call has said of its maps; the one of `channels` is convolved, that of `out` comes of it.
+struct Call {
+  Call(const std::array<std::size_t, 4>& map, std::size_t out, const Pair& kernel, const Pair& stride,
+       const Pair& padding, const std::string& dtype, const std::string& instruction_set, int threads)
+      : set(instruction_set),
+        of{{map[0], map[1], map[2], map[3], kernel[0], kernel[1], stride[0], stride[1], padding[0], padding[1], threads},
+           out,
+           map_dtype(dtype),
+           set.c_str()} {
+    if (kernel[0] == 0 || kernel[1] == 0 || stride[0] == 0 || stride[1] == 0)
+      throw std::invalid_argument("convolve: kernel and stride must be at least 1");
+    if (map[1] + 2 * padding[0] < kernel[0] || map[2] + 2 * padding[1] < kernel[1])
+      throw std::invalid_argument("convolve: the kernel is larger than the padded map");
+    if (map[3] % kChannelBlock != 0 || out % kChannelBlock != 0)
+      throw std::invalid_argument("convolve: channels must be multiples of " + std::to_string(kChannelBlock));
+    check_threads(kName, threads);
+  }
+  Call(const Call&) = delete;
+
+  std::size_t map() const { return of.at.images * of.at.height * of.at.width * of.at.channels; }
+  std::size_t result() const { return of.at.images * of.at.down() * of.at.across() * of.out; }
+  std::size_t weights() const { return of.out * of.at.taps() * of.at.channels; }
+
+  std::string set;
+  Convolution of;
+};
+
+// Words hold two bfloat16, so that an address of either dtype must be one of a word.
+const void* from(std::uintptr_t address, std::size_t size) { return pointer<const std::uint32_t>(kName, address, size); }
+void* to(std::uintptr_t address, std::size_t size) { return pointer<std::uint32_t>(kName, address, size); }
+
+template <typename Run>
+auto bound(Run run) {
+  return [run](std::uintptr_t first, std::uintptr_t second, std::uintptr_t result, const std::array<std::size_t, 4>& map,
+               std::size_t out, const Pair& kernel, const Pair& stride, const Pair& padding, const std::string& dtype,
+               const std::string& instruction_set, int threads) {
+    const Call call(map, out, kernel, stride, padding, dtype, instruction_set, threads);
+    run(first, second, result, call);
+  };
+}
+
+void run_convolve(std::uintptr_t x, std::uintptr_t weights, std::uintptr_t y, const Call& call) {
+  const void *map = from(x, call.map()), *with = from(weights, call.weights());
+  void* const result = to(y, call.result());
+  const py::gil_scoped_release release;
+  convolve(map, with, result, call.of);
+}
+
+void run_map_gradient(std::uintptr_t dy, std::uintptr_t weights, std::uintptr_t dx, const Call& call) {
+  const void *result = from(dy, call.result()), *with = from(weights, call.weights());
+  void* const map = to(dx, call.map());
+  const py::gil_scoped_release release;
+  convolve_map_gradient(result, with, map, call.of);
+}
+
+void run_weight_gradient(std::uintptr_t x, std::uintptr_t dy, std::uintptr_t dweights, const Call& call) {
+  const void *map = from(x, call.map()), *result = from(dy, call.result());
+  void* const with = to(dweights, call.weights());
+  const py::gil_scoped_release release;
+  convolve_weight_gradient(map, result, with, call.of);
+}
+
+template <typename Run>
+void define(py::module_& module, const char* name, Run run, const char* first, const char* second, const char* result,
+            const char* text) {
+  module.def(name, bound(run), py::arg(first), py::arg(second), py::arg(result), py::kw_only(), py::arg("map"),
+             py::arg("out"), py::arg("kernel"), py::arg("stride"), py::arg("padding"), py::arg("dtype"),
+             py::arg("instruction_set"), py::arg("threads"), text);
+}
+
+}  // namespace
+
+void bind_convolve(py::module_& module) {
+  module.def("convolve_sets", &sets, py::arg("dtype"),
+             "The instruction sets by which maps of `dtype`, \"bfloat16\" or \"float32\", can be convolved here, the\n"
+             "best first (list of str).");
+  define(module, "convolve", &run_convolve, "x", "weights", "y",
+         "y (images, down, across, out) <- x, a `map` (images, height, width, channels), convolved with weights (out,\n"
+         "*kernel, channels).\n"
+         "\n"
+         "All three are addresses of `dtype`, bfloat16 or float32, whose sums are in float32. kernel, stride and\n"
+         "padding are (vertical, horizontal); instruction_set is one of convolve_sets(dtype). Raises ValueError for a\n"
+         "null address or one that is no multiple of 4, for channels that are no multiples of 32, for a kernel that\n"
+         "does not fit in the padded map, for a kernel, stride or threads below 1, and for an instruction set or dtype\n"
+         "that is not there.");
+  define(module, "convolve_map_gradient", &run_map_gradient, "dy", "weights", "dx",
+         "dx <- the gradient of convolve to its map, dy being that to its result. The rest is as for convolve.");
+  define(module, "convolve_weight_gradient", &run_weight_gradient, "x", "dy", "dweights",
+         "dweights <- the gradient of convolve to its weights, dy being that to its result. The rest is as for\n"
+         "convolve.");
+}
+
+}  // namespace fastmoco

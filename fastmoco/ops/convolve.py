@@ -1,0 +1,268 @@
+"""Convolution of maps with few places, and its two gradients, on a CPU.
+
+    y[n, i, j, o] = sum over (k, l, c) of x[n, s i + k - p, s j + l - p, c] weight[o, k, l, c]
+
+What falls on padding is left out, not multiplied with zeros: at 2 x 2 places that is five of nine products of a 3 x 3
+kernel, at 4 x 4 three of ten, at 16 x 16 one of twelve. Each place of the map is read where it lies, with no matrix of
+windows between (ops/unfold.py), and the gradient to the weights sums along images that are brought side by side.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import conv2d
+from torch.nn.grad import conv2d_input, conv2d_weight
+
+from fastmoco.ops import dispatch
+from fastmoco.ops.library import define, transformed
+from fastmoco.ops.unfold import windows
+
+# What channels are taken in, of both maps.
+CHANNELS = 32
+
+
+def convolve(
+    x: Tensor,
+    weight: Tensor,
+    *,
+    stride: Sequence[int] = (1, 1),
+    padding: Sequence[int] = (0, 0),
+    implementation: str | None = None,
+) -> Tensor:
+    """x, (N, C, H, W), convolved with weight, (O, C, K, L): (N, O, H', W') of x's dtype, channels-last.
+
+    stride and padding are (vertical, horizontal); H' = (H + 2 padding - K) // stride + 1. Sums are in float32 in
+    bfloat16 and float32, for any number of threads in the same order. Backward passes differentiate it any number of
+    times; torch.func's transforms and forward mode do not. `implementation`: "reference" or "native" (on the CPU,
+    float32 with AVX2 or bfloat16 with AVX512-BF16, channels in multiples of 32); None has it chosen.
+
+    Raises ValueError for shapes, dtypes or devices that do not fit, and for a kernel that is larger than the padded
+    map; UserError for an implementation that cannot run here; RuntimeError under torch.func's transforms and forward
+    mode.
+    """
+    if transformed() and not torch.compiler.is_compiling():
+        raise RuntimeError("convolve: it has no derivatives for torch.func or forward mode: conv2d has")
+    if any(isinstance(of, int) or len(of) != 2 for of in (stride, padding)):
+        raise ValueError(f"convolve: stride and padding are two numbers each, not {stride} and {padding}")
+    if x.ndim != 4 or weight.ndim != 4 or x.shape[1] != weight.shape[1]:
+        raise ValueError(
+            f"convolve: x must be (N, C, H, W) and weight (O, C, K, L), not {tuple(x.shape)} and {tuple(weight.shape)}"
+        )
+    if not x.is_floating_point() or x.dtype != weight.dtype or x.device != weight.device:
+        raise ValueError(
+            f"convolve: x and weight must be of one floating dtype on one device, not {x.dtype} on {x.device} and "
+            f"{weight.dtype} on {weight.device}"
+        )
+    if min(stride) < 1 or min(padding) < 0 or min(weight.shape) < 1:
+        raise ValueError(f"convolve: stride {stride} must be at least 1, padding {padding} at least 0")
+    if any(side + 2 * more < kernel for side, more, kernel in zip(x.shape[2:], padding, weight.shape[2:], strict=True)):
+        raise ValueError(f"convolve: a {tuple(weight.shape)} does not fit in {tuple(x.shape)} padded by {padding}")
+    y: Tensor = _convolve_op(x, weight, stride, padding, implementation)
+    return y
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+# The instruction sets that the C++ implementation has here for maps of either dtype, the best first.
+SETS: dict[torch.dtype, list[str]] = {
+    dtype: [] if dispatch.native is None else dispatch.native.convolve_sets(_name(dtype))
+    for dtype in (torch.bfloat16, torch.float32)
+}
+
+
+def runs_native(dtype: torch.dtype, *channels: int) -> bool:
+    """Whether C++ takes maps of `dtype` and of so many channels, here."""
+    return bool(SETS.get(dtype)) and all(count % CHANNELS == 0 for count in channels)
+
+
+def _pick(
+    operation: str, tensor: Tensor, weight_shape: Sequence[int], implementation: str | None
+) -> Callable[..., Any]:
+    """The implementation for a map; what C++ does not take goes to the reference, where C++ was not asked for."""
+    native = runs_native(tensor.dtype, *weight_shape[:2])
+    if implementation == "native" and SETS.get(tensor.dtype) and not native:
+        raise ValueError(
+            f"{operation}: C++ takes channels in multiples of {CHANNELS}, not {weight_shape[1]} and {weight_shape[0]}"
+        )
+    return dispatch.pick(operation, tensor, implementation if native or implementation else "reference")
+
+
+def _convolve(
+    x: Tensor, weight: Tensor, stride: Sequence[int], padding: Sequence[int], implementation: str | None
+) -> Tensor:
+    y: Tensor = _pick("convolve", x, weight.shape, implementation)(x, weight, stride, padding)
+    return y
+
+
+def _map_gradient(
+    dy: Tensor,
+    weight: Tensor,
+    shape: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    implementation: str | None,
+) -> Tensor:
+    dx: Tensor = _pick("convolve_map_gradient", dy, weight.shape, implementation)(dy, weight, shape, stride, padding)
+    return dx
+
+
+def _weight_gradient(
+    x: Tensor,
+    dy: Tensor,
+    shape: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    implementation: str | None,
+) -> Tensor:
+    dweight: Tensor = _pick("convolve_weight_gradient", x, shape, implementation)(x, dy, shape, stride, padding)
+    return dweight
+
+
+def _empty(like: Tensor, shape: Sequence[Any]) -> Tensor:
+    return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=torch.channels_last)
+
+
+def _empty_result(x: Tensor, weight: Tensor, stride: Sequence[int], padding: Sequence[int]) -> Tensor:
+    down, across = (windows(*of) for of in zip(x.shape[2:], weight.shape[2:], stride, padding, strict=True))
+    return _empty(x, (x.shape[0], weight.shape[0], down, across))
+
+
+# A convolution and its two gradients are linear in each of what they take, and the derivatives of one are the others.
+def _convolve_gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    x, weight = ctx.saved_tensors
+    dx = _map_gradient_op(dy, weight, x.shape, *ctx.how) if ctx.needs_input_grad[0] else None
+    dweight = _weight_gradient_op(x, dy, weight.shape, *ctx.how) if ctx.needs_input_grad[1] else None
+    return dx, dweight, None, None, None
+
+
+def _map_gradients(ctx: Any, ddx: Tensor) -> tuple[Tensor | None, ...]:
+    dy, weight = ctx.saved_tensors
+    ddy = _convolve_op(ddx, weight, *ctx.how) if ctx.needs_input_grad[0] else None
+    dweight = _weight_gradient_op(ddx, dy, weight.shape, *ctx.how) if ctx.needs_input_grad[1] else None
+    return ddy, dweight, None, None, None, None
+
+
+def _weight_gradients(ctx: Any, ddweight: Tensor) -> tuple[Tensor | None, ...]:
+    x, dy = ctx.saved_tensors
+    dx = _map_gradient_op(dy, ddweight, x.shape, *ctx.how) if ctx.needs_input_grad[0] else None
+    ddy = _convolve_op(x, ddweight, *ctx.how) if ctx.needs_input_grad[1] else None
+    return dx, ddy, None, None, None, None
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    first, second, *_ = inputs
+    ctx.how = inputs[-3:]
+    ctx.save_for_backward(first, second)
+
+
+_HOW = "SymInt[] stride, SymInt[] padding, str? implementation) -> Tensor"
+_convolve_op: Any = define(
+    f"convolve(Tensor x, Tensor weight, {_HOW}",
+    _convolve,
+    lambda x, weight, stride, padding, _: _empty_result(x, weight, stride, padding),
+    backward=_convolve_gradients,
+    setup_context=_setup_context,
+)
+_map_gradient_op: Any = define(
+    f"convolve_map_gradient(Tensor dy, Tensor weight, SymInt[] shape, {_HOW}",
+    _map_gradient,
+    lambda dy, weight, shape, *_: _empty(dy, shape),
+    backward=_map_gradients,
+    setup_context=_setup_context,
+)
+_weight_gradient_op: Any = define(
+    f"convolve_weight_gradient(Tensor x, Tensor dy, SymInt[] shape, {_HOW}",
+    _weight_gradient,
+    lambda x, dy, shape, *_: _empty(x, shape),
+    backward=_weight_gradients,
+    setup_context=_setup_context,
+)
+
+
+def reference(x: Tensor, weight: Tensor, stride: Sequence[int], padding: Sequence[int]) -> Tensor:
+    """Any device and dtype: the definition."""
+    return _empty_result(x, weight, stride, padding).copy_(conv2d(x, weight, None, stride, padding))
+
+
+def reference_map_gradient(
+    dy: Tensor, weight: Tensor, shape: Sequence[int], stride: Sequence[int], padding: Sequence[int]
+) -> Tensor:
+    """Any device and dtype: the definition."""
+    return _empty(dy, shape).copy_(conv2d_input(list(shape), weight, dy, stride, padding))
+
+
+def reference_weight_gradient(
+    x: Tensor, dy: Tensor, shape: Sequence[int], stride: Sequence[int], padding: Sequence[int]
+) -> Tensor:
+    """Any device and dtype: the definition."""
+    return _empty(x, shape).copy_(conv2d_weight(x, list(shape), dy, stride, padding))
+
+
+def _call(
+    name: str,
+    tensors: tuple[Tensor, Tensor],
+    result: Tensor,
+    map_shape: Sequence[int],
+    weight_shape: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+) -> Tensor:
+    """`result`, filled by the C++ function of that name."""
+    first, second = (tensor.contiguous(memory_format=torch.channels_last) for tensor in tensors)
+    n, c, h, w = map_shape
+    getattr(dispatch.native, name)(
+        first.data_ptr(),
+        second.data_ptr(),
+        result.data_ptr(),
+        map=(n, h, w, c),
+        out=weight_shape[0],
+        kernel=tuple(weight_shape[2:]),
+        stride=tuple(stride),
+        padding=tuple(padding),
+        dtype=_name(first.dtype),
+        instruction_set=SETS[first.dtype][0],
+        threads=torch.get_num_threads(),
+    )
+    return result
+
+
+def _native(x: Tensor, weight: Tensor, stride: Sequence[int], padding: Sequence[int]) -> Tensor:
+    y = _empty_result(x, weight, stride, padding)
+    return _call("convolve", (x, weight), y, x.shape, weight.shape, stride, padding)
+
+
+def _native_map_gradient(
+    dy: Tensor, weight: Tensor, shape: Sequence[int], stride: Sequence[int], padding: Sequence[int]
+) -> Tensor:
+    dx = _empty(dy, shape)
+    return _call("convolve_map_gradient", (dy, weight), dx, shape, weight.shape, stride, padding)
+
+
+def _native_weight_gradient(
+    x: Tensor, dy: Tensor, shape: Sequence[int], stride: Sequence[int], padding: Sequence[int]
+) -> Tensor:
+    dweight = _empty(x, shape)
+    return _call("convolve_weight_gradient", (x, dy), dweight, x.shape, shape, stride, padding)
+
+
+_IMPLEMENTATIONS: tuple[tuple[str, Callable[..., Tensor], Callable[..., Tensor]], ...] = (
+    ("convolve", reference, _native),
+    ("convolve_map_gradient", reference_map_gradient, _native_map_gradient),
+    ("convolve_weight_gradient", reference_weight_gradient, _native_weight_gradient),
+)
+for _operation, _definition, _fast in _IMPLEMENTATIONS:
+    dispatch.register(_operation, "reference", _definition)
+    dispatch.register(
+        _operation,
+        "native",
+        _fast,
+        device_types=("cpu",),
+        dtypes=tuple(dtype for dtype, found in SETS.items() if found),
+        missing=dispatch.NATIVE_MISSING or ("" if any(SETS.values()) else "this processor has no AVX2"),
+    )
