@@ -176,11 +176,13 @@ def test_few_places_are_those_of_a_map_with_a_kernel_over_them(monkeypatch: pyte
 
     assert form((64, 64), 16) == form((32, 96), 2) == form((64, 64), 16, stride=2) == "convolve"
     others = [form((48, 64), 8), form((64, 48), 8), form((64, 64), 17), form((64, 64), 8, bias=True)]
+    assert form((64, 64), 32, stride=2) == "convolve"
     assert "convolve" not in [*others, form((64, 64), 16, kernel_size=1, padding=0)]
     for tiles in (False, True):
         monkeypatch.setattr(convolution, "TILES", tiles)
-        chosen = form((64, 64), 4, torch.bfloat16) == "convolve"
-        assert chosen == (bool(SETS[torch.bfloat16]) and not tiles)
+        expected = "convolve" if SETS[torch.bfloat16] and not tiles else "product"
+        assert form((64, 64), 4, torch.bfloat16) == expected
+        assert form((64, 64), 16, torch.bfloat16, kernel_size=1, padding=0) == expected
 
 
 def wide(channels: int = 512, kernel: int = 3, dtype: torch.dtype = torch.float32, **options: object) -> Convolution:
