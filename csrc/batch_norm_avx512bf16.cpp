@@ -1,0 +1,202 @@
+#include "platform.h"
+
+#if defined(FASTMOCO_HAS_AVX512BF16)
+#include <immintrin.h>
+
+#include <algorithm>
+
+#include "batch_norm_tiles.h"
+
+#define FASTMOCO_TARGET __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,fma")))
+#define FASTMOCO_LANES 16
+#include "lanes.h"
+// g++ 12 takes the undefined operands of its own AVX-512 headers for uses of uninitialised variables.
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#pragma GCC diagnostic ignored "-Wuninitialized"
+
+namespace fastmoco {
+namespace {
+
+FASTMOCO_LOCAL Vec widened(const std::uint16_t* p) {
+  return (Vec)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))), 16);
+}
+FASTMOCO_LOCAL void store_rounded(Vec low, Vec high, std::uint16_t* to) {
+  _mm512_storeu_si512(to, (__m512i)_mm512_cvtne2ps_pbh(high, low));
+}
+// `value`, or 0 where `sign` is at or below 0; NaN stays.
+FASTMOCO_LOCAL Vec where_positive(Vec sign, Vec value) {
+  return _mm512_maskz_mov_ps(_knot_mask16(_mm512_cmp_ps_mask(sign, Vec{}, _CMP_LE_OQ)), value);
+}
+
+// What the columns of one vector have.
+struct Columns {
+  FASTMOCO_LOCAL Columns(const Channels& k, std::size_t c)
+      : mean(load(k.mean + c)), scale(load(k.weight + c) * load(k.invstd + c)), bias(load(k.bias + c)) {}
+
+  FASTMOCO_LOCAL Vec normalised(Vec x) const { return fma(x - mean, scale, bias); }
+
+  Vec mean, scale, bias;
+};
+
+// Calls step.at<number of rows>(first element, first column) for the tile's rows in groups, 32 columns at a time.
+template <typename Step>
+FASTMOCO_LOCAL void by_group(const Step& step, const Tile& t) {
+  std::size_t row = 0;
+  for (; row + kGroup <= t.rows; row += kGroup) {
+    for (std::size_t c = 0; c < t.width; c += 32) step.template at<kGroup>(row, c);
+  }
+  for (; row < t.rows; ++row) {
+    for (std::size_t c = 0; c < t.width; c += 32) step.template at<1>(row, c);
+  }
+}
+
+struct Statistics {
+  template <std::size_t n>
+  FASTMOCO_LOCAL void at(std::size_t row, std::size_t column) const {
+    const float share = static_cast<float>(n) / static_cast<float>(row + n), between = share * static_cast<float>(row);
+    for (std::size_t c = column; c < column + 32; c += kLanes) {
+      const std::uint16_t* const from = x + t.offset + row * t.stride + c;
+      Vec value[n], sum{}, square{};
+#pragma GCC unroll 8
+      for (std::size_t r = 0; r < n; ++r) sum += value[r] = widened(from + r * t.stride);
+      const Vec centre = sum * splat(1.0f / n), before = load(mean + c), step = centre - before;
+#pragma GCC unroll 8
+      for (std::size_t r = 0; r < n; ++r) square = fma(value[r] - centre, value[r] - centre, square);
+      store(mean + c, fma(splat(share), step, before));
+      store(squares + c, load(squares + c) + fma(splat(between), step * step, square));
+    }
+  }
+
+  const std::uint16_t* x;
+  float *mean, *squares;
+  const Tile& t;
+};
+
+template <bool kResidual, bool kRelu>
+struct Apply {
+  template <std::size_t n>
+  FASTMOCO_LOCAL void at(std::size_t row, std::size_t c) const {
+    const Columns low(k, t.column + c), high(k, t.column + c + kLanes);
+#pragma GCC unroll 8
+    for (std::size_t r = 0; r < n; ++r) {
+      const std::size_t i = t.offset + (row + r) * t.stride + c;
+      store_rounded(one(low, i), one(high, i + kLanes), y + i);
+    }
+  }
+
+  FASTMOCO_LOCAL Vec one(const Columns& columns, std::size_t i) const {
+    Vec value = columns.normalised(widened(x + i));
+    if constexpr (kResidual) value += widened(residual + i);
+    return kRelu ? where_positive(value, value) : value;
+  }
+
+  const std::uint16_t *x, *residual;
+  std::uint16_t* y;
+  const Channels& k;
+  const Tile& t;
+};
+
+// g and x - mean of 16 elements.
+struct Gradient {
+  Vec g, centred;
+};
+
+template <Act kAct>
+FASTMOCO_LOCAL Gradient gradient(const Behind<std::uint16_t>& from, const Columns& columns, std::size_t i) {
+  const Vec dy = widened(from.dy + i), x = widened(from.x + i);
+  if constexpr (kAct == Act::kRelu) return {where_positive(columns.normalised(x), dy), x - columns.mean};
+  if constexpr (kAct == Act::kResidualRelu) return {where_positive(widened(from.y + i), dy), x - columns.mean};
+  return {dy, x - columns.mean};
+}
+
+template <Act kAct>
+struct Sum {
+  template <std::size_t n>
+  FASTMOCO_LOCAL void at(std::size_t row, std::size_t c) const {
+    const Columns low(k, t.column + c), high(k, t.column + c + kLanes);
+    Vec sums[2]{}, alongs[2]{};
+#pragma GCC unroll 8
+    for (std::size_t r = 0; r < n; ++r) {
+      const std::size_t i = t.offset + (row + r) * t.stride + c;
+      const Gradient a = gradient<kAct>(from, low, i), b = gradient<kAct>(from, high, i + kLanes);
+      // Numbers of bfloat16, or 0: nothing is rounded.
+      if constexpr (kAct == Act::kResidualRelu) store_rounded(a.g, b.g, dresidual + i);
+      sums[0] += a.g;
+      sums[1] += b.g;
+      alongs[0] = fma(a.g, a.centred, alongs[0]);
+      alongs[1] = fma(b.g, b.centred, alongs[1]);
+    }
+    for (std::size_t half = 0; half < 2; ++half) {
+      const std::size_t to = c + half * kLanes;
+      store(sum + to, load(sum + to) + sums[half]);
+      store(along + to, load(along + to) + alongs[half]);
+    }
+  }
+
+  const Behind<std::uint16_t>& from;
+  std::uint16_t* dresidual;
+  float *sum, *along;
+  const Channels& k;
+  const Tile& t;
+};
+
+template <Act kAct>
+struct Write {
+  template <std::size_t n>
+  FASTMOCO_LOCAL void at(std::size_t row, std::size_t c) const {
+    const std::size_t first = t.column + c, second = first + kLanes;
+    const Columns low(k, first), high(k, second);
+    const Vec levels[] = {load(level + first), load(level + second)};
+    const Vec slopes[] = {load(slope + first), load(slope + second)};
+#pragma GCC unroll 8
+    for (std::size_t r = 0; r < n; ++r) {
+      const std::size_t i = t.offset + (row + r) * t.stride + c;
+      const Gradient a = gradient<kAct>(from, low, i), b = gradient<kAct>(from, high, i + kLanes);
+      store_rounded(low.scale * (a.g - fma(a.centred, slopes[0], levels[0])),
+                    high.scale * (b.g - fma(b.centred, slopes[1], levels[1])), dx + i);
+    }
+  }
+
+  const Behind<std::uint16_t>& from;
+  std::uint16_t* dx;
+  const float *level, *slope;
+  const Channels& k;
+  const Tile& t;
+};
+
+FASTMOCO_TARGET void statistics(const std::uint16_t* x, float* mean, float* squares, const Tile& t) {
+  std::fill_n(mean, t.width, 0.0f);
+  std::fill_n(squares, t.width, 0.0f);
+  by_group(Statistics{x, mean, squares, t}, t);
+}
+
+FASTMOCO_TARGET void apply(const std::uint16_t* x, const std::uint16_t* residual, std::uint16_t* y, bool relu,
+                           const Channels& k, const Tile& t) {
+  if (residual == nullptr) {
+    relu ? by_group(Apply<false, true>{x, residual, y, k, t}, t) : by_group(Apply<false, false>{x, residual, y, k, t}, t);
+  } else {
+    relu ? by_group(Apply<true, true>{x, residual, y, k, t}, t) : by_group(Apply<true, false>{x, residual, y, k, t}, t);
+  }
+}
+
+FASTMOCO_TARGET void sum(const Behind<std::uint16_t>& from, std::uint16_t* dresidual, Act act, float* sums, float* along,
+                         const Channels& k, const Tile& t) {
+  std::fill_n(sums, t.width, 0.0f);
+  std::fill_n(along, t.width, 0.0f);
+  if (act == Act::kNone) return by_group(Sum<Act::kNone>{from, dresidual, sums, along, k, t}, t);
+  if (act == Act::kRelu) return by_group(Sum<Act::kRelu>{from, dresidual, sums, along, k, t}, t);
+  by_group(Sum<Act::kResidualRelu>{from, dresidual, sums, along, k, t}, t);
+}
+
+FASTMOCO_TARGET void write(const Behind<std::uint16_t>& from, std::uint16_t* dx, Act act, const float* level,
+                           const float* slope, const Channels& k, const Tile& t) {
+  if (act == Act::kNone) return by_group(Write<Act::kNone>{from, dx, level, slope, k, t}, t);
+  by_group(Write<Act::kRelu>{from, dx, level, slope, k, t}, t);
+}
+
+}  // namespace
+
+const NormTiles<std::uint16_t> norm_tiles_avx512bf16{statistics, apply, sum, write};
+
+}  // namespace fastmoco
+#endif
