@@ -175,10 +175,7 @@ const NormTiles<float>& norm_tiles(std::size_t) {
 template <>
 const NormTiles<std::uint16_t>& norm_tiles([[maybe_unused]] std::size_t channels) {
 #if defined(FASTMOCO_HAS_AVX512BF16)
-  static const bool supported = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                                __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
-                                __builtin_cpu_supports("avx512bf16");
-  if (supported && channels % 32 == 0) return norm_tiles_avx512bf16;
+  if (channels % 32 == 0 && has_avx512bf16()) return norm_tiles_avx512bf16;
 #endif
   return kGeneric<std::uint16_t>;
 }

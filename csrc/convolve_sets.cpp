@@ -16,15 +16,12 @@ struct InstructionSet {
 std::vector<InstructionSet> instruction_sets(MapDtype dtype) {
   std::vector<InstructionSet> sets;
 #if defined(FASTMOCO_HAS_CLONES)
-  const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
   if (dtype == MapDtype::kFloat32) {
-    if (avx512) sets.push_back({"avx512", &tiles_avx512});
-    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) sets.push_back({"avx2", &tiles_avx2});
+    if (has_avx512()) sets.push_back({"avx512", &tiles_avx512});
+    if (has_avx2()) sets.push_back({"avx2", &tiles_avx2});
   }
 #if defined(FASTMOCO_HAS_AVX512BF16)
-  if (dtype == MapDtype::kBFloat16 && avx512 && __builtin_cpu_supports("avx512bf16"))
-    sets.push_back({"avx512bf16", &tiles_avx512bf16});
+  if (dtype == MapDtype::kBFloat16 && has_avx512bf16()) sets.push_back({"avx512bf16", &tiles_avx512bf16});
 #endif
 #endif
   return sets;

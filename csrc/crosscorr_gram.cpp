@@ -28,10 +28,9 @@ struct InstructionSet {
 std::vector<InstructionSet> instruction_sets() {
   std::vector<InstructionSet> sets;
 #if defined(FASTMOCO_HAS_CLONES)
-  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
-      __builtin_cpu_supports("avx512dq"))
+  if (has_avx512())
     sets.push_back({"avx512", gram_panels_avx512, gradient_panels_avx512});
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
+  if (has_avx2())
     sets.push_back({"avx2", gram_panels_avx2, gradient_panels_avx2});
 #endif
   sets.push_back({"baseline", gram_panels_baseline, gradient_panels_baseline});

@@ -35,8 +35,7 @@ struct InstructionSet {
 std::vector<InstructionSet> instruction_sets() {
   std::vector<InstructionSet> sets;
 #if defined(FASTMOCO_HAS_CLONES)
-  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
-      __builtin_cpu_supports("avx512dq")) {
+  if (has_avx512()) {
 #if defined(FASTMOCO_HAS_AMX)
     if (__builtin_cpu_supports("amx-bf16") && __builtin_cpu_supports("amx-tile") && amx_permitted())
       sets.push_back({"amx", 32, 16, sweep_amx});
@@ -44,11 +43,11 @@ std::vector<InstructionSet> instruction_sets() {
     sets.push_back({"avx512", 0, 16, sweep_avx512});
 #if defined(FASTMOCO_HAS_AVX512BF16)
     // Processors with tiles multiply pairs in vectors at no more than float32's rate; others, at twice that.
-    if (__builtin_cpu_supports("avx512bf16"))
+    if (has_avx512bf16())
       sets.insert(sets.size() == 1 ? sets.begin() : sets.end(), {"avx512bf16", 2, 16, sweep_avx512bf16});
 #endif
   }
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) sets.push_back({"avx2", 0, 8, sweep_avx2});
+  if (has_avx2()) sets.push_back({"avx2", 0, 8, sweep_avx2});
 #endif
   sets.push_back({"baseline", 0, 4, sweep_baseline});
   return sets;

@@ -44,6 +44,22 @@
 #define FASTMOCO_HAS_AMX 1
 #endif
 
+#if defined(FASTMOCO_HAS_CLONES) && !defined(__CUDACC__)
+namespace fastmoco {
+
+// Whether the processor has what code takes for granted that is compiled for AVX2, AVX-512 or AVX512-BF16.
+inline bool has_avx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
+inline bool has_avx512() {
+  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+         __builtin_cpu_supports("avx512dq");
+}
+#if defined(FASTMOCO_HAS_AVX512BF16)
+inline bool has_avx512bf16() { return has_avx512() && __builtin_cpu_supports("avx512bf16"); }
+#endif
+
+}  // namespace fastmoco
+#endif
+
 #if defined(__GNUC__)
 #define FASTMOCO_INLINE inline __attribute__((always_inline))
 #else

@@ -39,9 +39,8 @@ bool has_f16c() {
 std::vector<InstructionSet> instruction_sets() {
   std::vector<InstructionSet> sets;
 #if defined(FASTMOCO_HAS_CLONES)
-  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c();
-  if (avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq"))
+  const bool avx2 = has_avx2() && has_f16c();
+  if (avx2 && has_avx512())
     sets.push_back({"avx512", make_view_avx512});
   if (avx2) sets.push_back({"avx2", make_view_avx2});
 #endif
