@@ -30,6 +30,7 @@ def test_drop_last_gives_full_batches_without_repeats() -> None:
     indices = np.concatenate([order.batch(t).indices for t in range(3)])
     assert len(indices) == 9
     assert len(set(indices.tolist())) == 9
+    assert order.left_out == 1 and Order(9, 3, seed=1).left_out == Order(10, 3, seed=1, drop_last=False).left_out == 0
     assert not any(order.batch(t).turns.any() for t in range(3))
 
 

@@ -291,3 +291,9 @@ def test_resuming_where_there_is_no_checkpoint_says_so(
     config = resumed(small_config(images, tmp_path / "run", steps=1))
     pretrain(config)
     assert f"no checkpoint in {tmp_path / 'run'}: begins at step 0\n" in capsys.readouterr().out
+
+
+def test_images_that_fill_no_batch_are_told(images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for drop_last in (True, False):
+        pretrain(small_config(images, tmp_path / str(drop_last), steps=1, batch_size=5, drop_last=drop_last))
+        assert ("images fill no batch and are left out of an epoch" in capsys.readouterr().out) == drop_last

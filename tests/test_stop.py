@@ -26,6 +26,15 @@ def test_signals_are_kept_once_there_is_something_to_save(number: signal.Signals
     assert signal.getsignal(number) is before
 
 
+@pytest.mark.parametrize("tell", [False, True])
+def test_the_first_signal_is_answered_where_asked_for(tell: bool, capfd: pytest.CaptureFixture[str]) -> None:
+    with StopRequest() as stop:
+        stop.begin(tell=tell)
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGTERM)
+    assert capfd.readouterr().err.count("the step under way is ended and saved") == tell
+
+
 def test_a_second_ctrl_c_interrupts() -> None:
     with StopRequest() as stop:
         stop.begin()

@@ -86,6 +86,11 @@ class Order:
             return self.samples // self.batch_size
         return -(-self.samples // self.batch_size)
 
+    @property
+    def left_out(self) -> int:
+        """Images that an epoch does not show."""
+        return self.samples % self.batch_size if self.drop_last else 0
+
     def permutation(self, epoch: int) -> np.ndarray:
         """The (samples,) int64 order of the images in `epoch`."""
         found = self._last.get(epoch)

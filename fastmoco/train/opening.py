@@ -107,6 +107,12 @@ def describe(trainer: Trainer, manifest: Manifest, order: Order, plan: Plan, *, 
         f"{config.run.precision} on {where}, loading with {config.data.loader}; run folder {config.run.out}",
         flush=True,
     )
+    left = order.left_out
+    if left:
+        print(
+            f"{left} {'image fills' if left == 1 else 'images fill'} no batch and {'is' if left == 1 else 'are'} left "
+            "out of an epoch, each time another draw; --no-drop-last takes every image"
+        )
     if order.pairs is not None:
         print(f"pairs from two images of a patient: {order.pairs.paired} of the images have another to go with")
     for warning in barlow_warnings(config):

@@ -170,7 +170,7 @@ class _Run:
             quarantine=self.set_aside.quarantine,
         )
         with contextlib.closing(loader):
-            stop.begin()
+            stop.begin(tell=self.world.first)
             self.record = record
             clock = Clock(trainer.pairs)
             self.crowding.restart()

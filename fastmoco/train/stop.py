@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 from types import FrameType, TracebackType
@@ -17,13 +18,16 @@ class StopRequest:
 
     def __init__(self) -> None:
         self.signal: int | None = None
+        self._tell = False
         self._before: dict[int, object] = {}
 
     def __enter__(self) -> StopRequest:
         return self
 
-    def begin(self) -> None:
-        """Keep signals from now on: before, there is nothing to save, and they end the process."""
+    def begin(self, *, tell: bool = False) -> None:
+        """Keep signals from now on: before, there is nothing to save, and they end the process. With `tell` the first
+        is answered at once on stderr: the step under way may take minutes more."""
+        self._tell = tell
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
                 self._before[number] = signal.signal(number, self._handle)
@@ -37,6 +41,9 @@ class StopRequest:
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self.signal is not None and number == signal.SIGINT:
             raise KeyboardInterrupt
+        if self.signal is None and self._tell:
+            # Past Python's buffers, which the program may just be writing to.
+            os.write(2, b"\nto stop: the step under way is ended and saved; Ctrl-C from now on ends at once\n")
         self.signal = number
 
 
