@@ -102,11 +102,9 @@ struct Gradient {
 };
 
 template <Act kAct>
-FASTMOCO_LOCAL Gradient gradient(const Behind<std::uint16_t>& from, const Columns& columns, std::size_t i) {
+FASTMOCO_LOCAL Gradient gradient_of(const Behind<std::uint16_t>& from, const Columns& columns, std::size_t i) {
   const Vec dy = widened(from.dy + i), x = widened(from.x + i);
-  if constexpr (kAct == Act::kRelu) return {where_positive(columns.normalised(x), dy), x - columns.mean};
-  if constexpr (kAct == Act::kResidualRelu) return {where_positive(widened(from.y + i), dy), x - columns.mean};
-  return {dy, x - columns.mean};
+  return {kAct == Act::kRelu ? where_positive(columns.normalised(x), dy) : dy, x - columns.mean};
 }
 
 template <Act kAct>
@@ -118,9 +116,8 @@ struct Sum {
 #pragma GCC unroll 8
     for (std::size_t r = 0; r < n; ++r) {
       const std::size_t i = t.offset + (row + r) * t.stride + c;
-      const Gradient a = gradient<kAct>(from, low, i), b = gradient<kAct>(from, high, i + kLanes);
-      // Numbers of bfloat16, or 0: nothing is rounded.
-      if constexpr (kAct == Act::kResidualRelu) store_rounded(a.g, b.g, dresidual + i);
+      if constexpr (kAct == Act::kResidualRelu) pass_on(i);
+      const Gradient a = gradient(low, i), b = gradient(high, i + kLanes);
       sums[0] += a.g;
       sums[1] += b.g;
       alongs[0] = fma(a.g, a.centred, alongs[0]);
@@ -131,6 +128,18 @@ struct Sum {
       store(sum + to, load(sum + to) + sums[half]);
       store(along + to, load(along + to) + alongs[half]);
     }
+  }
+
+  // g, for the residual, as dy has it to the last bit.
+  FASTMOCO_LOCAL void pass_on(std::size_t i) const {
+    const __m512i y = _mm512_loadu_si512(from.y + i), dy = _mm512_loadu_si512(from.dy + i);
+    const __mmask32 positive = _mm512_cmpgt_epi16_mask(y, _mm512_setzero_si512());
+    _mm512_storeu_si512(dresidual + i, _mm512_maskz_mov_epi16(positive, dy));
+  }
+
+  FASTMOCO_LOCAL Gradient gradient(const Columns& columns, std::size_t i) const {
+    if constexpr (kAct != Act::kResidualRelu) return gradient_of<kAct>(from, columns, i);
+    return gradient_of<Act::kNone>({dresidual, from.x, nullptr}, columns, i);
   }
 
   const Behind<std::uint16_t>& from;
@@ -151,7 +160,7 @@ struct Write {
 #pragma GCC unroll 8
     for (std::size_t r = 0; r < n; ++r) {
       const std::size_t i = t.offset + (row + r) * t.stride + c;
-      const Gradient a = gradient<kAct>(from, low, i), b = gradient<kAct>(from, high, i + kLanes);
+      const Gradient a = gradient_of<kAct>(from, low, i), b = gradient_of<kAct>(from, high, i + kLanes);
       store_rounded(low.scale * (a.g - fma(a.centred, slopes[0], levels[0])),
                     high.scale * (b.g - fma(b.centred, slopes[1], levels[1])), dx + i);
     }

@@ -40,8 +40,9 @@ struct Call {
       throw std::invalid_argument("convolve: kernel and stride must be at least 1");
     if (map[1] + 2 * padding[0] < kernel[0] || map[2] + 2 * padding[1] < kernel[1])
       throw std::invalid_argument("convolve: the kernel is larger than the padded map");
-    if (map[3] % kChannelBlock != 0 || out % kChannelBlock != 0)
-      throw std::invalid_argument("convolve: channels must be multiples of " + std::to_string(kChannelBlock));
+    if (map[3] == 0 || out == 0 || map[3] % kChannelBlock != 0 || out % kChannelBlock != 0)
+      throw std::invalid_argument("convolve: channels must be multiples of " + std::to_string(kChannelBlock) +
+                                  ", not " + std::to_string(map[3]) + " and " + std::to_string(out));
     check_threads(kName, threads);
   }
   Call(const Call&) = delete;
@@ -54,7 +55,7 @@ struct Call {
   Convolution of;
 };
 
-// Words hold two bfloat16, so that an address of either dtype must be one of a word.
+// Words of 32 bits hold two bfloat16, so that an address of either dtype must be one of a word.
 const void* from(std::uintptr_t address, std::size_t size) { return pointer<const std::uint32_t>(kName, address, size); }
 void* to(std::uintptr_t address, std::size_t size) { return pointer<std::uint32_t>(kName, address, size); }
 

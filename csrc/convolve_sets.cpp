@@ -13,7 +13,7 @@ struct InstructionSet {
   const Tiles* tiles;
 };
 
-std::vector<InstructionSet> instruction_sets(MapDtype dtype) {
+std::vector<InstructionSet> instruction_sets([[maybe_unused]] MapDtype dtype) {
   std::vector<InstructionSet> sets;
 #if defined(FASTMOCO_HAS_CLONES)
   if (dtype == MapDtype::kFloat32) {

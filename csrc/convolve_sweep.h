@@ -5,6 +5,7 @@
 
 #include <immintrin.h>
 
+#include "convolve.h"
 #include "convolve_tiles.h"
 #include "lanes.h"
 
@@ -12,7 +13,8 @@ namespace fastmoco {
 namespace {
 
 constexpr int kRows = FASTMOCO_ROWS;
-constexpr std::size_t kBlock = 32, kPair = 2 * kLanes;
+constexpr std::size_t kBlock = kChannelBlock, kPair = 2 * kLanes;
+static_assert(kRows == 4 || kRows == 8, "gather has no tiles of other numbers of rows");
 
 FASTMOCO_LOCAL Vec words(const std::uint32_t* p) { return load(reinterpret_cast<const float*>(p)); }
 

@@ -1,3 +1,7 @@
+#if defined(_OPENMP)
+#include <omp.h>
+#endif
+
 #include <algorithm>
 #include <memory>
 #include <vector>
@@ -87,6 +91,11 @@ void convolve_weight_gradient(const void* x, const void* dy, void* dweights, con
   const std::size_t ins = at.channels / kChannelBlock, outs = of.out / kChannelBlock;
   const std::size_t units = outs * ins * at.kernel_h, places = map.places() + result.places();
   const std::size_t step = kChannelBlock / tiles.packed, in_words = at.channels / tiles.packed;
+  // Each thread's sums and runs. Memory is asked for here: what fails within the threads ends the process.
+  const std::size_t area = at.kernel_w * kChannelBlock * kChannelBlock;
+  std::vector<float> all_sums(static_cast<std::size_t>(at.threads) * area);
+  std::vector<std::vector<Run>> all_runs(static_cast<std::size_t>(at.threads));
+  for (auto& runs : all_runs) runs.reserve(std::min(lines, at.down()) * at.across());
 #pragma omp parallel num_threads(at.threads) if (at.threads > 1)
   {
 #pragma omp for schedule(dynamic, 4)
@@ -97,24 +106,29 @@ void convolve_weight_gradient(const void* x, const void* dy, void* dweights, con
         result.arrange(i - map.places());
       }
     }
-    std::vector<float> sums(at.kernel_w * kChannelBlock * kChannelBlock);
-    std::vector<Run> runs;
+#if defined(_OPENMP)
+    const auto thread = static_cast<std::size_t>(omp_get_thread_num());
+#else
+    const std::size_t thread = 0;
+#endif
+    float* const sums = all_sums.data() + thread * area;
+    std::vector<Run>& runs = all_runs[thread];
     // A row of the kernel for 32 channels of each map.
 #pragma omp for schedule(dynamic, 1)
     for (std::size_t i = 0; i < units; ++i) {
       const std::size_t ky = i % at.kernel_h, in = i / at.kernel_h % ins, out = i / at.kernel_h / ins;
-      std::fill(sums.begin(), sums.end(), 0.0f);
+      std::fill_n(sums, area, 0.0f);
       for (std::size_t begin = 0; begin < at.down(); begin += lines) {
         for (std::size_t kx = 0; kx < at.kernel_w; ++kx) {
           bring_together(runs, at, result, out, map, in, ky, kx, begin, std::min(at.down(), begin + lines));
           for (std::size_t first = 0; first < kChannelBlock; first += tiles.rows)
-            tiles.reduce(runs.data(), runs.size(), first, sums.data() + (kx * kChannelBlock + first) * kChannelBlock);
+            tiles.reduce(runs.data(), runs.size(), first, sums + (kx * kChannelBlock + first) * kChannelBlock);
         }
       }
       for (std::size_t r = 0; r < kChannelBlock; ++r) {
         const std::size_t row = (out * kChannelBlock + r) * at.taps() + ky * at.kernel_w;
         for (std::size_t kx = 0; kx < at.kernel_w; ++kx)
-          tiles.finish(sums.data() + (kx * kChannelBlock + r) * kChannelBlock,
+          tiles.finish(sums + (kx * kChannelBlock + r) * kChannelBlock,
                        static_cast<std::uint32_t*>(dweights) + (row + kx) * in_words + in * step);
       }
     }

@@ -22,6 +22,8 @@ NATIVE = pytest.param(
     "native", marks=pytest.mark.skipif(dispatch.native is None, reason=dispatch.NATIVE_MISSING or "built")
 )
 SHAPES = [(2, 3, 1, 1), (3, 1, 5, 7), (2, 257, 3, 1), (5, 33, 8, 13), (2, 300, 17, 16), (1, 8, 1, 2)]
+# Of channels in whole vectors, for which bfloat16 has instructions of its own on some processors.
+SHAPES += [(3, 32, 5, 7), (5, 32, 8, 13), (3, 288, 9, 1), (2, 320, 17, 16)]
 NAMES = ("x", "weight", "bias", "residual")
 # Half a unit in the last place.
 ROUNDING = {torch.bfloat16: 2**-8, torch.float32: 2**-24}
@@ -116,14 +118,15 @@ def test_reference_in_float64_is_the_definition(residual: bool, relu: bool) -> N
 
 
 @pytest.mark.parametrize("implementation", ["reference", NATIVE])
-def test_large_means_and_constant_channels_lose_nothing(implementation: str) -> None:
+@pytest.mark.parametrize("channels", [3, 32])
+def test_large_means_and_constant_channels_lose_nothing(channels: int, implementation: str) -> None:
     """Variances come from deviations: of numbers near 1000 that differ in their last bits, and of equal ones."""
     torch.manual_seed(0)
-    x = (1000 + 4 * torch.randint(0, 3, (4, 3, 33, 9))).bfloat16()
+    x = (1000 + 4 * torch.randint(0, 3, (4, channels, 33, 9))).bfloat16()
     x[:, 1] = 1000
-    x[:, 2] = 0.1
+    x[:, 2:] = 0.1
     x = x.contiguous(memory_format=torch.channels_last)
-    y, statistics = batch_norm(x, torch.ones(3), torch.zeros(3), implementation=implementation)
+    y, statistics = batch_norm(x, torch.ones(channels), torch.zeros(channels), implementation=implementation)
     wanted = functional.batch_norm(x.double(), None, None, training=True)
     assert ((y.double() - wanted).abs() <= 2**-8 * wanted.abs() + 1e-3)[:, :1].all()
     torch.testing.assert_close(statistics[2, 0].double(), x[:, 0].double().var(), rtol=5e-6, atol=0)
@@ -135,22 +138,38 @@ def test_large_means_and_constant_channels_lose_nothing(implementation: str) -> 
 @pytest.mark.parametrize("dtype", ROUNDING)
 @pytest.mark.parametrize("implementation", ["reference", NATIVE])
 @pytest.mark.parametrize("residual", [False, True])
-def test_nan_reaches_its_channel_and_no_other(residual: bool, implementation: str, dtype: torch.dtype) -> None:
-    given = inputs((2, 3, 4, 5), residual=residual, dtype=dtype)
+@pytest.mark.parametrize("channels", [3, 32])
+def test_nan_reaches_its_channel_and_no_other(
+    channels: int, residual: bool, implementation: str, dtype: torch.dtype
+) -> None:
+    given = inputs((2, channels, 4, 5), residual=residual, dtype=dtype)
     assert given["x"] is not None
     given["x"][1, 1, 2, 2] = torch.nan
-    mine = differentiate(fused(implementation, True), given, torch.ones(2, 3, 4, 5))
+    mine = differentiate(fused(implementation, True), given, torch.ones(2, channels, 4, 5))
     for name in ("y", "x", "weight"):
         nan = mine[name].isnan()
         rows = nan if nan.ndim == 1 else nan.transpose(0, 1).flatten(1)
-        assert rows[1].all() and not rows[0].any() and not rows[2].any(), name
+        assert rows[1].all() and not rows[0].any() and not rows[2:].any(), name
+
+
+@pytest.mark.skipif(dispatch.native is None, reason=dispatch.NATIVE_MISSING or "built")
+@pytest.mark.parametrize("channels", [33, 64])
+def test_a_residual_takes_the_gradient_bit_for_bit(channels: int) -> None:
+    """Numbers too small for a bfloat16's own exponents too."""
+    given = inputs((2, channels, 4, 5), residual=True)
+    upstream = torch.randn(2, channels, 4, 5, generator=torch.Generator().manual_seed(1)).bfloat16() * 1e-39
+    mine = differentiate(fused("native", True), given, upstream)
+    assert torch.equal(mine["residual"], torch.where(mine["y"] > 0, upstream, 0))
+    assert mine["residual"].any()
 
 
 @pytest.mark.skipif(dispatch.native is None, reason=dispatch.NATIVE_MISSING or "built")
 @pytest.mark.parametrize("dtype", ROUNDING)
 @pytest.mark.parametrize("residual", [False, True])
-def test_result_does_not_depend_on_the_number_of_threads(residual: bool, dtype: torch.dtype) -> None:
-    given, upstream = inputs((5, 520, 16, 13), residual=residual, dtype=dtype), torch.randn(5, 520, 16, 13)
+@pytest.mark.parametrize("channels", [520, 544])
+def test_result_does_not_depend_on_the_number_of_threads(channels: int, residual: bool, dtype: torch.dtype) -> None:
+    shape = (5, channels, 16, 13)
+    given, upstream = inputs(shape, residual=residual, dtype=dtype), torch.randn(shape)
     results = []
     before = torch.get_num_threads()
     try:

@@ -83,7 +83,8 @@ def test_products_give_the_same_map_and_gradients(
                 parameter.copy_(short(parameter))
         x = short(x)
     if dtype == torch.bfloat16:
-        assert ours._form(x.contiguous(memory_format=torch.channels_last)) == "product"
+        with torch.autocast("cpu", dtype=dtype):
+            assert ours._form(x.contiguous(memory_format=torch.channels_last)) == "product"
     else:
         # Chosen for weights a hundred times as large.
         monkeypatch.setattr(ours, "_form", lambda _: "product")
@@ -153,7 +154,8 @@ def test_over_few_places_the_map_and_gradients_are_the_same(
     monkeypatch.setattr(convolution, "TILES", False)
     plain, ours = layers(channels, kernel, stride, padding, bias=False)
     x = torch.randn(shape).to(dtype)
-    chosen = ours._form(x.contiguous(memory_format=torch.channels_last))
+    with torch.autocast("cpu", dtype=dtype, enabled=dtype == torch.bfloat16):
+        chosen = ours._form(x.contiguous(memory_format=torch.channels_last))
     assert (chosen == "convolve") == bool(SETS[dtype])
     upstream = torch.randn_like(run(plain, x)["map"])
     plain.zero_grad()
@@ -172,7 +174,7 @@ def test_few_places_are_those_of_a_map_with_a_kernel_over_them(monkeypatch: pyte
     def form(channels: tuple[int, int], side: int, dtype: torch.dtype = torch.float32, **options: object) -> str:
         layer = Convolution(*channels, **({"kernel_size": 3, "padding": 1, "bias": False} | options))  # type: ignore[arg-type]
         x = torch.zeros(2, channels[0], side, side, dtype=dtype).contiguous(memory_format=torch.channels_last)
-        return layer._form(x)
+        return layer.to(dtype)._form(x)
 
     assert form((64, 64), 16) == form((32, 96), 2) == form((64, 64), 16, stride=2) == "convolve"
     others = [form((48, 64), 8), form((64, 48), 8), form((64, 64), 17), form((64, 64), 8, bias=True)]
@@ -219,6 +221,22 @@ def test_wide_layers_that_are_none_of_its_own_are_left_to_torch() -> None:
     assert wide()._form(small(2)[0]) == "torch"
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert wide()._form(small(2)) == "torch" and wide()._form(small(2).bfloat16()) != "torch"
+
+
+@pytest.mark.parametrize("side", [4, 40])
+def test_a_cast_that_was_forgotten_is_refused_at_any_size(side: int) -> None:
+    layer = wide(64, bias=False)
+    with pytest.raises(RuntimeError):
+        layer(small(side, channels=64, dtype=torch.bfloat16))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert layer(small(side, channels=64, dtype=torch.bfloat16)).dtype == torch.bfloat16
+
+
+def test_an_empty_map_is_refused_as_by_torch() -> None:
+    layer = Convolution(32, 32, 2, padding=1, bias=False)
+    x = torch.zeros(2, 32, 0, 3).contiguous(memory_format=torch.channels_last)
+    with pytest.raises(RuntimeError):
+        layer(x)
 
 
 def test_a_map_smaller_than_its_kernel_is_refused_as_by_torch() -> None:

@@ -253,7 +253,9 @@ def test_cpp_that_cannot_is_refused_and_otherwise_passed_over() -> None:
         ({"x": 0}, "null address"),
         ({"x": 2}, "not aligned"),
         ({"map": (1, 2, 2, 16)}, "multiples of 32"),
-        ({"out": 48}, "multiples of 32"),
+        ({"out": 48}, "multiples of 32, not 32 and 48"),
+        ({"out": 0}, "multiples of 32"),
+        ({"map": (1, 2, 2, 0)}, "multiples of 32"),
         ({"kernel": (3, 3)}, "larger than the padded map"),
         ({"kernel": (0, 1)}, "at least 1"),
         ({"stride": (1, 0)}, "at least 1"),
@@ -273,5 +275,44 @@ def test_bindings_refuse(changes: dict[str, object], message: str) -> None:
 
 
 def test_every_implementation_is_registered() -> None:
-    for name, definition, _ in module._IMPLEMENTATIONS:
+    for name, definition, fast in module._IMPLEMENTATIONS:
         assert dispatch.pick(name, torch.zeros(1, dtype=torch.float64)) is definition
+        for dtype, names in SETS.items():
+            assert dispatch.pick(name, torch.zeros(1, dtype=dtype)) is (fast if names else definition)
+
+
+def test_many_gradients_at_once() -> None:
+    x, weight, dy = (tensor.requires_grad_() for tensor in given(CASES[0], torch.float32))
+    y = convolve(x, weight, padding=(1, 1))
+    many = torch.stack([dy.detach(), 2 * dy.detach()])
+    found = torch.autograd.grad(y, (x, weight), many, is_grads_batched=True, retain_graph=True)
+    for gradient, one in zip(found, torch.autograd.grad(y, (x, weight), dy, create_graph=True), strict=True):
+        torch.testing.assert_close(gradient, torch.stack([one, 2 * one]), rtol=1e-4, atol=1e-3)
+        # And of the gradients.
+        into = torch.stack([torch.ones_like(one), torch.zeros_like(one)])
+        for second in torch.autograd.grad(
+            one, (x, weight, dy), into, is_grads_batched=True, retain_graph=True, allow_unused=True
+        ):
+            assert second is None or (second[0].any() and not second[1].any())
+
+
+def test_the_reference_is_no_narrower_under_autocast() -> None:
+    x, weight, _ = given(CASES[0], torch.float32)
+    wanted = convolve(x, weight, implementation="reference")
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(convolve(x, weight, implementation="reference"), wanted)
+
+
+@SOME
+@each_set()
+def test_parts_of_tensors_may_begin_anywhere(one_set: torch.dtype) -> None:
+    x, weight, dy = given(CASES[0], one_set)
+    moved = []
+    for tensor in (x, weight, dy):
+        inner = torch.empty(tensor.numel() + 1, dtype=one_set)[1:]
+        n, c, h, w = tensor.shape
+        moved.append(inner.view(n, h, w, c).permute(0, 3, 1, 2).copy_(tensor))
+    leaves = [tensor.requires_grad_() for tensor in moved[:2]]
+    y = convolve(*leaves, padding=(1, 1), implementation="native")
+    found = [y, *torch.autograd.grad(y, leaves, moved[2])]
+    assert all(torch.equal(a, b) for a, b in zip(found, all_three(CASES[0], one_set, "native"), strict=True))

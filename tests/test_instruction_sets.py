@@ -33,3 +33,30 @@ def test_infonce_does_without_what_the_compiler_does_not_know(tmp_path: Path, op
     assert not any(f"sweep_{name}".encode() in binary for name in absent)
     names = subprocess.run([str(program)], capture_output=True, text=True, check=True).stdout.split()
     assert names[-1] == "baseline" and not set(names) & set(absent) and set(names) <= set(BEST_FIRST)
+
+
+OTHERS = """
+#include <cstdio>
+#include "batch_norm_tiles.h"
+#include "convolve.h"
+int main() {
+  for (const auto dtype : {fastmoco::MapDtype::kBFloat16, fastmoco::MapDtype::kFloat32})
+    for (const auto& name : fastmoco::convolve_sets(dtype)) std::puts(name.c_str());
+  return fastmoco::norm_tiles<std::uint16_t>(32).apply == nullptr;
+}
+"""
+
+
+@pytest.mark.system
+@pytest.mark.skipif(shutil.which("g++") is None, reason="no g++")
+def test_maps_do_without_pairs_that_the_compiler_does_not_know(tmp_path: Path) -> None:
+    (tmp_path / "main.cpp").write_text(OTHERS)
+    program, parts = tmp_path / "main", ("batch_norm*.cpp", "convolve*.cpp", "unfold.cpp")
+    sources = [tmp_path / "main.cpp", *(path for part in parts for path in sorted((ROOT / "csrc").glob(part)))]
+    options = ["-std=c++17", "-O0", "-Wall", "-Wextra", "-Wno-unknown-pragmas", "-Wno-psabi", "-Werror"]
+    options += ["-DFASTMOCO_NO_AVX512BF16", f"-I{ROOT / 'csrc'}"]
+    compiled = subprocess.run(["g++", *options, *map(str, sources), "-o", str(program)], capture_output=True, text=True)
+    assert compiled.returncode == 0, compiled.stderr
+    assert b"tiles_avx512bf16" not in program.read_bytes()
+    names = subprocess.run([str(program)], capture_output=True, text=True, check=True).stdout.split()
+    assert set(names) <= {"avx512", "avx2"}

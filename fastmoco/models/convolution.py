@@ -22,9 +22,9 @@ FEW_PLACES = {torch.bfloat16: (1024, 256), torch.float32: (256, 0)}
 class Convolution(nn.Conv2d):
     """torch's Conv2d; on a CPU, in bfloat16, float32 or float64, its own forms where they are the faster.
 
-    A kernel over a map of few places is convolved by ops/convolve.py, which leaves out what falls on padding: for 32
-    maps of 4 x 4 places and 256 channels forward and backward take 3.8 ms in bfloat16 (AVX512-BF16) and 6.4 in float32
-    (AVX-512), where torch's take 7.6 and 12.4.
+    Without a bias, what has a result of few places is convolved by ops/convolve.py, which leaves out what falls on
+    padding: for 32 maps of 4 x 4 places and 256 channels forward and backward take 3.8 ms in bfloat16 (AVX512-BF16) and
+    6.4 in float32 (AVX-512), where torch's take 7.6 and 12.4.
 
     The rest is a matrix product where the weights outweigh the map. oneDNN brings the weights of a convolution into a
     layout of its own at each call and their gradient back, and blocks over the map. Where the map has few places that
@@ -45,11 +45,11 @@ class Convolution(nn.Conv2d):
             return super().forward(x)
         if form == "product":
             return self._product(x)
-        # As autocast does for torch's; the map has its dtype.
-        return convolve(x, self.weight.to(x.dtype), stride=self.stride, padding=self._zeros())
+        # Another dtype than the map's they have under autocast alone, which would cast them for torch's.
+        return convolve(x, self.weight.to(x.dtype), stride=self.stride, padding=self._border())
 
     def _product(self, x: Tensor) -> Tensor:
-        kernel, stride, padding = self.kernel_size, self.stride, self._zeros()
+        kernel, stride, padding = self.kernel_size, self.stride, self._border()
         h, w = (windows(*of) for of in zip(x.shape[2:], kernel, stride, padding, strict=True))
         if (kernel, stride, padding) == ((1, 1), (1, 1), (0, 0)):
             rows = x.permute(0, 2, 3, 1).reshape(-1, x.shape[1])
@@ -59,7 +59,7 @@ class Convolution(nn.Conv2d):
         product = linear(rows, weight, self.bias)
         return product.view(x.shape[0], h, w, self.out_channels).permute(0, 3, 1, 2)
 
-    def _zeros(self) -> tuple[int, ...]:
+    def _border(self) -> tuple[int, ...]:
         assert not isinstance(self.padding, str)
         return self.padding
 
@@ -67,15 +67,15 @@ class Convolution(nn.Conv2d):
         """By what a map is convolved the fastest."""
         if x.device.type != "cpu" or x.dtype not in (torch.bfloat16, torch.float32, torch.float64) or x.ndim != 4:
             return "torch"
-        if torch.is_autocast_enabled("cpu") and x.dtype != torch.get_autocast_dtype("cpu"):
+        if x.dtype != (torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else self.weight.dtype):
             return "torch"
         if self.groups != 1 or self.dilation != (1, 1) or self.padding_mode != "zeros" or isinstance(self.padding, str):
             return "torch"
         if left_to_torch() or not x.is_contiguous(memory_format=torch.channels_last):
             return "torch"
         sides = [side + 2 * pad for side, pad in zip(x.shape[2:], self.padding, strict=True)]
-        if any(side < kernel for side, kernel in zip(sides, self.kernel_size, strict=True)):
-            # Refused by torch.
+        if x.numel() == 0 or any(side < kernel for side, kernel in zip(sides, self.kernel_size, strict=True)):
+            # Refused by torch, some of them.
             return "torch"
         if self._few_places(x):
             return "convolve"
@@ -86,7 +86,7 @@ class Convolution(nn.Conv2d):
             return False
         if x.dtype == torch.bfloat16 and TILES:
             return False
-        sides = zip(x.shape[2:], self.kernel_size, self.stride, self._zeros(), strict=True)
+        sides = zip(x.shape[2:], self.kernel_size, self.stride, self._border(), strict=True)
         down, across = (windows(*side) for side in sides)
         return down * across <= FEW_PLACES[x.dtype][self.kernel_size == (1, 1)]
 

@@ -18,11 +18,15 @@ from torch.nn.functional import conv2d
 from torch.nn.grad import conv2d_input, conv2d_weight
 
 from fastmoco.ops import dispatch
-from fastmoco.ops.library import define, transformed
+from fastmoco.ops.library import batched, define, transformed
+from fastmoco.ops.precision import no_autocast
 from fastmoco.ops.unfold import windows
 
 # What channels are taken in, of both maps.
 CHANNELS = 32
+
+# Stride, padding and implementation.
+_How = tuple[Sequence[int], Sequence[int], str | None]
 
 
 def convolve(
@@ -134,24 +138,45 @@ def _empty_result(x: Tensor, weight: Tensor, stride: Sequence[int], padding: Seq
 
 
 # A convolution and its two gradients are linear in each of what they take, and the derivatives of one are the others.
+# Of many gradients at once torch's own operations are taken, which can be mapped.
+def _y(x: Tensor, weight: Tensor, how: _How) -> Tensor:
+    mapped = batched(x) or batched(weight)
+    y: Tensor = conv2d(x, weight, None, how[0], how[1]) if mapped else _convolve_op(x, weight, *how)
+    return y
+
+
+def _dx(dy: Tensor, weight: Tensor, shape: Sequence[int], how: _How) -> Tensor:
+    if batched(dy) or batched(weight):
+        return conv2d_input(list(shape), weight, dy, how[0], how[1])
+    dx: Tensor = _map_gradient_op(dy, weight, shape, *how)
+    return dx
+
+
+def _dweight(x: Tensor, dy: Tensor, shape: Sequence[int], how: _How) -> Tensor:
+    if batched(x) or batched(dy):
+        return conv2d_weight(x, list(shape), dy, how[0], how[1])
+    dweight: Tensor = _weight_gradient_op(x, dy, shape, *how)
+    return dweight
+
+
 def _convolve_gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     x, weight = ctx.saved_tensors
-    dx = _map_gradient_op(dy, weight, x.shape, *ctx.how) if ctx.needs_input_grad[0] else None
-    dweight = _weight_gradient_op(x, dy, weight.shape, *ctx.how) if ctx.needs_input_grad[1] else None
+    dx = _dx(dy, weight, x.shape, ctx.how) if ctx.needs_input_grad[0] else None
+    dweight = _dweight(x, dy, weight.shape, ctx.how) if ctx.needs_input_grad[1] else None
     return dx, dweight, None, None, None
 
 
 def _map_gradients(ctx: Any, ddx: Tensor) -> tuple[Tensor | None, ...]:
     dy, weight = ctx.saved_tensors
-    ddy = _convolve_op(ddx, weight, *ctx.how) if ctx.needs_input_grad[0] else None
-    dweight = _weight_gradient_op(ddx, dy, weight.shape, *ctx.how) if ctx.needs_input_grad[1] else None
+    ddy = _y(ddx, weight, ctx.how) if ctx.needs_input_grad[0] else None
+    dweight = _dweight(ddx, dy, weight.shape, ctx.how) if ctx.needs_input_grad[1] else None
     return ddy, dweight, None, None, None, None
 
 
 def _weight_gradients(ctx: Any, ddweight: Tensor) -> tuple[Tensor | None, ...]:
     x, dy = ctx.saved_tensors
-    dx = _map_gradient_op(dy, ddweight, x.shape, *ctx.how) if ctx.needs_input_grad[0] else None
-    ddy = _convolve_op(x, ddweight, *ctx.how) if ctx.needs_input_grad[1] else None
+    dx = _dx(dy, ddweight, x.shape, ctx.how) if ctx.needs_input_grad[0] else None
+    ddy = _y(x, ddweight, ctx.how) if ctx.needs_input_grad[1] else None
     return dx, ddy, None, None, None, None
 
 
@@ -187,21 +212,29 @@ _weight_gradient_op: Any = define(
 
 def reference(x: Tensor, weight: Tensor, stride: Sequence[int], padding: Sequence[int]) -> Tensor:
     """Any device and dtype: the definition."""
-    return _empty_result(x, weight, stride, padding).copy_(conv2d(x, weight, None, stride, padding))
+    with no_autocast(x):
+        return _empty_result(x, weight, stride, padding).copy_(conv2d(x, weight, None, stride, padding))
 
 
 def reference_map_gradient(
     dy: Tensor, weight: Tensor, shape: Sequence[int], stride: Sequence[int], padding: Sequence[int]
 ) -> Tensor:
     """Any device and dtype: the definition."""
-    return _empty(dy, shape).copy_(conv2d_input(list(shape), weight, dy, stride, padding))
+    with no_autocast(dy):
+        return _empty(dy, shape).copy_(conv2d_input(list(shape), weight, dy, stride, padding))
 
 
 def reference_weight_gradient(
     x: Tensor, dy: Tensor, shape: Sequence[int], stride: Sequence[int], padding: Sequence[int]
 ) -> Tensor:
     """Any device and dtype: the definition."""
-    return _empty(x, shape).copy_(conv2d_weight(x, list(shape), dy, stride, padding))
+    with no_autocast(x):
+        return _empty(x, shape).copy_(conv2d_weight(x, list(shape), dy, stride, padding))
+
+
+def _as_words(tensor: Tensor) -> Tensor:
+    """`tensor` where words of 4 bytes can be read, which a part of a bfloat16 tensor may not be."""
+    return tensor if tensor.data_ptr() % 4 == 0 else tensor.clone()
 
 
 def _call(
@@ -214,7 +247,7 @@ def _call(
     padding: Sequence[int],
 ) -> Tensor:
     """`result`, filled by the C++ function of that name."""
-    first, second = (tensor.contiguous(memory_format=torch.channels_last) for tensor in tensors)
+    first, second = (_as_words(tensor.contiguous(memory_format=torch.channels_last)) for tensor in tensors)
     n, c, h, w = map_shape
     getattr(dispatch.native, name)(
         first.data_ptr(),
