@@ -182,14 +182,15 @@ FASTMOCO_TARGET void statistics(const std::uint16_t* x, float* mean, float* squa
 FASTMOCO_TARGET void apply(const std::uint16_t* x, const std::uint16_t* residual, std::uint16_t* y, bool relu,
                            const Channels& k, const Tile& t) {
   if (residual == nullptr) {
-    relu ? by_group(Apply<false, true>{x, residual, y, k, t}, t) : by_group(Apply<false, false>{x, residual, y, k, t}, t);
+    relu ? by_group(Apply<false, true>{x, residual, y, k, t}, t)
+         : by_group(Apply<false, false>{x, residual, y, k, t}, t);
   } else {
     relu ? by_group(Apply<true, true>{x, residual, y, k, t}, t) : by_group(Apply<true, false>{x, residual, y, k, t}, t);
   }
 }
 
-FASTMOCO_TARGET void sum(const Behind<std::uint16_t>& from, std::uint16_t* dresidual, Act act, float* sums, float* along,
-                         const Channels& k, const Tile& t) {
+FASTMOCO_TARGET void sum(const Behind<std::uint16_t>& from, std::uint16_t* dresidual, Act act, float* sums,
+                         float* along, const Channels& k, const Tile& t) {
   std::fill_n(sums, t.width, 0.0f);
   std::fill_n(along, t.width, 0.0f);
   if (act == Act::kNone) return by_group(Sum<Act::kNone>{from, dresidual, sums, along, k, t}, t);

@@ -32,7 +32,8 @@ struct Call {
   Call(const std::array<std::size_t, 4>& map, std::size_t out, const Pair& kernel, const Pair& stride,
        const Pair& padding, const std::string& dtype, const std::string& instruction_set, int threads)
       : set(instruction_set),
-        of{{map[0], map[1], map[2], map[3], kernel[0], kernel[1], stride[0], stride[1], padding[0], padding[1], threads},
+        of{{map[0], map[1], map[2], map[3], kernel[0], kernel[1], stride[0], stride[1], padding[0], padding[1],
+            threads},
            out,
            map_dtype(dtype),
            set.c_str()} {
@@ -56,14 +57,16 @@ struct Call {
 };
 
 // Words of 32 bits hold two bfloat16, so that an address of either dtype must be one of a word.
-const void* from(std::uintptr_t address, std::size_t size) { return pointer<const std::uint32_t>(kName, address, size); }
+const void* from(std::uintptr_t address, std::size_t size) {
+  return pointer<const std::uint32_t>(kName, address, size);
+}
 void* to(std::uintptr_t address, std::size_t size) { return pointer<std::uint32_t>(kName, address, size); }
 
 template <typename Run>
 auto bound(Run run) {
-  return [run](std::uintptr_t first, std::uintptr_t second, std::uintptr_t result, const std::array<std::size_t, 4>& map,
-               std::size_t out, const Pair& kernel, const Pair& stride, const Pair& padding, const std::string& dtype,
-               const std::string& instruction_set, int threads) {
+  return [run](std::uintptr_t first, std::uintptr_t second, std::uintptr_t result,
+               const std::array<std::size_t, 4>& map, std::size_t out, const Pair& kernel, const Pair& stride,
+               const Pair& padding, const std::string& dtype, const std::string& instruction_set, int threads) {
     const Call call(map, out, kernel, stride, padding, dtype, instruction_set, threads);
     run(first, second, result, call);
   };

@@ -39,7 +39,8 @@ const Tiles& tiles_of(const Convolution& of) {
   for (const auto& set : instruction_sets(of.dtype)) {
     if (std::strcmp(set.name, of.instruction_set) == 0) return *set.tiles;
   }
-  throw std::invalid_argument(std::string("convolve: no instruction set \"") + of.instruction_set + "\" for this dtype here");
+  throw std::invalid_argument(std::string("convolve: no instruction set \"") + of.instruction_set +
+                              "\" for this dtype here");
 }
 
 }  // namespace fastmoco

@@ -1,5 +1,5 @@
-// Tiles (csrc/convolve_tiles.h) by one instruction set. Included by such code, in a file that first defines what lanes.h
-// wants to be defined, and
+// Tiles (csrc/convolve_tiles.h) by one instruction set. Included by such code, in a file that first defines what
+// lanes.h wants to be defined, and
 //   FASTMOCO_ROWS     rows of a tile: as many as there are registers for, two vectors each
 #pragma once
 

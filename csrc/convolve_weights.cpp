@@ -40,7 +40,8 @@ class ByPlace {
       const std::uint32_t* const first = map_ + n * image + place * pixel;
       const std::uint32_t* const second = n + 1 < images_ ? first + image : nullptr;
       for (std::size_t b = 0; b < channels_ / kChannelBlock; ++b)
-        tiles_.join(first + b * step, second == nullptr ? nullptr : second + b * step, at(b, place) + word * kChannelBlock);
+        tiles_.join(first + b * step, second == nullptr ? nullptr : second + b * step,
+                    at(b, place) + word * kChannelBlock);
     }
   }
 
