@@ -293,6 +293,13 @@ def test_resuming_where_there_is_no_checkpoint_says_so(
     assert f"no checkpoint in {tmp_path / 'run'}: begins at step 0\n" in capsys.readouterr().out
 
 
+def test_a_place_where_there_can_be_no_folder_is_named(images: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    out = tmp_path / "file" / "run"
+    with pytest.raises(UserError, match=r"^--out .*file/run could not be written: Not a directory \(.*file.*\)$"):
+        pretrain(small_config(images, out, steps=1))
+
+
 def test_images_that_fill_no_batch_are_told(images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for drop_last in (True, False):
         pretrain(small_config(images, tmp_path / str(drop_last), steps=1, batch_size=5, drop_last=drop_last))

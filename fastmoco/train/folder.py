@@ -58,7 +58,9 @@ def writing(config: Config, store: Store) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise UserError(f"--out {config.run.out} could not be written: {error}; {store.last_good()}") from error
+        why = f"{error.strerror} ({error.filename})" if error.strerror and error.filename else str(error)
+        kept = f"; {store.last_good()}" if store.paths() else ""
+        raise UserError(f"--out {config.run.out} could not be written: {why}{kept}") from error
 
 
 def _environment() -> dict[str, str]:
