@@ -103,9 +103,10 @@ def seen_before(images: frozenset[Image], manifest: Manifest, splits: Splits) ->
     seen = sum(image in images for image in _images(test.files, test.sizes, test.stamps))
     if not seen:
         return ()
+    named = "" if manifest.splits is not None else ", which wants a split column in --labels,"
     return (
         f"{seen} of the {len(splits.test)} test images were pretrained on, without their labels, by names and sizes in "
-        f"the run's {MANIFEST}; pretrain with --split train to keep them apart.",
+        f"the run's {MANIFEST}; pretrain with --split train{named} to keep them apart.",
     )
 
 
