@@ -76,10 +76,6 @@ class FinetuneConfig:
             least = 2 if name == "batch_size" else 1
             if value is not None and value < least:
                 raise UserError(f"--{name.replace('_', '-')} must be at least {least}, not {value}")
-        if self.most_steps < self.least_steps:
-            raise UserError(
-                f"--most-steps {self.most_steps} is below --least-steps {self.least_steps}: lower that one too"
-            )
         for name in ("lr", "encoder_lr", "weight_decay"):
             value = getattr(self, name)
             if value is not None and not 0 <= value < math.inf:
