@@ -38,7 +38,7 @@ struct Tiles {
                  const std::uint32_t* weights);
   // sums (rows, 32) += the products of as many channels of the result, from `first` on, with the map's 32.
   void (*reduce)(const Run* runs, std::size_t count, std::size_t first, float* sums);
-  // to (steps, 32) <- 32 rows of `steps` words, a multiple of 16, that lie `stride` apart.
+  // to (steps, 32) <- 32 rows of `steps` words, a multiple of 4, that lie `stride` apart.
   void (*transpose)(const std::uint32_t* rows, std::size_t stride, std::size_t steps, std::uint32_t* to);
   // A block <- 32 numbers of `first` and, where a word holds two, of `second`; null stands for zeros.
   void (*join)(const std::uint32_t* first, const std::uint32_t* second, std::uint32_t* to);

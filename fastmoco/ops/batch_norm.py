@@ -281,12 +281,4 @@ for _name, _definition, _fast in (
     ("batch_norm", reference, _native),
     ("batch_norm_backward", reference_backward, _native_backward),
 ):
-    dispatch.register(_name, "reference", _definition)
-    dispatch.register(
-        _name,
-        "native",
-        _fast,
-        device_types=("cpu",),
-        dtypes=(torch.bfloat16, torch.float32),
-        missing=dispatch.NATIVE_MISSING,
-    )
+    dispatch.register_native(_name, _definition, _fast, dtypes=(torch.bfloat16, torch.float32))

@@ -75,7 +75,8 @@ def _name(dtype: torch.dtype) -> str:
 
 # The instruction sets that the C++ implementation has here for maps of either dtype, the best first.
 SETS: dict[torch.dtype, list[str]] = {
-    dtype: [] if dispatch.native is None else dispatch.native.convolve_sets(_name(dtype))
+    # An extension that was built before has none.
+    dtype: getattr(dispatch.native, "convolve_sets", lambda _: [])(_name(dtype))
     for dtype in (torch.bfloat16, torch.float32)
 }
 
@@ -290,12 +291,10 @@ _IMPLEMENTATIONS: tuple[tuple[str, Callable[..., Tensor], Callable[..., Tensor]]
     ("convolve_weight_gradient", reference_weight_gradient, _native_weight_gradient),
 )
 for _operation, _definition, _fast in _IMPLEMENTATIONS:
-    dispatch.register(_operation, "reference", _definition)
-    dispatch.register(
+    dispatch.register_native(
         _operation,
-        "native",
+        _definition,
         _fast,
-        device_types=("cpu",),
         dtypes=tuple(dtype for dtype, found in SETS.items() if found),
         missing=dispatch.NATIVE_MISSING or ("" if any(SETS.values()) else "this processor has no AVX2"),
     )

@@ -102,6 +102,19 @@ def register(
     _registry[operation] = {name: implementations[name] for name in order}
 
 
+def register_native(
+    operation: str,
+    definition: Callable[..., Any],
+    native: Callable[..., Any],
+    *,
+    dtypes: tuple[torch.dtype, ...],
+    missing: str = NATIVE_MISSING,
+) -> None:
+    """Adds an `operation` that has its definition as the reference, and C++ on a CPU for `dtypes`."""
+    register(operation, "reference", definition)
+    register(operation, "native", native, device_types=("cpu",), dtypes=dtypes, missing=missing)
+
+
 def pick(operation: str, tensor: torch.Tensor, implementation: str | None = None) -> Callable[..., Any]:
     """The function that performs `operation` on tensors of `tensor`'s device type and dtype.
 

@@ -191,12 +191,4 @@ _IMPLEMENTATIONS: tuple[tuple[str, Callable[..., Tensor], Callable[..., Tensor]]
     ("fold", reference_fold, _native_fold),
 )
 for _name, _definition, _fast in _IMPLEMENTATIONS:
-    dispatch.register(_name, "reference", _definition)
-    dispatch.register(
-        _name,
-        "native",
-        _fast,
-        device_types=("cpu",),
-        dtypes=(torch.bfloat16, torch.float32, torch.float64),
-        missing=dispatch.NATIVE_MISSING,
-    )
+    dispatch.register_native(_name, _definition, _fast, dtypes=(torch.bfloat16, torch.float32, torch.float64))
