@@ -9,6 +9,7 @@
 
 #include "bindings.h"
 #include "convolve.h"
+#include "winograd.h"
 
 namespace py = pybind11;
 
@@ -72,25 +73,27 @@ auto bound(Run run) {
   };
 }
 
-void run_convolve(std::uintptr_t x, std::uintptr_t weights, std::uintptr_t y, const Call& call) {
-  const void *map = from(x, call.map()), *with = from(weights, call.weights());
-  void* const result = to(y, call.result());
+using Function = void (*)(const void*, const void*, void*, const Convolution&);
+
+// Of either form, as the definition sums or by Winograd's products.
+void run(Function form, const void* first, const void* second, void* result, const Call& call) {
   const py::gil_scoped_release release;
-  convolve(map, with, result, call.of);
+  form(first, second, result, call.of);
 }
 
+template <Function kForm>
+void run_forward(std::uintptr_t x, std::uintptr_t weights, std::uintptr_t y, const Call& call) {
+  run(kForm, from(x, call.map()), from(weights, call.weights()), to(y, call.result()), call);
+}
+
+template <Function kForm>
 void run_map_gradient(std::uintptr_t dy, std::uintptr_t weights, std::uintptr_t dx, const Call& call) {
-  const void *result = from(dy, call.result()), *with = from(weights, call.weights());
-  void* const map = to(dx, call.map());
-  const py::gil_scoped_release release;
-  convolve_map_gradient(result, with, map, call.of);
+  run(kForm, from(dy, call.result()), from(weights, call.weights()), to(dx, call.map()), call);
 }
 
+template <Function kForm>
 void run_weight_gradient(std::uintptr_t x, std::uintptr_t dy, std::uintptr_t dweights, const Call& call) {
-  const void *map = from(x, call.map()), *result = from(dy, call.result());
-  void* const with = to(dweights, call.weights());
-  const py::gil_scoped_release release;
-  convolve_weight_gradient(map, result, with, call.of);
+  run(kForm, from(x, call.map()), from(dy, call.result()), to(dweights, call.weights()), call);
 }
 
 template <typename Run>
@@ -107,7 +110,7 @@ void bind_convolve(py::module_& module) {
   module.def("convolve_sets", &sets, py::arg("dtype"),
              "The instruction sets by which maps of `dtype`, \"bfloat16\" or \"float32\", can be convolved here, the\n"
              "best first (list of str).");
-  define(module, "convolve", &run_convolve, "x", "weights", "y",
+  define(module, "convolve", &run_forward<convolve>, "x", "weights", "y",
          "y (images, down, across, out) <- x, a `map` (images, height, width, channels), convolved with weights (out,\n"
          "*kernel, channels).\n"
          "\n"
@@ -116,11 +119,18 @@ void bind_convolve(py::module_& module) {
          "null address or one that is no multiple of 4, for channels that are no multiples of 32, for a kernel that\n"
          "does not fit in the padded map, for a kernel, stride or threads below 1, and for an instruction set or dtype\n"
          "that is not there.");
-  define(module, "convolve_map_gradient", &run_map_gradient, "dy", "weights", "dx",
+  define(module, "convolve_map_gradient", &run_map_gradient<convolve_map_gradient>, "dy", "weights", "dx",
          "dx <- the gradient of convolve to its map, dy being that to its result. The rest is as for convolve.");
-  define(module, "convolve_weight_gradient", &run_weight_gradient, "x", "dy", "dweights",
+  define(module, "convolve_weight_gradient", &run_weight_gradient<convolve_weight_gradient>, "x", "dy", "dweights",
          "dweights <- the gradient of convolve to its weights, dy being that to its result. The rest is as for\n"
          "convolve.");
+  define(module, "winograd", &run_forward<winograd>, "x", "weights", "y",
+         "y <- as by convolve, by Winograd's F(2 x 2, 3 x 3). A kernel must be 3 x 3, its stride 1 and padding at most\n"
+         "2, or ValueError is raised. The rest is as for convolve.");
+  define(module, "winograd_map_gradient", &run_map_gradient<winograd_map_gradient>, "dy", "weights", "dx",
+         "dx <- the gradient of winograd to its map. The rest is as for winograd.");
+  define(module, "winograd_weight_gradient", &run_weight_gradient<winograd_weight_gradient>, "x", "dy", "dweights",
+         "dweights <- the gradient of winograd to its weights. The rest is as for winograd.");
 }
 
 }  // namespace fastmoco

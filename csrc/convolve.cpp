@@ -16,15 +16,6 @@ constexpr std::size_t kNear = 384 * 1024;
 // Parts of the work for each thread: one that is held up leaves the others more of them.
 constexpr std::size_t kParts = 8;
 
-// A map, in words.
-struct Side {
-  std::size_t height, width, words;
-
-  std::size_t at(std::size_t image, std::size_t y, std::size_t x) const {
-    return ((image * height + y) * width + x) * words;
-  }
-};
-
 // `to` <- at each of its places the products of what the taps reach in `from` with their weights. Places that the same
 // taps reach are a matrix product: rows of numbers that lie a fixed way from each, times a block of weights.
 class Gather {
@@ -121,8 +112,6 @@ class Gather {
   std::vector<Reach> down_, across_;
   std::vector<Group> groups_;
 };
-
-const std::uint32_t* words(const void* map) { return static_cast<const std::uint32_t*>(map); }
 
 }  // namespace
 

@@ -17,6 +17,19 @@ struct Pairs {
 
   FASTMOCO_LOCAL static Vec add(Vec sum, Vec a, Vec b) { return _mm512_dpbf16_ps(sum, (__m512bh)a, (__m512bh)b); }
 
+  FASTMOCO_LOCAL static Wide<Pairs> widen(const std::uint32_t* from) {
+    const __m512i pairs = _mm512_loadu_si512(from), upper = _mm512_set1_epi32(static_cast<int>(0xffff0000u));
+    return {{(Vec)_mm512_slli_epi32(pairs, 16), (Vec)_mm512_and_si512(pairs, upper)}};
+  }
+
+  FASTMOCO_LOCAL static void narrow(const Wide<Pairs>& numbers, std::uint32_t* to) {
+    // The earlier of each pair in the lower half, the later in the upper.
+    const __m512i halves = (__m512i)_mm512_cvtne2ps_pbh(numbers.part[1], numbers.part[0]);
+    const __m512i earlier = _mm512_cvtepu16_epi32(_mm512_castsi512_si256(halves));
+    const __m512i later = _mm512_cvtepu16_epi32(_mm512_extracti64x4_epi64(halves, 1));
+    _mm512_storeu_si512(to, _mm512_or_si512(earlier, _mm512_slli_epi32(later, 16)));
+  }
+
   FASTMOCO_LOCAL static void store_two(Vec low, Vec high, std::uint32_t* to) {
     store(reinterpret_cast<float*>(to), (Vec)_mm512_cvtne2ps_pbh(high, low));
   }

@@ -8,6 +8,7 @@
 #include "convolve.h"
 #include "convolve_tiles.h"
 #include "lanes.h"
+#include "winograd_sweep.h"
 
 namespace fastmoco {
 namespace {
@@ -16,7 +17,7 @@ constexpr int kRows = FASTMOCO_ROWS;
 constexpr std::size_t kBlock = kChannelBlock, kPair = 2 * kLanes;
 static_assert(kRows == 4 || kRows == 8, "gather has no tiles of other numbers of rows");
 
-FASTMOCO_LOCAL Vec words(const std::uint32_t* p) { return load(reinterpret_cast<const float*>(p)); }
+FASTMOCO_LOCAL Vec vector(const std::uint32_t* p) { return load(reinterpret_cast<const float*>(p)); }
 
 // The same word in all lanes.
 FASTMOCO_LOCAL Vec word(const std::uint32_t* p) {
@@ -32,6 +33,12 @@ FASTMOCO_LOCAL Vec word(const std::uint32_t* p) {
 struct Floats {
   static constexpr std::size_t kPacked = 1;
 
+  FASTMOCO_LOCAL static Wide<Floats> widen(const std::uint32_t* from) { return {{vector(from)}}; }
+
+  FASTMOCO_LOCAL static void narrow(const Wide<Floats>& numbers, std::uint32_t* to) {
+    store(reinterpret_cast<float*>(to), numbers.part[0]);
+  }
+
   FASTMOCO_LOCAL static Vec add(Vec sum, Vec a, Vec b) { return fma(a, b, sum); }
 
   FASTMOCO_LOCAL static void store_two(Vec low, Vec high, std::uint32_t* to) {
@@ -41,11 +48,11 @@ struct Floats {
 
   FASTMOCO_LOCAL static void join_block(const std::uint32_t* first, const std::uint32_t*, std::uint32_t* to) {
     for (std::size_t i = 0; i < kBlock; i += kLanes)
-      store(reinterpret_cast<float*>(to + i), first == nullptr ? Vec{} : words(first + i));
+      store(reinterpret_cast<float*>(to + i), first == nullptr ? Vec{} : vector(first + i));
   }
 };
 
-template <typename Numbers, int kCount>
+template <typename Numbers, bool kSums, int kCount>
 FASTMOCO_TARGET void gather_rows(const Row* at, const Tap* taps, std::size_t tap_count, std::size_t steps,
                                  const std::uint32_t* weights) {
   for (std::size_t half = 0; half < kBlock; half += kPair) {
@@ -58,7 +65,7 @@ FASTMOCO_TARGET void gather_rows(const Row* at, const Tap* taps, std::size_t tap
       for (int r = 0; r < kCount; ++r) from[r] = at[r].from + taps[t].shift;
       const std::uint32_t* with = weights + taps[t].weights + half;
       for (std::size_t k = 0; k < steps; ++k, with += kBlock) {
-        const Vec left = words(with), right = words(with + kLanes);
+        const Vec left = vector(with), right = vector(with + kLanes);
 #pragma GCC unroll 8
         for (int r = 0; r < kCount; ++r) {
           const Vec number = word(from[r] + k);
@@ -68,24 +75,30 @@ FASTMOCO_TARGET void gather_rows(const Row* at, const Tap* taps, std::size_t tap
       }
     }
 #pragma GCC unroll 8
-    for (int r = 0; r < kCount; ++r) Numbers::store_two(low[r], high[r], at[r].to + half / Numbers::kPacked);
+    for (int r = 0; r < kCount; ++r) {
+      if (kSums) {
+        Floats::store_two(low[r], high[r], at[r].to + half);
+      } else {
+        Numbers::store_two(low[r], high[r], at[r].to + half / Numbers::kPacked);
+      }
+    }
   }
 }
 
-template <typename Numbers>
+template <typename Numbers, bool kSums>
 FASTMOCO_TARGET void gather(const Row* at, std::size_t count, const Tap* taps, std::size_t tap_count, std::size_t steps,
                             const std::uint32_t* weights) {
   switch (count) {
 #if FASTMOCO_ROWS == 8
-    case 8: return gather_rows<Numbers, 8>(at, taps, tap_count, steps, weights);
-    case 7: return gather_rows<Numbers, 7>(at, taps, tap_count, steps, weights);
-    case 6: return gather_rows<Numbers, 6>(at, taps, tap_count, steps, weights);
-    case 5: return gather_rows<Numbers, 5>(at, taps, tap_count, steps, weights);
+    case 8: return gather_rows<Numbers, kSums, 8>(at, taps, tap_count, steps, weights);
+    case 7: return gather_rows<Numbers, kSums, 7>(at, taps, tap_count, steps, weights);
+    case 6: return gather_rows<Numbers, kSums, 6>(at, taps, tap_count, steps, weights);
+    case 5: return gather_rows<Numbers, kSums, 5>(at, taps, tap_count, steps, weights);
 #endif
-    case 4: return gather_rows<Numbers, 4>(at, taps, tap_count, steps, weights);
-    case 3: return gather_rows<Numbers, 3>(at, taps, tap_count, steps, weights);
-    case 2: return gather_rows<Numbers, 2>(at, taps, tap_count, steps, weights);
-    default: return gather_rows<Numbers, 1>(at, taps, tap_count, steps, weights);
+    case 4: return gather_rows<Numbers, kSums, 4>(at, taps, tap_count, steps, weights);
+    case 3: return gather_rows<Numbers, kSums, 3>(at, taps, tap_count, steps, weights);
+    case 2: return gather_rows<Numbers, kSums, 2>(at, taps, tap_count, steps, weights);
+    default: return gather_rows<Numbers, kSums, 1>(at, taps, tap_count, steps, weights);
   }
 }
 
@@ -98,7 +111,7 @@ FASTMOCO_TARGET void reduce(const Run* runs, std::size_t count, std::size_t firs
     for (std::size_t i = 0; i < count; ++i) {
       const std::uint32_t *result = runs[i].result + first, *map = runs[i].map + half;
       for (std::size_t k = 0; k < runs[i].steps; ++k, result += kBlock, map += kBlock) {
-        const Vec left = words(map), right = words(map + kLanes);
+        const Vec left = vector(map), right = vector(map + kLanes);
 #pragma GCC unroll 8
         for (int r = 0; r < kRows; ++r) {
           const Vec number = word(result + r);
@@ -150,8 +163,20 @@ FASTMOCO_TARGET void transpose(const std::uint32_t* rows, std::size_t stride, st
 
 template <typename Numbers>
 constexpr Tiles tiles() {
-  return {Numbers::kPacked, kRows,          gather<Numbers>, reduce<Numbers>,
-          transpose,        join<Numbers>,  finish<Numbers>};
+  return {Numbers::kPacked,
+          kRows,
+          gather<Numbers, false>,
+          gather<Numbers, true>,
+          reduce<Numbers>,
+          transpose,
+          join<Numbers>,
+          finish<Numbers>,
+          spread<Numbers>,
+          spread_kernel<Numbers>,
+          collect<Numbers>,
+          spread_lines<Numbers, false>,
+          spread_lines<Numbers, true>,
+          collect_kernel<Numbers>};
 }
 
 }  // namespace

@@ -1,4 +1,4 @@
-"""Convolution of maps with few places, and its two gradients, on a CPU.
+"""Convolution of channels-last maps, and its two gradients, on a CPU.
 
     y[n, i, j, o] = sum over (k, l, c) of x[n, s i + k - p, s j + l - p, c] weight[o, k, l, c]
 
@@ -17,13 +17,11 @@ from torch import Tensor
 from torch.nn.functional import conv2d
 from torch.nn.grad import conv2d_input, conv2d_weight
 
-from fastmoco.ops import dispatch
+from fastmoco.ops import convolve_native, dispatch
+from fastmoco.ops.convolve_native import CHANNELS, SETS, empty, runs_native
 from fastmoco.ops.library import batched, define, transformed
 from fastmoco.ops.precision import no_autocast
 from fastmoco.ops.unfold import windows
-
-# What channels are taken in, of both maps.
-CHANNELS = 32
 
 # Stride, padding and implementation.
 _How = tuple[Sequence[int], Sequence[int], str | None]
@@ -40,9 +38,10 @@ def convolve(
     """x, (N, C, H, W), convolved with weight, (O, C, K, L): (N, O, H', W') of x's dtype, channels-last.
 
     stride and padding are (vertical, horizontal); H' = (H + 2 padding - K) // stride + 1. Sums are in float32 in
-    bfloat16 and float32, for any number of threads in the same order. Backward passes differentiate it any number of
-    times; torch.func's transforms and forward mode do not. `implementation`: "reference" or "native" (on the CPU,
-    float32 with AVX2 or bfloat16 with AVX512-BF16, channels in multiples of 32); None has it chosen.
+    bfloat16 and float32, for any number of threads in the same order. C++ takes Winograd's products where they are the
+    faster (ops/convolve_native.py), which in bfloat16 are rounded once more. Backward passes differentiate it any
+    number of times; torch.func's transforms and forward mode do not. `implementation`: "reference" or "native" (on the
+    CPU, float32 with AVX2 or bfloat16 with AVX512-BF16, channels in multiples of 32); None has it chosen.
 
     Raises ValueError for shapes, dtypes or devices that do not fit, and for a kernel that is larger than the padded
     map; UserError for an implementation that cannot run here; RuntimeError under torch.func's transforms and forward
@@ -67,23 +66,6 @@ def convolve(
         raise ValueError(f"convolve: a {tuple(weight.shape)} does not fit in {tuple(x.shape)} padded by {padding}")
     y: Tensor = _convolve_op(x, weight, stride, padding, implementation)
     return y
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
-# The instruction sets that the C++ implementation has here for maps of either dtype, the best first.
-SETS: dict[torch.dtype, list[str]] = {
-    # An extension that was built before has none.
-    dtype: getattr(dispatch.native, "convolve_sets", lambda _: [])(_name(dtype))
-    for dtype in (torch.bfloat16, torch.float32)
-}
-
-
-def runs_native(dtype: torch.dtype, *channels: int) -> bool:
-    """Whether C++ takes maps of `dtype` and of so many channels, here."""
-    return bool(SETS.get(dtype)) and all(count % CHANNELS == 0 for count in channels)
 
 
 def _pick(
@@ -129,13 +111,9 @@ def _weight_gradient(
     return dweight
 
 
-def _empty(like: Tensor, shape: Sequence[Any]) -> Tensor:
-    return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=torch.channels_last)
-
-
 def _empty_result(x: Tensor, weight: Tensor, stride: Sequence[int], padding: Sequence[int]) -> Tensor:
     down, across = (windows(*of) for of in zip(x.shape[2:], weight.shape[2:], stride, padding, strict=True))
-    return _empty(x, (x.shape[0], weight.shape[0], down, across))
+    return empty(x, (x.shape[0], weight.shape[0], down, across))
 
 
 # A convolution and its two gradients are linear in each of what they take, and the derivatives of one are the others.
@@ -198,14 +176,14 @@ _convolve_op: Any = define(
 _map_gradient_op: Any = define(
     f"convolve_map_gradient(Tensor dy, Tensor weight, SymInt[] shape, {_HOW}",
     _map_gradient,
-    lambda dy, weight, shape, *_: _empty(dy, shape),
+    lambda dy, weight, shape, *_: empty(dy, shape),
     backward=_map_gradients,
     setup_context=_setup_context,
 )
 _weight_gradient_op: Any = define(
     f"convolve_weight_gradient(Tensor x, Tensor dy, SymInt[] shape, {_HOW}",
     _weight_gradient,
-    lambda x, dy, shape, *_: _empty(x, shape),
+    lambda x, dy, shape, *_: empty(x, shape),
     backward=_weight_gradients,
     setup_context=_setup_context,
 )
@@ -222,7 +200,7 @@ def reference_map_gradient(
 ) -> Tensor:
     """Any device and dtype: the definition."""
     with no_autocast(dy):
-        return _empty(dy, shape).copy_(conv2d_input(list(shape), weight, dy, stride, padding))
+        return empty(dy, shape).copy_(conv2d_input(list(shape), weight, dy, stride, padding))
 
 
 def reference_weight_gradient(
@@ -230,65 +208,13 @@ def reference_weight_gradient(
 ) -> Tensor:
     """Any device and dtype: the definition."""
     with no_autocast(x):
-        return _empty(x, shape).copy_(conv2d_weight(x, list(shape), dy, stride, padding))
-
-
-def _as_words(tensor: Tensor) -> Tensor:
-    """`tensor` where words of 4 bytes can be read, which a part of a bfloat16 tensor may not be."""
-    return tensor if tensor.data_ptr() % 4 == 0 else tensor.clone()
-
-
-def _call(
-    name: str,
-    tensors: tuple[Tensor, Tensor],
-    result: Tensor,
-    map_shape: Sequence[int],
-    weight_shape: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int],
-) -> Tensor:
-    """`result`, filled by the C++ function of that name."""
-    first, second = (_as_words(tensor.contiguous(memory_format=torch.channels_last)) for tensor in tensors)
-    n, c, h, w = map_shape
-    getattr(dispatch.native, name)(
-        first.data_ptr(),
-        second.data_ptr(),
-        result.data_ptr(),
-        map=(n, h, w, c),
-        out=weight_shape[0],
-        kernel=tuple(weight_shape[2:]),
-        stride=tuple(stride),
-        padding=tuple(padding),
-        dtype=_name(first.dtype),
-        instruction_set=SETS[first.dtype][0],
-        threads=torch.get_num_threads(),
-    )
-    return result
-
-
-def _native(x: Tensor, weight: Tensor, stride: Sequence[int], padding: Sequence[int]) -> Tensor:
-    y = _empty_result(x, weight, stride, padding)
-    return _call("convolve", (x, weight), y, x.shape, weight.shape, stride, padding)
-
-
-def _native_map_gradient(
-    dy: Tensor, weight: Tensor, shape: Sequence[int], stride: Sequence[int], padding: Sequence[int]
-) -> Tensor:
-    dx = _empty(dy, shape)
-    return _call("convolve_map_gradient", (dy, weight), dx, shape, weight.shape, stride, padding)
-
-
-def _native_weight_gradient(
-    x: Tensor, dy: Tensor, shape: Sequence[int], stride: Sequence[int], padding: Sequence[int]
-) -> Tensor:
-    dweight = _empty(x, shape)
-    return _call("convolve_weight_gradient", (x, dy), dweight, x.shape, shape, stride, padding)
+        return empty(x, shape).copy_(conv2d_weight(x, list(shape), dy, stride, padding))
 
 
 _IMPLEMENTATIONS: tuple[tuple[str, Callable[..., Tensor], Callable[..., Tensor]], ...] = (
-    ("convolve", reference, _native),
-    ("convolve_map_gradient", reference_map_gradient, _native_map_gradient),
-    ("convolve_weight_gradient", reference_weight_gradient, _native_weight_gradient),
+    ("convolve", reference, convolve_native.convolve),
+    ("convolve_map_gradient", reference_map_gradient, convolve_native.map_gradient),
+    ("convolve_weight_gradient", reference_weight_gradient, convolve_native.weight_gradient),
 )
 for _operation, _definition, _fast in _IMPLEMENTATIONS:
     dispatch.register_native(
