@@ -308,3 +308,10 @@ def test_an_encoder_keeps_its_names_and_its_output(dtype: torch.dtype) -> None:
         if dtype == torch.float32:
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
         assert torch.nn.functional.cosine_similarity(a.float().flatten(), b.float().flatten(), dim=0) > 0.999
+
+
+def test_what_does_not_fit_is_left_to_torch() -> None:
+    assert wide(32, bias=False)._form(small(4, channels=32)) != "torch"
+    assert wide(32, bias=False).to("meta")._form(small(4, channels=32)) == "torch"
+    with pytest.raises(RuntimeError, match="channels"):
+        wide(32, bias=False)(small(4, channels=64))

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from fastmoco.ops.convolve import convolve
+from fastmoco.ops.convolve import convolve_unchecked
 from fastmoco.ops.convolve_native import fewer_products, runs_native
 from fastmoco.ops.library import left_to_torch
 from fastmoco.ops.unfold import unfold, windows
+
+Form = Literal["torch", "product", "convolve"]
 
 # Whether this processor multiplies bfloat16 in tiles (AMX), several times as fast as in vectors: zeros too.
 TILES = torch.cpu.get_capabilities().get("amx_bf16", False)
@@ -49,7 +51,8 @@ class Convolution(nn.Conv2d):
         if form == "product":
             return self._product(x)
         # Another dtype than the map's they have under autocast alone, which would cast them for torch's.
-        return convolve(x, self.weight.to(x.dtype), stride=self.stride, padding=self._border())
+        y: Tensor = convolve_unchecked(x, self.weight.to(x.dtype), self.stride, self._border(), None)
+        return y
 
     def _product(self, x: Tensor) -> Tensor:
         kernel, stride, padding = self.kernel_size, self.stride, self._border()
@@ -66,9 +69,11 @@ class Convolution(nn.Conv2d):
         assert not isinstance(self.padding, str)
         return self.padding
 
-    def _form(self, x: Tensor) -> Literal["torch", "product", "convolve"]:
+    def _form(self, x: Tensor) -> Form:
         """By what a map is convolved the fastest."""
-        if x.device.type != "cpu" or x.dtype not in (torch.bfloat16, torch.float32, torch.float64) or x.ndim != 4:
+        if x.device.type != "cpu" or x.dtype not in (torch.bfloat16, torch.float32, torch.float64):
+            return "torch"
+        if x.ndim != 4 or x.shape[1] != self.in_channels or self.weight.device != x.device:
             return "torch"
         if x.dtype != (torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else self.weight.dtype):
             return "torch"
@@ -76,7 +81,20 @@ class Convolution(nn.Conv2d):
             return "torch"
         if left_to_torch() or not x.is_contiguous(memory_format=torch.channels_last):
             return "torch"
-        sides = [side + 2 * pad for side, pad in zip(x.shape[2:], self.padding, strict=True)]
+        if torch.compiler.is_compiling():
+            return self._fastest(x)
+        # A step asks for the same maps again, and the answer takes as long as a small convolution.
+        known: dict[Any, Form] = self.__dict__.setdefault("_known", {})
+        case = x.shape, x.dtype, self.stride, self.padding
+        form = known.get(case)
+        if form is None:
+            if len(known) == 100:
+                known.clear()
+            form = known[case] = self._fastest(x)
+        return form
+
+    def _fastest(self, x: Tensor) -> Form:
+        sides = [side + 2 * pad for side, pad in zip(x.shape[2:], self._border(), strict=True)]
         if x.numel() == 0 or any(side < kernel for side, kernel in zip(sides, self.kernel_size, strict=True)):
             # Refused by torch, some of them.
             return "torch"

@@ -6,22 +6,23 @@ import torch
 from torch import Tensor, nn
 
 from fastmoco.ops import dispatch
-from fastmoco.ops.batch_norm import batch_norm
+from fastmoco.ops.batch_norm import batch_norm_unchecked
 from fastmoco.ops.library import left_to_torch
 
 
 class FusedBatchNorm2d(nn.BatchNorm2d):
-    """torch's BatchNorm2d, which the addition and the ReLU behind it can be part of."""
+    """torch's BatchNorm2d, by ops.batch_norm for maps that `_fuses`, where the addition and the ReLU behind it can be
+    part of it."""
 
     def forward(self, x: Tensor, residual: Tensor | None = None, *, relu: bool = False) -> Tensor:
         """A map (N, C, H, W) normalised; with `relu`, of maps that `_fuses`, `relu(norm(x) + residual)`."""
-        if not relu:
+        if not relu and not _fuses(self, x, None):
             return super().forward(x)
         assert self.running_mean is not None and self.running_var is not None and self.momentum is not None
-        y, statistics = batch_norm(x, self.weight, self.bias, residual=residual, relu=True, epsilon=self.eps)
-        mean, _, variance = statistics.unbind()
-        self.running_mean.lerp_(mean, self.momentum)
-        self.running_var.lerp_(variance, self.momentum)
+        y, statistics = batch_norm_unchecked(x, self.weight, self.bias, residual, relu, self.eps, None)
+        assert isinstance(y, Tensor)
+        self.running_mean.lerp_(statistics[0], self.momentum)
+        self.running_var.lerp_(statistics[2], self.momentum)
         assert self.num_batches_tracked is not None
         self.num_batches_tracked.add_(1)
         return y
@@ -55,10 +56,12 @@ def _fuses(norm: FusedBatchNorm2d, x: Tensor, residual: Tensor | None) -> bool:
         return False
     if x.device.type != "cpu" or x.ndim != 4 or dispatch.native is None or left_to_torch():
         return False
+    if x.shape[1] != norm.num_features or norm.weight.device != x.device:
+        return False
     if x.dtype != torch.bfloat16 and not (x.dtype == torch.float32 and x.numel() >= LARGE):
         return False
     if norm.running_mean is None or norm.running_mean.dtype != torch.float32:
         return False
-    if residual is not None and (residual.dtype != x.dtype or residual.shape != x.shape):
+    if residual is not None and (residual.dtype != x.dtype or residual.shape != x.shape or residual.device != x.device):
         return False
     return x.is_contiguous(memory_format=torch.channels_last) and x.numel() > x.shape[1]

@@ -65,7 +65,7 @@ def batch_norm(
         raise ValueError(f"batch_norm: dtypes must be floating, not {x.dtype}, {weight.dtype} and {bias.dtype}")
     if any(tensor is not None and tensor.device != x.device for tensor in (weight, bias, residual)):
         raise ValueError(f"batch_norm: weight, bias and residual must be on x's device, {x.device}")
-    y, statistics = _forward_op(x, weight, bias, residual, relu, epsilon, implementation)
+    y, statistics = batch_norm_unchecked(x, weight, bias, residual, relu, epsilon, implementation)
     return y, statistics
 
 
@@ -159,7 +159,8 @@ def _differentiable_gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]
     return *gradients, g if ctx.needs_input_grad[3] else None, None, None, None
 
 
-_forward_op = define(
+# `batch_norm` without its checks, for what has made them.
+batch_norm_unchecked: Any = define(
     "batch_norm(Tensor x, Tensor weight, Tensor bias, Tensor? residual, bool relu, float epsilon, "
     "str? implementation) -> (Tensor, Tensor)",
     _forward,

@@ -50,6 +50,14 @@ class Implementation:
     dtypes: tuple[torch.dtype, ...] | None = None
     preferred: bool = False
 
+    def runs(self, device_type: str, dtype: torch.dtype) -> bool:
+        """Whether it can run on tensors of `device_type` and `dtype`."""
+        return (
+            not self.missing
+            and (self.device_types is None or device_type in self.device_types)
+            and (self.dtypes is None or dtype in self.dtypes)
+        )
+
     def refusal(self, device_type: str, dtype: torch.dtype) -> str:
         """Why this implementation cannot run on tensors of `device_type` and `dtype`; "" when it can."""
         if self.missing:
@@ -125,7 +133,7 @@ def pick(operation: str, tensor: torch.Tensor, implementation: str | None = None
     implementations = _registry[operation]
     device_type, dtype = tensor.device.type, tensor.dtype
     if implementation is None:
-        return implementations[_choose(operation, device_type, dtype).chosen].function
+        return next(known.function for known in implementations.values() if known.runs(device_type, dtype))
     if implementation in implementations:
         # Triton's interpreter runs kernels on CPU tensors: slow enough that it has to be asked for.
         interpreted = implementation == "triton" and device_type == "cpu" and _triton_interprets()

@@ -60,9 +60,14 @@ class Operation:
 
     def __call__(self, *args: Any) -> Any:
         """What the operation returns."""
-        if watched() or not all(_plain(value) for value in args):
+        if watched():
             return self.overload(*args)
-        if torch.is_grad_enabled() and any(isinstance(value, Tensor) and value.requires_grad for value in args):
+        trained = False
+        for value in args:
+            if not _plain(value):
+                return self.overload(*args)
+            trained = trained or (isinstance(value, Tensor) and value.requires_grad)
+        if trained and torch.is_grad_enabled():
             return (self.overload if self.gradient is None else self.gradient.apply)(*args)
         return self.function(*args)
 
