@@ -23,11 +23,11 @@ struct Pairs {
   }
 
   FASTMOCO_LOCAL static void narrow(const Wide<Pairs>& numbers, std::uint32_t* to) {
-    // The earlier of each pair in the lower half, the later in the upper.
+    // The earlier of each pair in the lower half of a word, the later in the upper.
+    const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6,
+                                           21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
     const __m512i halves = (__m512i)_mm512_cvtne2ps_pbh(numbers.part[1], numbers.part[0]);
-    const __m512i earlier = _mm512_cvtepu16_epi32(_mm512_castsi512_si256(halves));
-    const __m512i later = _mm512_cvtepu16_epi32(_mm512_extracti64x4_epi64(halves, 1));
-    _mm512_storeu_si512(to, _mm512_or_si512(earlier, _mm512_slli_epi32(later, 16)));
+    _mm512_storeu_si512(to, _mm512_permutexvar_epi16(order, halves));
   }
 
   FASTMOCO_LOCAL static void store_two(Vec low, Vec high, std::uint32_t* to) {

@@ -49,8 +49,10 @@ struct Tiles {
   void (*finish)(const float* sums, std::uint32_t* to);
 
   // Winograd's transforms (csrc/winograd.h), of `steps` words at each place, a multiple of 16.
-  // to[t * stride] of 16 taps <- B^T d B, d being 4 x 4 places.
-  void (*spread)(const std::uint32_t* const* from, std::size_t steps, std::uint32_t* to, std::size_t stride);
+  // to[i * step + t * stride], of tile i of `count` side by side and of 16 taps t, <- B^T d B, d being 4 x 4 places of
+  // the 4 x (2 count + 2) that `from` names.
+  void (*spread)(const std::uint32_t* const* from, std::size_t count, std::size_t steps, std::uint32_t* to,
+                 std::size_t step, std::size_t stride);
   // to (16, steps) <- G g G^T, g being 3 x 3 taps that lie `tap` apart.
   void (*spread_kernel)(const std::uint32_t* taps, std::size_t tap, std::size_t steps, std::uint32_t* to);
   // 32 numbers at each of 2 x 2 places <- A^T m A, m being 16 times 32 sums, `stride` apart; no place where it is null.

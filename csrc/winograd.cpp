@@ -49,6 +49,8 @@ class Winograd {
     const std::unique_ptr<std::uint32_t[]> scratches(new std::uint32_t[threads_ * scratch]);
     const std::unique_ptr<float[]> all_sums(new float[threads_ * kTaps * tiles_.rows * kChannelBlock]);
     const std::vector<std::uint32_t> zeros(row);
+    std::vector<std::vector<const std::uint32_t*>> all_places(
+        threads_, std::vector<const std::uint32_t*>(4 * (2 * std::min(size, across_) + 2)));
 #pragma omp parallel num_threads(static_cast<int>(threads_)) if (threads_ > 1)
     {
 #if defined(_OPENMP)
@@ -57,6 +59,7 @@ class Winograd {
       const std::size_t thread = 0;
 #endif
       std::uint32_t* const own = scratches.get() + thread * scratch;
+      std::vector<const std::uint32_t*>& places = all_places[thread];
       float* const sums = all_sums.get() + thread * kTaps * tiles_.rows * kChannelBlock;
 #pragma omp for schedule(dynamic, 1)
       for (std::size_t i = 0; i < blocks * chunks; ++i)
@@ -64,8 +67,11 @@ class Winograd {
 #pragma omp for schedule(dynamic, 1)
       for (std::size_t i = 0; i < parts; ++i) {
         const std::size_t begin = i * size, end = std::min(count, begin + size);
-        for (std::size_t tile = begin; tile < end; ++tile)
-          spread(tile, from, zeros.data(), own + (tile - begin) * row, size * row);
+        for (std::size_t tile = begin, next; tile < end; tile = next) {
+          // As many as are side by side.
+          next = std::min(end, tile - tile % across_ + across_);
+          spread(tile, next - tile, from, zeros.data(), places.data(), own + (tile - begin) * row, size * row);
+        }
         for (std::size_t b = 0; b < blocks; ++b) {
           for (std::size_t first = begin; first < end; first += tiles_.rows)
             multiply(own + (first - begin) * row, size * row, weights.get() + b * block, sums, first,
@@ -84,21 +90,20 @@ class Winograd {
     return {above / down_, above % down_, tile % across_};
   }
 
-  void spread(std::size_t tile, const std::uint32_t* from, const std::uint32_t* zeros, std::uint32_t* to,
-              std::size_t stride) const {
+  void spread(std::size_t tile, std::size_t count, const std::uint32_t* from, const std::uint32_t* zeros,
+              const std::uint32_t** places, std::uint32_t* to, std::size_t stride) const {
     const Place at = place(tile);
     const auto height = static_cast<std::ptrdiff_t>(from_.height), width = static_cast<std::ptrdiff_t>(from_.width);
     const std::ptrdiff_t top = static_cast<std::ptrdiff_t>(2 * at.y) - pad_h_;
     const std::ptrdiff_t left = static_cast<std::ptrdiff_t>(2 * at.x) - pad_w_;
-    const std::uint32_t* places[kTaps];
-    for (std::ptrdiff_t y = 0; y < 4; ++y) {
-      for (std::ptrdiff_t x = 0; x < 4; ++x) {
-        const bool inside = top + y >= 0 && top + y < height && left + x >= 0 && left + x < width;
-        const auto index = (static_cast<std::ptrdiff_t>(at.image) * height + top + y) * width + left + x;
-        places[4 * y + x] = inside ? from + static_cast<std::size_t>(index) * from_.words : zeros;
+    const auto columns = static_cast<std::ptrdiff_t>(2 * count + 2);
+    for (std::ptrdiff_t y = top; y < top + 4; ++y) {
+      for (std::ptrdiff_t x = left; x < left + columns; ++x) {
+        const bool inside = y >= 0 && y < height && x >= 0 && x < width;
+        *places++ = inside ? from + from_.at(at.image, static_cast<std::size_t>(y), static_cast<std::size_t>(x)) : zeros;
       }
     }
-    tiles_.spread(places, from_.words, to, stride);
+    tiles_.spread(places - 4 * columns, count, from_.words, to, from_.words, stride);
   }
 
   void multiply(const std::uint32_t* spread, std::size_t stride, const std::uint32_t* weights, float* sums,

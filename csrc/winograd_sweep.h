@@ -49,10 +49,10 @@ FASTMOCO_LOCAL Wide<Numbers> half(const Wide<Numbers>& a) {
   return of;
 }
 
-// Row `kRow` of B^T d for one column of four places.
+// Row `kRow` of B^T d for one column of four places, `line` pointers apart.
 template <typename Numbers, int kRow>
-FASTMOCO_LOCAL Wide<Numbers> map_row(const std::uint32_t* const* column, std::size_t at) {
-  const auto place = [&](int row) FASTMOCO_TARGET { return Numbers::widen(column[4 * row] + at); };
+FASTMOCO_LOCAL Wide<Numbers> map_row(const std::uint32_t* const* column, std::size_t line, std::size_t at) {
+  const auto place = [&](std::size_t row) FASTMOCO_TARGET { return Numbers::widen(column[row * line] + at); };
   if (kRow == 0) return place(0) - place(2);
   if (kRow == 1) return place(1) + place(2);
   if (kRow == 2) return place(2) - place(1);
@@ -60,24 +60,31 @@ FASTMOCO_LOCAL Wide<Numbers> map_row(const std::uint32_t* const* column, std::si
 }
 
 template <typename Numbers, int kRow>
-FASTMOCO_LOCAL void spread_row(const std::uint32_t* const* from, std::size_t at, std::uint32_t* to,
-                               std::size_t stride) {
-  const auto a = map_row<Numbers, kRow>(from, at), b = map_row<Numbers, kRow>(from + 1, at);
-  const auto c = map_row<Numbers, kRow>(from + 2, at), d = map_row<Numbers, kRow>(from + 3, at);
-  Numbers::narrow(a - c, to);
-  Numbers::narrow(b + c, to + stride);
-  Numbers::narrow(c - b, to + 2 * stride);
-  Numbers::narrow(b - d, to + 3 * stride);
+FASTMOCO_LOCAL void spread_row(const std::uint32_t* const* from, std::size_t count, std::size_t at, std::uint32_t* to,
+                               std::size_t step, std::size_t stride) {
+  const std::size_t line = 2 * count + 2;
+  auto a = map_row<Numbers, kRow>(from, line, at), b = map_row<Numbers, kRow>(from + 1, line, at);
+  for (std::size_t tile = 0; tile < count; ++tile, to += step) {
+    // Half of a tile's places are the next one's too.
+    const std::uint32_t* const* const next = from + 2 * tile + 2;
+    const auto c = map_row<Numbers, kRow>(next, line, at), d = map_row<Numbers, kRow>(next + 1, line, at);
+    Numbers::narrow(a - c, to);
+    Numbers::narrow(b + c, to + stride);
+    Numbers::narrow(c - b, to + 2 * stride);
+    Numbers::narrow(b - d, to + 3 * stride);
+    a = c;
+    b = d;
+  }
 }
 
 template <typename Numbers>
-FASTMOCO_TARGET void spread(const std::uint32_t* const* from, std::size_t steps, std::uint32_t* to,
-                            std::size_t stride) {
+FASTMOCO_TARGET void spread(const std::uint32_t* const* from, std::size_t count, std::size_t steps, std::uint32_t* to,
+                            std::size_t step, std::size_t stride) {
   for (std::size_t at = 0; at < steps; at += kLanes) {
-    spread_row<Numbers, 0>(from, at, to + at, stride);
-    spread_row<Numbers, 1>(from, at, to + 4 * stride + at, stride);
-    spread_row<Numbers, 2>(from, at, to + 8 * stride + at, stride);
-    spread_row<Numbers, 3>(from, at, to + 12 * stride + at, stride);
+    spread_row<Numbers, 0>(from, count, at, to + at, step, stride);
+    spread_row<Numbers, 1>(from, count, at, to + 4 * stride + at, step, stride);
+    spread_row<Numbers, 2>(from, count, at, to + 8 * stride + at, step, stride);
+    spread_row<Numbers, 3>(from, count, at, to + 12 * stride + at, step, stride);
   }
 }
 
@@ -166,8 +173,8 @@ FASTMOCO_LOCAL void spread_line(const std::uint32_t* const* from, std::size_t at
         taps[3][tile] = negative(b);
       } else {
         const std::uint32_t* const* const places = from + 16 * tile;
-        const auto a = map_row<Numbers, kRow>(places, at + v), b = map_row<Numbers, kRow>(places + 1, at + v);
-        const auto c = map_row<Numbers, kRow>(places + 2, at + v), d = map_row<Numbers, kRow>(places + 3, at + v);
+        const auto a = map_row<Numbers, kRow>(places, 4, at + v), b = map_row<Numbers, kRow>(places + 1, 4, at + v);
+        const auto c = map_row<Numbers, kRow>(places + 2, 4, at + v), d = map_row<Numbers, kRow>(places + 3, 4, at + v);
         taps[0][tile] = a - c;
         taps[1][tile] = b + c;
         taps[2][tile] = c - b;

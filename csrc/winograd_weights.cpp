@@ -7,13 +7,14 @@
 #include <vector>
 
 #include "convolve_tiles.h"
+#include "platform.h"
 #include "winograd.h"
 
 namespace fastmoco {
 namespace {
 
 // Words of tiles that are transformed at once.
-constexpr std::size_t kSteps = 32;
+constexpr std::size_t kSteps = 48;
 // Sums of this many bytes stay in a core's second cache beside those.
 constexpr std::size_t kNear = 512 * 1024;
 // Units of work are at least so many, where there is as much: one that is held up leaves the others more of them.
@@ -22,6 +23,10 @@ constexpr std::size_t kUnits = 32;
 constexpr std::size_t kLeast = 8 * kSteps;
 
 constexpr std::size_t kBlock = kChannelBlock, kSquare = kBlock * kBlock;
+
+FASTMOCO_CLONES void add_square(const float* from, float* to) {
+  for (std::size_t i = 0; i < kSquare; ++i) to[i] += from[i];
+}
 
 // The gradient to the transformed kernel is, for each tap, the products of the transformed map with the transformed
 // gradient to the result, summed over all tiles: (16, blocks of 32 channels of the result, of the map, 32, 32).
@@ -86,10 +91,7 @@ class Sums {
   void finish(std::size_t out, std::size_t in, std::uint32_t* to) {
     for (std::size_t t = 0; t < kTaps; ++t) {
       float* const sums = at(0, t, out, in);
-      for (std::size_t chunk = 1; chunk < chunks_; ++chunk) {
-        const float* const more = at(chunk, t, out, in);
-        for (std::size_t i = 0; i < kSquare; ++i) sums[i] += more[i];
-      }
+      for (std::size_t chunk = 1; chunk < chunks_; ++chunk) add_square(at(chunk, t, out, in), sums);
     }
     for (std::size_t r = 0; r < kBlock; ++r) {
       // Numbers that share words come apart as all the first and then all the second.
