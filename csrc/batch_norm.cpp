@@ -9,8 +9,12 @@
 namespace fastmoco {
 namespace {
 
-// A tile is what a thread takes at a time. Its size depends on nothing, so that neither do the sums.
-constexpr std::size_t kRows = 256, kColumns = 256;
+// A tile is what a thread takes at a time: whole rows, which are read as they lie in memory, of maps as wide as those of
+// residual networks. Its size depends on the channels alone, so that sums do not depend on the threads.
+constexpr std::size_t kColumns = 2048;
+std::size_t rows_of_tile(std::size_t channels) {
+  return std::clamp<std::size_t>(65536 / std::max<std::size_t>(1, channels), 32, 256) / kGroup * kGroup;
+}
 
 // Below this a second thread costs more to wake than it saves (elements).
 constexpr std::size_t kGrain = 32768;
@@ -20,14 +24,15 @@ constexpr std::size_t kGrain = 32768;
 // in the order of the first and by the same threads, so that a map as large as the caches is still there.
 template <typename First, typename Merge, typename Second>
 void two_passes(const Pixels& map, const First& first, const Merge& merge, const Second& second) {
-  const std::size_t down = (map.rows + kRows - 1) / kRows, across = (map.channels + kColumns - 1) / kColumns;
+  const std::size_t height = rows_of_tile(map.channels);
+  const std::size_t down = (map.rows + height - 1) / height, across = (map.channels + kColumns - 1) / kColumns;
   const std::size_t tiles = down * across;
   std::vector<float> numbers(2 * down * map.channels);
   float* const low = numbers.data();
   float* const high = low + down * map.channels;
   const auto tile = [&](std::size_t i) {
-    const std::size_t row = i / across * kRows, column = i % across * kColumns;
-    return Tile{row * map.channels + column, column, std::min(kRows, map.rows - row),
+    const std::size_t row = i / across * height, column = i % across * kColumns;
+    return Tile{row * map.channels + column, column, std::min(height, map.rows - row),
                 std::min(kColumns, map.channels - column), map.channels};
   };
   const auto place = [&](std::size_t i) { return i / across * map.channels + i % across * kColumns; };
@@ -51,10 +56,11 @@ void batch_norm_forward(const T* x, const T* residual, T* y, const Channels& k, 
                         bool relu, const Pixels& map) {
   const NormTiles<T>& tiles = norm_tiles<T>(map.channels);
   const auto statistics_of = [&](const Tile& t, float* mean, float* squares) { tiles.statistics(x, mean, squares, t); };
+  const std::size_t height = rows_of_tile(map.channels);
   const auto merge = [&](std::size_t c, const float* means, const float* squares, std::size_t down) {
     double mean = 0, square = 0;
     for (std::size_t i = 0; i < down; ++i) {
-      const std::size_t before = i * kRows, after = std::min(before + kRows, map.rows);
+      const std::size_t before = i * height, after = std::min(before + height, map.rows);
       const double share = static_cast<double>(after - before) / static_cast<double>(after);
       const double step = means[i * map.channels] - mean;
       mean += share * step;

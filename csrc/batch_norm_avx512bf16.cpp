@@ -38,16 +38,31 @@ struct Columns {
   Vec mean, scale, bias;
 };
 
-// Calls step.at<number of rows>(first element, first column) for the tile's rows in groups, 32 columns at a time.
+// Rows of so many columns are too long for the processor to see by itself that eight are read side by side: twice the
+// time for maps of 256 channels that are not in the caches.
+constexpr std::size_t kLong = 128;
+
+// Calls step.at<number of rows>(first element, first column) for the tile's rows in groups, 32 columns at a time. Long
+// rows of the next group are asked for meanwhile, as they lie in memory.
 template <typename Step>
 FASTMOCO_LOCAL void by_group(const Step& step, const Tile& t) {
   std::size_t row = 0;
   for (; row + kGroup <= t.rows; row += kGroup) {
-    for (std::size_t c = 0; c < t.width; c += 32) step.template at<kGroup>(row, c);
+    std::size_t ahead = row + kGroup;
+    for (std::size_t c = 0; c < t.width; c += 32) {
+      const std::size_t until = std::min(t.rows, row + kGroup + (c + 32) * kGroup / t.width);
+      for (; t.width >= kLong && ahead < until; ++ahead) step.ask(t.offset + ahead * t.stride);
+      step.template at<kGroup>(row, c);
+    }
   }
   for (; row < t.rows; ++row) {
     for (std::size_t c = 0; c < t.width; c += 32) step.template at<1>(row, c);
   }
+}
+
+// Asks for a row of `map` that is wanted soon.
+FASTMOCO_LOCAL void ask_for(const std::uint16_t* map, const Tile& t) {
+  for (std::size_t c = 0; c < t.width; c += 32) _mm_prefetch(reinterpret_cast<const char*>(map + c), _MM_HINT_T0);
 }
 
 struct Statistics {
@@ -66,6 +81,8 @@ struct Statistics {
       store(squares + c, load(squares + c) + fma(splat(between), step * step, square));
     }
   }
+
+  FASTMOCO_LOCAL void ask(std::size_t first) const { ask_for(x + first, t); }
 
   const std::uint16_t* x;
   float *mean, *squares;
@@ -88,6 +105,11 @@ struct Apply {
     Vec value = columns.normalised(widened(x + i));
     if constexpr (kResidual) value += widened(residual + i);
     return kRelu ? where_positive(value, value) : value;
+  }
+
+  FASTMOCO_LOCAL void ask(std::size_t first) const {
+    ask_for(x + first, t);
+    if constexpr (kResidual) ask_for(residual + first, t);
   }
 
   const std::uint16_t *x, *residual;
@@ -142,6 +164,12 @@ struct Sum {
     return gradient_of<Act::kNone>({dresidual, from.x, nullptr}, columns, i);
   }
 
+  FASTMOCO_LOCAL void ask(std::size_t first) const {
+    ask_for(from.dy + first, t);
+    ask_for(from.x + first, t);
+    if constexpr (kAct == Act::kResidualRelu) ask_for(from.y + first, t);
+  }
+
   const Behind<std::uint16_t>& from;
   std::uint16_t* dresidual;
   float *sum, *along;
@@ -164,6 +192,11 @@ struct Write {
       store_rounded(low.scale * (a.g - fma(a.centred, slopes[0], levels[0])),
                     high.scale * (b.g - fma(b.centred, slopes[1], levels[1])), dx + i);
     }
+  }
+
+  FASTMOCO_LOCAL void ask(std::size_t first) const {
+    ask_for(from.dy + first, t);
+    ask_for(from.x + first, t);
   }
 
   const Behind<std::uint16_t>& from;
