@@ -25,7 +25,7 @@ SHAPES = [(2, 3, 1, 1), (3, 1, 5, 7), (2, 257, 3, 1), (5, 33, 8, 13), (2, 300, 1
 # Of channels in whole vectors, for which bfloat16 has instructions of its own on some processors.
 SHAPES += [(3, 32, 5, 7), (5, 32, 8, 13), (3, 288, 9, 1), (2, 320, 17, 16)]
 # More than a tile is wide.
-SHAPES += [(2, 2101, 3, 1), (3, 2080, 7, 2)]
+SHAPES += [(2, 2101, 9, 5), (3, 2080, 7, 4)]
 NAMES = ("x", "weight", "bias", "residual")
 # Half a unit in the last place.
 ROUNDING = {torch.bfloat16: 2**-8, torch.float32: 2**-24}
