@@ -84,10 +84,10 @@ def test_products_give_the_same_map_and_gradients(
         x = short(x)
     if dtype == torch.bfloat16:
         with torch.autocast("cpu", dtype=dtype):
-            assert ours._form(x.contiguous(memory_format=torch.channels_last)) == "product"
+            assert ours.form(x.contiguous(memory_format=torch.channels_last)) == "product"
     else:
         # Chosen for weights a hundred times as large.
-        monkeypatch.setattr(ours, "_form", lambda _: "product")
+        monkeypatch.setattr(ours, "form", lambda _: "product")
     theirs = run(plain, x)
     upstream = short(torch.randn_like(theirs["map"]))
     plain.zero_grad()
@@ -155,7 +155,7 @@ def test_over_few_places_the_map_and_gradients_are_the_same(
     plain, ours = layers(channels, kernel, stride, padding, bias=False)
     x = torch.randn(shape).to(dtype)
     with torch.autocast("cpu", dtype=dtype, enabled=dtype == torch.bfloat16):
-        chosen = ours._form(x.contiguous(memory_format=torch.channels_last))
+        chosen = ours.form(x.contiguous(memory_format=torch.channels_last))
     assert (chosen == "convolve") == bool(SETS[dtype])
     upstream = torch.randn_like(run(plain, x)["map"])
     plain.zero_grad()
@@ -174,7 +174,7 @@ def test_few_places_are_those_of_a_map_with_a_kernel_over_them(monkeypatch: pyte
     def form(channels: tuple[int, int], side: int, dtype: torch.dtype = torch.float32, **options: object) -> str:
         layer = Convolution(*channels, **({"kernel_size": 3, "padding": 1, "bias": False} | options))  # type: ignore[arg-type]
         x = torch.zeros(2, channels[0], side, side, dtype=dtype).contiguous(memory_format=torch.channels_last)
-        return layer.to(dtype)._form(x)
+        return layer.to(dtype).form(x)
 
     assert form((64, 64), 16) == form((32, 96), 2) == form((64, 64), 16, stride=2) == "convolve"
     others = [form((48, 64), 8), form((64, 48), 8), form((64, 64), 36, stride=2), form((64, 64), 8, bias=True)]
@@ -206,7 +206,7 @@ def test_in_wider_types_where_the_weights_outweigh_the_map_by_far(
     monkeypatch.setitem(SETS, torch.float32, [])
 
     def chosen(channels: int, kernel: int, images: int, side: int) -> bool:
-        return wide(channels, kernel, dtype)._form(small(side, images, channels, dtype)) == "product"
+        return wide(channels, kernel, dtype).form(small(side, images, channels, dtype)) == "product"
 
     assert chosen(512, 3, 32, 2) and chosen(512, 3, 64, 4)
     assert not chosen(512, 3, 32, 7) and not chosen(256, 3, 32, 4) and not chosen(64, 3, 32, 16)
@@ -215,13 +215,13 @@ def test_in_wider_types_where_the_weights_outweigh_the_map_by_far(
 
 
 def test_wide_layers_that_are_none_of_its_own_are_left_to_torch() -> None:
-    assert wide()._form(small(2)) != "torch"
+    assert wide().form(small(2)) != "torch"
     for options in ({"groups": 2}, {"dilation": 2, "padding": 2}, {"padding_mode": "reflect"}, {"padding": "same"}):
-        assert wide(**options)._form(small(2)) == "torch", options  # type: ignore[arg-type]
-    assert wide()._form(small(2).contiguous()) == "torch"
-    assert wide()._form(small(2)[0]) == "torch"
+        assert wide(**options).form(small(2)) == "torch", options  # type: ignore[arg-type]
+    assert wide().form(small(2).contiguous()) == "torch"
+    assert wide().form(small(2)[0]) == "torch"
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert wide()._form(small(2)) == "torch" and wide()._form(small(2).bfloat16()) != "torch"
+        assert wide().form(small(2)) == "torch" and wide().form(small(2).bfloat16()) != "torch"
 
 
 @pytest.mark.parametrize("side", [4, 40])
@@ -247,7 +247,7 @@ def test_a_map_smaller_than_its_kernel_is_refused_as_by_torch() -> None:
 
 def test_traced_exported_and_mapped_layers_hold_for_any_number_of_images() -> None:
     layer, x = wide().eval(), small(2)
-    assert layer._form(x) != "torch"
+    assert layer.form(x) != "torch"
     traced = torch.jit.trace(layer, x)  # type: ignore[no-untyped-call]
     batch = torch.export.Dim("batch", min=2, max=64)
     exported = torch.export.export(layer, (x,), dynamic_shapes=({0: batch},)).module()
@@ -262,7 +262,7 @@ def test_traced_exported_and_mapped_layers_hold_for_any_number_of_images() -> No
 def test_compiled_it_keeps_its_form(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(convolution, "runs_native", lambda *_: form == "convolve")
     layer, x = wide(bias=False).eval(), small(2)
-    assert layer._form(x) == form
+    assert layer.form(x) == form
     graphs: list[str] = []
 
     def backend(module: torch.fx.GraphModule, _: object) -> torch.fx.GraphModule:
@@ -282,7 +282,7 @@ def test_transforms_differentiate() -> None:
         return layer(x).square().sum()
 
     (wanted,) = torch.autograd.grad(loss(x.requires_grad_()), x)
-    assert layer._form(x) != "torch"
+    assert layer.form(x) != "torch"
     torch.testing.assert_close(torch.func.grad(loss)(x.detach()), wanted, rtol=1e-4, atol=1e-4)
     x = x.detach()
     _, along = torch.func.jvp(loss, (x,), (x,))
@@ -311,7 +311,7 @@ def test_an_encoder_keeps_its_names_and_its_output(dtype: torch.dtype) -> None:
 
 
 def test_what_does_not_fit_is_left_to_torch() -> None:
-    assert wide(32, bias=False)._form(small(4, channels=32)) != "torch"
-    assert wide(32, bias=False).to("meta")._form(small(4, channels=32)) == "torch"
+    assert wide(32, bias=False).form(small(4, channels=32)) != "torch"
+    assert wide(32, bias=False).to("meta").form(small(4, channels=32)) == "torch"
     with pytest.raises(RuntimeError, match="channels"):
         wide(32, bias=False)(small(4, channels=64))

@@ -70,7 +70,7 @@ def test_a_resnet50s_arithmetic_is_the_known_one() -> None:
 @pytest.mark.parametrize("method", ["moco", "mse", "barlow"])
 def test_activations_are_those_that_a_real_step_keeps(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
     # As on a GPU, where no convolution is a product that keeps a copy of each place's neighbourhood.
-    monkeypatch.setattr(Convolution, "_form", lambda *_: "torch")
+    monkeypatch.setattr(Convolution, "form", lambda *_: "torch")
     config = small_config(Path(), Path(), method=method)
     counted = count(config.model, config.loss, size=32, rows=4, precision="fp32").kept
     module = MomentumContrast(config.model, config.loss, seed=0).to(memory_format=torch.channels_last)

@@ -45,7 +45,7 @@ class Convolution(nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C_in, H, W) -> (N, C_out, H', W')."""
-        form = self._form(x)
+        form = self.form(x)
         if form == "torch":
             return super().forward(x)
         if form == "product":
@@ -69,11 +69,11 @@ class Convolution(nn.Conv2d):
         assert not isinstance(self.padding, str)
         return self.padding
 
-    def _form(self, x: Tensor) -> Form:
+    def form(self, x: Tensor) -> Form:
         """By what a map is convolved the fastest."""
         if x.device.type != "cpu" or x.dtype not in (torch.bfloat16, torch.float32, torch.float64):
             return "torch"
-        if x.ndim != 4 or x.shape[1] != self.in_channels or self.weight.device != x.device:
+        if x.ndim != 4 or x.shape[1] != self.weight.shape[1] or self.weight.device != x.device:
             return "torch"
         if x.dtype != (torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else self.weight.dtype):
             return "torch"

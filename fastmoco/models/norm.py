@@ -18,14 +18,24 @@ class FusedBatchNorm2d(nn.BatchNorm2d):
         """A map (N, C, H, W) normalised; with `relu`, of maps that `_fuses`, `relu(norm(x) + residual)`."""
         if not relu and not _fuses(self, x, None):
             return super().forward(x)
-        assert self.running_mean is not None and self.running_var is not None and self.momentum is not None
         y, statistics = batch_norm_unchecked(x, self.weight, self.bias, residual, relu, self.eps, None)
         assert isinstance(y, Tensor)
+        self.track(statistics)
+        return y
+
+    def track(self, statistics: Tensor) -> None:
+        """The running statistics go on with those of a batch, as ops.batch_norm gives them."""
+        assert self.running_mean is not None and self.running_var is not None and self.momentum is not None
         self.running_mean.lerp_(statistics[0], self.momentum)
         self.running_var.lerp_(statistics[2], self.momentum)
         assert self.num_batches_tracked is not None
         self.num_batches_tracked.add_(1)
-        return y
+
+    def takes_batches(self) -> bool:
+        """Whether it is set to take the statistics of batches and to follow them, as ops.batch_norm does."""
+        if not (self.training and self.affine and self.track_running_stats) or self.momentum is None:
+            return False
+        return self.running_mean is not None and self.running_mean.dtype == torch.float32
 
 
 def normalize_relu(norm: nn.Module, relu: nn.Module, x: Tensor, residual: Tensor | None = None) -> Tensor:
@@ -52,15 +62,13 @@ LARGE = 2**17
 
 
 def _fuses(norm: FusedBatchNorm2d, x: Tensor, residual: Tensor | None) -> bool:
-    if not (norm.training and norm.affine and norm.track_running_stats) or norm.momentum is None:
+    if not norm.takes_batches():
         return False
     if x.device.type != "cpu" or x.ndim != 4 or dispatch.native is None or left_to_torch():
         return False
     if x.shape[1] != norm.num_features or norm.weight.device != x.device:
         return False
     if x.dtype != torch.bfloat16 and not (x.dtype == torch.float32 and x.numel() >= LARGE):
-        return False
-    if norm.running_mean is None or norm.running_mean.dtype != torch.float32:
         return False
     if residual is not None and (residual.dtype != x.dtype or residual.shape != x.shape or residual.device != x.device):
         return False

@@ -11,6 +11,7 @@ from typing import cast
 from torch import Tensor, nn
 
 from fastmoco.models.convolution import Convolution
+from fastmoco.models.convolve_norm import convolve_normalize_relu
 from fastmoco.models.norm import FusedBatchNorm2d, normalize_relu
 
 
@@ -31,8 +32,8 @@ class BasicBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, channels, H, W) -> (N, width, H / stride, W / stride)."""
-        y = normalize_relu(self.bn1, self.relu, self.conv1(x))
-        return normalize_relu(self.bn2, self.relu, self.conv2(y), _shortcut(self.downsample, x))
+        y = convolve_normalize_relu(self.conv1, self.bn1, self.relu, x)
+        return convolve_normalize_relu(self.conv2, self.bn2, self.relu, y, _shortcut(self.downsample, x))
 
 
 class Bottleneck(nn.Module):
@@ -54,9 +55,9 @@ class Bottleneck(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, channels, H, W) -> (N, 4 width, H / stride, W / stride)."""
-        y = normalize_relu(self.bn1, self.relu, self.conv1(x))
-        y = normalize_relu(self.bn2, self.relu, self.conv2(y))
-        return normalize_relu(self.bn3, self.relu, self.conv3(y), _shortcut(self.downsample, x))
+        y = convolve_normalize_relu(self.conv1, self.bn1, self.relu, x)
+        y = convolve_normalize_relu(self.conv2, self.bn2, self.relu, y)
+        return convolve_normalize_relu(self.conv3, self.bn3, self.relu, y, _shortcut(self.downsample, x))
 
 
 ARCHS: dict[str, tuple[type[BasicBlock | Bottleneck], tuple[int, int, int, int], int]] = {

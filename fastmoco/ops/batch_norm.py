@@ -221,7 +221,7 @@ def _map(values: Tensor, like: Tensor) -> Tensor:
     return _empty_map(like).copy_(values)
 
 
-def _native(
+def native(
     x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, relu: bool, epsilon: float
 ) -> tuple[Tensor, Tensor]:
     assert dispatch.native is not None
@@ -248,7 +248,7 @@ def _native(
     return y, statistics
 
 
-def _native_backward(
+def native_backward(
     dy: Tensor, x: Tensor, y: Tensor | None, weight: Tensor, bias: Tensor, statistics: Tensor, relu: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     assert dispatch.native is not None
@@ -279,7 +279,7 @@ def _native_backward(
 
 
 for _name, _definition, _fast in (
-    ("batch_norm", reference, _native),
-    ("batch_norm_backward", reference_backward, _native_backward),
+    ("batch_norm", reference, native),
+    ("batch_norm_backward", reference_backward, native_backward),
 ):
     dispatch.register_native(_name, _definition, _fast, dtypes=(torch.bfloat16, torch.float32))

@@ -64,7 +64,7 @@ class Operation:
             return self.overload(*args)
         trained = False
         for value in args:
-            if not _plain(value):
+            if not is_plain(value):
                 return self.overload(*args)
             trained = trained or (isinstance(value, Tensor) and value.requires_grad)
         if trained and torch.is_grad_enabled():
@@ -117,7 +117,7 @@ def watched() -> bool:
     )
 
 
-def _plain(value: Any) -> bool:
+def is_plain(value: Any) -> bool:
     """Whether an argument is nothing that the dispatcher would treat in a way of its own: lists of tensors have their
     gradients found by it, subclasses and tensors without memory their implementations, a sign or zeros that are only
     noted are written out, proxies are recorded."""
