@@ -1,4 +1,7 @@
-"""Convolutions by Winograd's products: against the exact ones, within what rounding of the transforms makes."""
+"""Convolutions by Winograd's products: against the exact ones, within what rounding of the transforms makes.
+
+In bfloat16 these are the gradients; the result is as the definition sums it.
+"""
 
 from __future__ import annotations
 

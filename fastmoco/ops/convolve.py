@@ -39,7 +39,7 @@ def convolve(
 
     stride and padding are (vertical, horizontal); H' = (H + 2 padding - K) // stride + 1. Sums are in float32 in
     bfloat16 and float32, for any number of threads in the same order. C++ takes Winograd's products where they are the
-    faster (ops/convolve_native.py), which in bfloat16 are rounded once more. Backward passes differentiate it any
+    faster (ops/convolve_native.py), in bfloat16 for gradients alone. Backward passes differentiate it any
     number of times; torch.func's transforms and forward mode do not. `implementation`: "reference" or "native" (on the
     CPU, float32 with AVX2 or bfloat16 with AVX512-BF16, channels in multiples of 32); None has it chosen.
 
