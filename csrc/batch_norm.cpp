@@ -13,7 +13,7 @@ namespace {
 // residual networks. Its size depends on the channels alone, so that sums do not depend on the threads.
 constexpr std::size_t kColumns = 2048;
 std::size_t rows_of_tile(std::size_t channels) {
-  return std::clamp<std::size_t>(65536 / std::max<std::size_t>(1, channels), 32, 256) / kGroup * kGroup;
+  return std::clamp<std::size_t>(32768 / std::max<std::size_t>(1, channels), 32, 256) / kGroup * kGroup;
 }
 
 // Below this a second thread costs more to wake than it saves (elements).

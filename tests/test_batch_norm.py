@@ -312,8 +312,8 @@ def test_an_encoder_gives_the_same_stages_and_statistics(
     images = torch.rand(4, 3, 64, 64, generator=torch.Generator().manual_seed(0)).to(dtype)
     encoders = [Encoder(arch, seed=3, zero_init_residual=False).to(memory_format=torch.channels_last) for _ in range(3)]
     monkeypatch.setattr(blocks, "LARGE", 0)
-    counted = Mock(wraps=blocks.batch_norm_unchecked)
-    monkeypatch.setattr(blocks, "batch_norm_unchecked", counted)
+    counted = Mock(wraps=batch_norm)
+    monkeypatch.setattr(blocks, "batch_norm", counted)
     pairs = Mock(wraps=convolve_norm.convolve_norm)
     monkeypatch.setattr(convolve_norm, "convolve_norm", pairs)
     fused_stages = _stages(encoders[0].train(training), images)

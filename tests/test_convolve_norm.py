@@ -145,6 +145,7 @@ def test_layers_give_what_their_calls_do(layers: tuple[Convolution, FusedBatchNo
         lambda conv, norm, x: norm.register_forward_pre_hook(lambda *_: None),
         lambda conv, norm, x: norm.eval(),
         lambda conv, norm, x: setattr(norm, "momentum", None),
+        lambda conv, norm, x: setattr(conv, "forward", conv.forward),
         lambda conv, norm, x: setattr(conv, "groups", 2),
         lambda conv, norm, x: setattr(conv.weight, "data", conv.weight.data[:, :16].contiguous()),
     ],
@@ -180,3 +181,51 @@ def test_a_network_s_pairs_go_through_it(counted: Mock) -> None:
     network(torch.randn(2, 3, 32, 32).bfloat16().contiguous(memory_format=torch.channels_last))
     # All but the first, whose three channels C++ does not take.
     assert counted.call_count == 48
+
+
+@PAIRS
+def test_what_autograd_is_watched_by_sees_the_backward(layers: tuple[Convolution, FusedBatchNorm2d, Tensor]) -> None:
+    conv, norm, x = layers
+    found = []
+    for watch in (False, True):
+        y = convolve_norm.convolve_normalize_relu(conv, norm, nn.ReLU(), x.requires_grad_())
+        with torch.autograd.profiler.profile(enabled=watch) as profiler:
+            found.append(torch.autograd.grad(y, (x, conv.weight, norm.weight), torch.ones_like(y)))
+    names = {event.key for event in profiler.key_averages()}
+    operations = {"batch_norm_backward", "convolve_map_gradient", "convolve_weight_gradient"}
+    assert {f"fastmoco::{name}" for name in operations} <= names
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+@SOME
+def test_many_gradients_by_vmap() -> None:
+    inputs = leaves(given(torch.float32, residual=False))
+    y = as_one(*inputs, relu=True)  # type: ignore[arg-type]
+
+    def gradient(dy: Tensor) -> Tensor:
+        return torch.autograd.grad(y, trained(inputs)[0], dy, retain_graph=True)[0]
+
+    several = torch.stack([y, 2 * y]).detach()
+    found = torch.func.vmap(gradient)(several)
+    for one, dy in zip(found, several, strict=True):
+        torch.testing.assert_close(one, gradient(dy), rtol=1e-3, atol=1e-4)
+
+
+@PAIRS
+@pytest.mark.parametrize("residual", [torch.ones(1, 32, 1, 1).bfloat16(), torch.ones(3, 32, 4, 4).bfloat16()[:, :1]])
+def test_other_residuals_and_activations_are_added_and_called(
+    residual: Tensor, layers: tuple[Convolution, FusedBatchNorm2d, Tensor], counted: Mock
+) -> None:
+    conv, norm, x = layers
+    y = convolve_norm.convolve_normalize_relu(conv, norm, nn.ReLU(), x, residual)
+    assert y.shape == x.shape
+    plain = convolve_norm.convolve_normalize_relu(conv, norm, nn.Identity(), x)
+    assert counted.call_count == 0 and plain.min() < 0 <= y.min()
+
+
+def test_a_bias_that_comes_later_is_added() -> None:
+    conv = Convolution(32, 32, 3, padding=1, bias=False).to(memory_format=torch.channels_last)
+    x = torch.randn(2, 32, 4, 4).contiguous(memory_format=torch.channels_last)
+    before = conv(x)
+    conv.bias = nn.Parameter(torch.ones(32))
+    torch.testing.assert_close(conv(x), before + 1, rtol=1e-4, atol=1e-5)

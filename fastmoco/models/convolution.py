@@ -10,7 +10,7 @@ from torch.nn.functional import linear
 
 from fastmoco.ops.convolve import convolve_unchecked
 from fastmoco.ops.convolve_native import fewer_products, runs_native
-from fastmoco.ops.library import left_to_torch
+from fastmoco.ops.library import left_to_torch, watched
 from fastmoco.ops.unfold import unfold, windows
 
 Form = Literal["torch", "product", "convolve"]
@@ -28,7 +28,7 @@ class Convolution(nn.Conv2d):
     Without a bias, what has a result of few places is convolved by ops/convolve.py, which leaves out what falls on
     padding: for 32 maps of 4 x 4 places and 256 channels forward and backward take 3.8 ms in bfloat16 (AVX512-BF16) and
     6.4 in float32 (AVX-512), where torch's take 7.6 and 12.4. So is a 3 x 3 kernel of stride 1 over any map for which
-    Winograd's fewer products are the faster, in bfloat16 for the gradients: for 16 maps of 56 x 56 places and 64
+    Winograd's fewer products are the faster, in bfloat16 for the gradients alone: for 16 maps of 56 x 56 places and 64
     channels 23 and 35 ms, torch's 30 and 56.
 
     The rest is a matrix product where the weights outweigh the map. oneDNN brings the weights of a convolution into a
@@ -39,8 +39,8 @@ class Convolution(nn.Conv2d):
     weights, (C_out, 3 3 C_in): nothing is copied but what each window covers (ops/unfold.py), for kernels larger than
     1.
 
-    All forms are the same sums in another order. Traced and exported networks have torch's convolutions, which hold for
-    any number of images, and so have torch.func's transforms.
+    All forms but Winograd's are the same sums in another order. Traced and exported networks have torch's convolutions,
+    which hold for any number of images, and so have torch.func's transforms.
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -53,6 +53,11 @@ class Convolution(nn.Conv2d):
         # Another dtype than the map's they have under autocast alone, which would cast them for torch's.
         y: Tensor = convolve_unchecked(x, self.weight.to(x.dtype), self.stride, self._border(), None)
         return y
+
+    def result_shape(self, x: Tensor) -> tuple[int, ...]:
+        """That of what a map (N, C_in, H, W) becomes."""
+        sides = zip(x.shape[2:], self.kernel_size, self.stride, self._border(), strict=True)
+        return x.shape[0], self.weight.shape[0], *(windows(*side) for side in sides)
 
     def _product(self, x: Tensor) -> Tensor:
         kernel, stride, padding = self.kernel_size, self.stride, self._border()
@@ -81,11 +86,11 @@ class Convolution(nn.Conv2d):
             return "torch"
         if left_to_torch() or not x.is_contiguous(memory_format=torch.channels_last):
             return "torch"
-        if torch.compiler.is_compiling():
+        if watched():
             return self._fastest(x)
         # A step asks for the same maps again, and the answer takes as long as a small convolution.
         known: dict[Any, Form] = self.__dict__.setdefault("_known", {})
-        case = x.shape, x.dtype, self.stride, self.padding
+        case = x.shape, x.dtype, self.weight.shape, self.bias is None, self.stride, self.padding
         form = known.get(case)
         if form is None:
             if len(known) == 100:

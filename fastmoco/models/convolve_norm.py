@@ -1,4 +1,4 @@
-"""A convolution, the normalisation behind it, addition and ReLU, as one call where nothing can tell the difference."""
+"""A convolution, the normalisation behind it, addition and ReLU, as one call where none of the modules has hooks."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def convolve_normalize_relu(
     Of bfloat16 maps on a CPU that C++ convolves and a FusedBatchNorm2d in training normalises, by one function for
     autograd instead of two, and without the calls of the modules. What has hooks is called, and so is all else.
     """
-    if not _as_one(conv, norm, x, residual):
+    if type(relu) is not nn.ReLU or _called_otherwise(relu) or not _as_one(conv, norm, x, residual):
         return normalize_relu(norm, relu, conv(x), residual)
     assert isinstance(conv, Convolution) and isinstance(norm, FusedBatchNorm2d) and not isinstance(conv.padding, str)
     how = conv.stride, conv.padding, True, norm.eps
@@ -33,7 +33,7 @@ def convolve_normalize_relu(
 def _as_one(conv: nn.Module, norm: nn.Module, x: Tensor, residual: Tensor | None) -> bool:
     if type(conv) is not Convolution or type(norm) is not FusedBatchNorm2d or x.dtype != torch.bfloat16:
         return False
-    if watched() or _hooked(conv) or _hooked(norm) or modules._has_any_global_hook():
+    if watched() or _called_otherwise(conv) or _called_otherwise(norm) or modules._has_any_global_hook():
         return False
     # A single image may have a single place, which has no variance.
     if conv.form(x) != "convolve" or x.shape[0] < 2 or not norm.takes_batches():
@@ -42,14 +42,18 @@ def _as_one(conv: nn.Module, norm: nn.Module, x: Tensor, residual: Tensor | None
         return False
     if not all(is_plain(tensor) for tensor in (x, conv.weight, norm.weight, norm.bias, residual)):
         return False
-    if residual is not None and residual.device != x.device:
+    if norm.bias.shape != norm.weight.shape or norm.bias.device != x.device:
+        return False
+    if residual is not None and (residual.device != x.device or residual.dtype != x.dtype):
+        return False
+    if residual is not None and residual.shape != conv.result_shape(x):
         return False
     return (
         dispatch.pick("convolve", x) is convolve_native.convolve and dispatch.pick("batch_norm", x) is batch_norm.native
     )
 
 
-def _hooked(module: nn.Module) -> bool:
-    return bool(
-        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    )
+def _called_otherwise(module: nn.Module) -> bool:
+    """Whether a call of `module` is more than its class's forward: hooks, a forward of its own, a compiled one."""
+    hooks = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    return bool(hooks) or "forward" in module.__dict__ or module._compiled_call_impl is not None

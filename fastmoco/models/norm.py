@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from fastmoco.ops import dispatch
-from fastmoco.ops.batch_norm import batch_norm_unchecked
+from fastmoco.ops.batch_norm import batch_norm
 from fastmoco.ops.library import left_to_torch
 
 
@@ -16,10 +16,10 @@ class FusedBatchNorm2d(nn.BatchNorm2d):
 
     def forward(self, x: Tensor, residual: Tensor | None = None, *, relu: bool = False) -> Tensor:
         """A map (N, C, H, W) normalised; with `relu`, of maps that `_fuses`, `relu(norm(x) + residual)`."""
-        if not relu and not _fuses(self, x, None):
-            return super().forward(x)
-        y, statistics = batch_norm_unchecked(x, self.weight, self.bias, residual, relu, self.eps, None)
-        assert isinstance(y, Tensor)
+        if not relu and not _fuses(self, x, residual):
+            y = super().forward(x)
+            return y if residual is None else y + residual
+        y, statistics = batch_norm(x, self.weight, self.bias, residual=residual, relu=relu, epsilon=self.eps)
         self.track(statistics)
         return y
 
@@ -45,7 +45,7 @@ def normalize_relu(norm: nn.Module, relu: nn.Module, x: Tensor, residual: Tensor
     bfloat16, and large ones in float32, in channels-last memory format, that a FusedBatchNorm2d in training takes on a
     CPU go through ops.batch_norm; all else goes through the modules.
     """
-    if isinstance(norm, FusedBatchNorm2d) and _fuses(norm, x, residual):
+    if isinstance(norm, FusedBatchNorm2d) and type(relu) is nn.ReLU and _fuses(norm, x, residual):
         # By a call of the module: what shares out weights over processes brings a module's together when it is called.
         fused: Tensor = norm(x, residual, relu=True)
         return fused

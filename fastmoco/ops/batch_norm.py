@@ -149,7 +149,7 @@ def _differentiable_gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]
     # Where one was made from another, or used before, the derivative must not go on into that: the caller does.
     x, weight, bias = (tensor.view_as(tensor) for tensor in (x, weight, bias))
     with no_autocast(x):
-        normalised, _ = _normalise(wide(x), weight, bias, ctx.epsilon)
+        normalised, _ = normalise(wide(x), weight, bias, ctx.epsilon)
         g = torch.where((normalised if y is None else y) <= 0, 0, dy) if ctx.relu else dy
         needed = zip((x, weight, bias), ctx.needs_input_grad[:3], strict=True)
         leaves = [leaf if trained else None for leaf, trained in needed]
@@ -175,7 +175,7 @@ def reference(
 ) -> tuple[Tensor, Tensor]:
     """Any device and dtype: the definition."""
     with no_autocast(x):
-        y, (mean, invstd, variance) = _normalise(wide(x), weight, bias, epsilon)
+        y, (mean, invstd, variance) = normalise(wide(x), weight, bias, epsilon)
         if residual is not None:
             y = y + residual
         if relu:
@@ -192,7 +192,7 @@ def reference_backward(
         z, g = wide(x), wide(dy)
         mean, invstd, _ = statistics
         if relu:
-            after = _affine(z, weight, bias, mean, invstd) if y is None else y
+            after = affine(z, weight, bias, mean, invstd) if y is None else y
             g = torch.where(after <= 0, 0, g)
         hat = (z - _channels(mean)) * _channels(invstd)
         dbias, dweight = g.sum(dim=(0, 2, 3)), (g * hat).sum(dim=(0, 2, 3))
@@ -206,14 +206,14 @@ def _channels(row: Tensor) -> Tensor:
     return row[:, None, None]
 
 
-def _normalise(z: Tensor, weight: Tensor, bias: Tensor, epsilon: float) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
+def normalise(z: Tensor, weight: Tensor, bias: Tensor, epsilon: float) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
     """z normalised, and its mean, 1 / sqrt(biased variance + epsilon) and biased variance."""
     variance, mean = torch.var_mean(z, dim=(0, 2, 3), correction=0)
     invstd = (variance + epsilon).rsqrt()
-    return _affine(z, weight, bias, mean, invstd), (mean, invstd, variance)
+    return affine(z, weight, bias, mean, invstd), (mean, invstd, variance)
 
 
-def _affine(z: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, invstd: Tensor) -> Tensor:
+def affine(z: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, invstd: Tensor) -> Tensor:
     return (z - _channels(mean)) * _channels(weight * invstd) + _channels(bias)
 
 
