@@ -11,11 +11,6 @@
 namespace fastmoco {
 namespace {
 
-// Weights of this many bytes stay in a core's second cache beside the places that they are multiplied with.
-constexpr std::size_t kNear = 384 * 1024;
-// Parts of the work for each thread: one that is held up leaves the others more of them.
-constexpr std::size_t kParts = 8;
-
 // `to` <- at each of its places the products of what the taps reach in `from` with their weights. Places that the same
 // taps reach are a matrix product: rows of numbers that lie a fixed way from each, times a block of weights.
 class Gather {

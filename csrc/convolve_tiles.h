@@ -71,6 +71,11 @@ struct Tiles {
 
 extern const Tiles tiles_avx512bf16, tiles_avx512, tiles_avx2;
 
+// So many bytes of maps or weights stay in a core's second cache beside what they are multiplied with.
+constexpr std::size_t kNear = 384 * 1024;
+// Parts of the work for each thread: one that is held up leaves the others more of them.
+constexpr std::size_t kParts = 8;
+
 // A map, in words.
 struct Side {
   std::size_t height, width, words;

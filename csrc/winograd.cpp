@@ -14,11 +14,6 @@
 namespace fastmoco {
 namespace {
 
-// What a block of tiles takes, transformed, stays in a core's second cache beside the weights of 32 channels.
-constexpr std::size_t kNear = 384 * 1024;
-// Blocks of tiles for each thread: one that is held up leaves the others more of them.
-constexpr std::size_t kParts = 8;
-
 // `to` <- `from`, with `pad` zeros around, convolved with a kernel of 3 x 3.
 class Winograd {
  public:
@@ -41,6 +36,7 @@ class Winograd {
     const std::size_t blocks = to_.words * tiles_.packed / kChannelBlock;
     const std::size_t chunks = row * tiles_.packed / kChannelBlock;
     const std::size_t count = images_ * down_ * across_, even = count / (kParts * threads_) / tiles_.rows;
+    // A block of tiles, transformed, stays near beside the weights of 32 channels.
     const std::size_t near = kNear / (4 * kTaps * row) / tiles_.rows;
     const std::size_t size = std::max<std::size_t>(1, std::min(even, near)) * tiles_.rows;
     const std::size_t parts = (count + size - 1) / size;
@@ -100,7 +96,8 @@ class Winograd {
     for (std::ptrdiff_t y = top; y < top + 4; ++y) {
       for (std::ptrdiff_t x = left; x < left + columns; ++x) {
         const bool inside = y >= 0 && y < height && x >= 0 && x < width;
-        *places++ = inside ? from + from_.at(at.image, static_cast<std::size_t>(y), static_cast<std::size_t>(x)) : zeros;
+        const auto line = static_cast<std::size_t>(y), column = static_cast<std::size_t>(x);
+        *places++ = inside ? from + from_.at(at.image, line, column) : zeros;
       }
     }
     tiles_.spread(places - 4 * columns, count, from_.words, to, from_.words, stride);

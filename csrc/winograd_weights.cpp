@@ -16,7 +16,7 @@ namespace {
 // Words of tiles that are transformed at once.
 constexpr std::size_t kSteps = 48;
 // Sums of this many bytes stay in a core's second cache beside those.
-constexpr std::size_t kNear = 512 * 1024;
+constexpr std::size_t kSumsNear = 512 * 1024;
 // Units of work are at least so many, where there is as much: one that is held up leaves the others more of them.
 constexpr std::size_t kUnits = 32;
 // Words of tiles below which a unit of work would be lost in adding up the units' sums.
@@ -35,21 +35,21 @@ class Sums {
   Sums(const void* x, const void* dy, const Convolution& of)
       : at_(of.at),
         tiles_(tiles_of(of)),
-        map_(words(x)),
-        result_(words(dy)),
-        in_words_(of.at.channels / tiles_.packed),
-        out_words_(of.out / tiles_.packed),
+        x_(words(x)),
+        dy_(words(dy)),
+        map_{of.at.height, of.at.width, of.at.channels / tiles_.packed},
+        result_{of.at.down(), of.at.across(), of.out / tiles_.packed},
         down_((of.at.down() + 1) / 2),
         across_((of.at.across() + 1) / 2),
         tiles_count_(of.at.images * down_ * across_),
         words_((tiles_count_ + tiles_.packed - 1) / tiles_.packed),
         ins_(of.at.channels / kBlock),
         outs_(of.out / kBlock),
-        zeros_(std::max(in_words_, out_words_)) {
+        zeros_(std::max(map_.words, result_.words)) {
     const std::size_t whole = 4 * outs_ * ins_ * kSquare * sizeof(float);
-    lines_ = 4 * whole <= kNear ? 4 : 1;
+    lines_ = 4 * whole <= kSumsNear ? 4 : 1;
     // Blocks of channels that a unit takes: of the map all, if that leaves a third as many of the result.
-    const std::size_t most = kNear / (4 * lines_ * kSquare * sizeof(float));
+    const std::size_t most = kSumsNear / (4 * lines_ * kSquare * sizeof(float));
     in_step_ = std::min(ins_, std::max<std::size_t>(1, most / std::min<std::size_t>(outs_, 4)));
     out_step_ = std::min(outs_, std::max<std::size_t>(1, most / in_step_));
     const std::size_t units = 4 / lines_ * parts(outs_, out_step_) * parts(ins_, in_step_);
@@ -97,7 +97,7 @@ class Sums {
       // Numbers that share words come apart as all the first and then all the second.
       const std::size_t each = kBlock / tiles_.packed, o = out * kBlock + r % each * tiles_.packed + r / each;
       tiles_.collect_kernel(at(0, 0, out, in) + r * kBlock, outs_ * ins_ * kSquare,
-                            to + o * at_.taps() * in_words_ + in * kBlock / tiles_.packed, in_words_);
+                            to + o * at_.taps() * map_.words + in * kBlock / tiles_.packed, map_.words);
     }
   }
 
@@ -111,11 +111,11 @@ class Sums {
     return sums_.data() + chunk * size_ + ((tap * outs_ + out) * ins_ + in) * kSquare;
   }
 
-  const std::uint32_t* place(const std::uint32_t* map, std::size_t image, std::ptrdiff_t y, std::ptrdiff_t x,
-                             std::size_t height, std::size_t width, std::size_t words) const {
-    const auto h = static_cast<std::ptrdiff_t>(height), w = static_cast<std::ptrdiff_t>(width);
-    if (y < 0 || y >= h || x < 0 || x >= w) return zeros_.data();
-    return map + static_cast<std::size_t>((static_cast<std::ptrdiff_t>(image) * h + y) * w + x) * words;
+  const std::uint32_t* place(const std::uint32_t* map, const Side& side, std::size_t image, std::ptrdiff_t y,
+                             std::ptrdiff_t x) const {
+    const auto height = static_cast<std::ptrdiff_t>(side.height), width = static_cast<std::ptrdiff_t>(side.width);
+    if (y < 0 || y >= height || x < 0 || x >= width) return zeros_.data();
+    return map + side.at(image, static_cast<std::size_t>(y), static_cast<std::size_t>(x));
   }
 
   void spread(std::size_t word, std::size_t line, std::size_t in, std::size_t ins, std::size_t out, std::size_t outs,
@@ -133,11 +133,9 @@ class Sums {
       const auto x = static_cast<std::ptrdiff_t>(2 * (tile % across_));
       const auto top = y - static_cast<std::ptrdiff_t>(at_.pad_h), left = x - static_cast<std::ptrdiff_t>(at_.pad_w);
       for (std::ptrdiff_t i = 0; i < 16; ++i)
-        map[p * kTaps + static_cast<std::size_t>(i)] =
-            place(map_, image, top + i / 4, left + i % 4, at_.height, at_.width, in_words_);
+        map[p * kTaps + static_cast<std::size_t>(i)] = place(x_, map_, image, top + i / 4, left + i % 4);
       for (std::ptrdiff_t i = 0; i < 4; ++i)
-        result[p * 4 + static_cast<std::size_t>(i)] =
-            place(result_, image, y + i / 2, x + i % 2, at_.down(), at_.across(), out_words_);
+        result[p * 4 + static_cast<std::size_t>(i)] = place(dy_, result_, image, y + i / 2, x + i % 2);
     }
     const std::size_t area = kSteps * kBlock, step = kBlock / tiles_.packed;
     for (std::size_t i = 0; i < ins; ++i)
@@ -148,8 +146,9 @@ class Sums {
 
   const Windows& at_;
   const Tiles& tiles_;
-  const std::uint32_t *map_, *result_;
-  std::size_t in_words_, out_words_, down_, across_, tiles_count_, words_, ins_, outs_;
+  const std::uint32_t *x_, *dy_;
+  Side map_, result_;
+  std::size_t down_, across_, tiles_count_, words_, ins_, outs_;
   std::vector<std::uint32_t> zeros_;
   // Of the 4 x 4 taps as many lines at once; blocks of channels at once.
   std::size_t lines_, in_step_, out_step_, chunks_, units_, size_;

@@ -114,8 +114,7 @@ class Convolution(nn.Conv2d):
             return False
         if fewer_products(x.shape, self.weight.shape, self.stride, self._border()):
             return True
-        sides = zip(x.shape[2:], self.kernel_size, self.stride, self._border(), strict=True)
-        down, across = (windows(*side) for side in sides)
+        _, _, down, across = self.result_shape(x)
         return down * across <= FEW_PLACES[x.dtype][self.kernel_size == (1, 1)]
 
     def _outweighs(self, x: Tensor) -> bool:

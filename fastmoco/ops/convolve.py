@@ -18,10 +18,9 @@ from torch.nn.functional import conv2d
 from torch.nn.grad import conv2d_input, conv2d_weight
 
 from fastmoco.ops import convolve_native, dispatch
-from fastmoco.ops.convolve_native import CHANNELS, SETS, empty, runs_native
+from fastmoco.ops.convolve_native import CHANNELS, SETS, empty, empty_result, runs_native
 from fastmoco.ops.library import batched, define, transformed
 from fastmoco.ops.precision import no_autocast
-from fastmoco.ops.unfold import windows
 
 # Stride, padding and implementation.
 _How = tuple[Sequence[int], Sequence[int], str | None]
@@ -111,11 +110,6 @@ def _weight_gradient(
     return dweight
 
 
-def _empty_result(x: Tensor, weight: Tensor, stride: Sequence[int], padding: Sequence[int]) -> Tensor:
-    down, across = (windows(*of) for of in zip(x.shape[2:], weight.shape[2:], stride, padding, strict=True))
-    return empty(x, (x.shape[0], weight.shape[0], down, across))
-
-
 # A convolution and its two gradients are linear in each of what they take, and the derivatives of one are the others.
 # Of many gradients at once torch's own operations are taken, which can be mapped.
 def _y(x: Tensor, weight: Tensor, how: _How) -> Tensor:
@@ -170,7 +164,7 @@ _HOW = "SymInt[] stride, SymInt[] padding, str? implementation) -> Tensor"
 convolve_unchecked: Any = define(
     f"convolve(Tensor x, Tensor weight, {_HOW}",
     _convolve,
-    lambda x, weight, stride, padding, _: _empty_result(x, weight, stride, padding),
+    lambda x, weight, stride, padding, _: empty_result(x, weight, stride, padding),
     backward=_convolve_gradients,
     setup_context=_setup_context,
 )
@@ -193,7 +187,7 @@ _weight_gradient_op: Any = define(
 def reference(x: Tensor, weight: Tensor, stride: Sequence[int], padding: Sequence[int]) -> Tensor:
     """Any device and dtype: the definition."""
     with no_autocast(x):
-        return _empty_result(x, weight, stride, padding).copy_(conv2d(x, weight, None, stride, padding))
+        return empty_result(x, weight, stride, padding).copy_(conv2d(x, weight, None, stride, padding))
 
 
 def reference_map_gradient(

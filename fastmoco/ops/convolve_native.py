@@ -67,12 +67,17 @@ def empty(like: Tensor, shape: Sequence[Any]) -> Tensor:
     return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=torch.channels_last)
 
 
+def empty_result(x: Tensor, weight: Tensor, stride: Sequence[int], padding: Sequence[int]) -> Tensor:
+    """What a map (N, C, H, W) convolved with weight (O, C, K, L) fills, of x's dtype and on its device."""
+    down, across = (windows(*of) for of in zip(x.shape[2:], weight.shape[2:], stride, padding, strict=True))
+    return empty(x, (x.shape[0], weight.shape[0], down, across))
+
+
 def convolve(x: Tensor, weight: Tensor, stride: Sequence[int], padding: Sequence[int]) -> Tensor:
     """On the CPU, of a dtype that has SETS, channels in multiples of CHANNELS."""
-    down, across = (windows(*of) for of in zip(x.shape[2:], weight.shape[2:], stride, padding, strict=True))
     wide = x.dtype != torch.bfloat16
     name = "winograd" if wide and fewer_products(x.shape, weight.shape, stride, padding) else "convolve"
-    y = empty(x, (x.shape[0], weight.shape[0], down, across))
+    y = empty_result(x, weight, stride, padding)
     return _call(name, (x, weight), y, x.shape, weight.shape, stride, padding)
 
 
