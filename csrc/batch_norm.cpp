@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "batch_norm_tiles.h"
+#include "platform.h"
 
 namespace fastmoco {
 namespace {
@@ -105,6 +106,17 @@ void batch_norm_backward(const T* dy, const T* x, const T* y, T* dx, T* dresidua
     tiles.write({written ? dresidual : dy, x, nullptr}, dx, written ? Act::kNone : act, level, slope, k, t);
   };
   two_passes(map, sums_of, merge, write);
+}
+
+FASTMOCO_CLONES
+void batch_norm_track(float* running, const float* batch, float momentum, std::size_t channels) {
+  // From the nearer end, as torch has it.
+  const bool near = std::abs(momentum) < 0.5f;
+  const float share = near ? momentum : momentum - 1;
+#pragma GCC ivdep
+  for (std::size_t c = 0; c < channels; ++c) {
+    running[c] = (near ? running[c] : batch[c]) + share * (batch[c] - running[c]);
+  }
 }
 
 template void batch_norm_forward(const std::uint16_t*, const std::uint16_t*, std::uint16_t*, const Channels&, float*,

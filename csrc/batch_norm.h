@@ -31,4 +31,7 @@ template <typename T>
 void batch_norm_backward(const T* dy, const T* x, const T* y, T* dx, T* dresidual, const Channels& channel,
                          float* dweight, float* dbias, bool relu, const Pixels& map);
 
+// The running statistics of each channel go on with a batch's, by torch's lerp: running + momentum (batch's - running).
+void batch_norm_track(float* running, const float* batch, float momentum, std::size_t channels);
+
 }  // namespace fastmoco

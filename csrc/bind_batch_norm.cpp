@@ -14,6 +14,7 @@ namespace {
 
 constexpr const char* kForward = "batch_norm_forward";
 constexpr const char* kBackward = "batch_norm_backward";
+constexpr const char* kTrack = "batch_norm_track";
 
 void check(const char* operation, const Pixels& map) {
   if (map.rows < 2 || map.channels == 0)
@@ -74,6 +75,18 @@ void backward(std::uintptr_t dy, std::uintptr_t x, std::uintptr_t y, std::uintpt
   });
 }
 
+void track(std::uintptr_t mean, std::uintptr_t variance, std::uintptr_t batches, std::uintptr_t statistics,
+           double momentum, std::size_t channels) {
+  const float* of = pointer<float>(kTrack, statistics, 3 * channels);
+  float* const running_mean = pointer<float>(kTrack, mean, channels);
+  float* const running_variance = pointer<float>(kTrack, variance, channels);
+  std::int64_t* const count = pointer<std::int64_t>(kTrack, batches, 1);
+  const auto share = static_cast<float>(momentum);
+  batch_norm_track(running_mean, of, share, channels);
+  batch_norm_track(running_variance, of + 2 * channels, share, channels);
+  ++*count;
+}
+
 }  // namespace
 
 void bind_batch_norm(py::module_& module) {
@@ -95,6 +108,11 @@ void bind_batch_norm(py::module_& module) {
              "\n"
              "y and dresidual are 0 but where there was a residual and `relu`. Raises ValueError as the forward does,\n"
              "and where one of the two is 0 alone.");
+  module.def(kTrack, &track, py::arg("mean"), py::arg("variance"), py::arg("batches"), py::arg("statistics"),
+             py::kw_only(), py::arg("momentum"), py::arg("channels"),
+             "The running mean and variance, (channels,) float32, go on by `momentum` towards those of a batch, as\n"
+             "batch_norm_forward left them in `statistics`; batches, a single int64, counts it.\n"
+             "Raises ValueError for a null or unaligned address.");
 }
 
 }  // namespace fastmoco

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from unittest.mock import Mock
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn import functional
+from torch.utils.flop_counter import FlopCounterMode
 from torchvision.models import resnet as torchvision
 
 from fastmoco.models import convolve_norm
@@ -17,7 +19,7 @@ from fastmoco.models import norm as blocks
 from fastmoco.models.encoder import Encoder
 from fastmoco.models.resnet import BasicBlock, Bottleneck
 from fastmoco.ops import dispatch
-from fastmoco.ops.batch_norm import batch_norm
+from fastmoco.ops.batch_norm import batch_norm, track
 
 NATIVE = pytest.param(
     "native", marks=pytest.mark.skipif(dispatch.native is None, reason=dispatch.NATIVE_MISSING or "built")
@@ -361,6 +363,27 @@ def test_running_statistics_move_as_torchs() -> None:
         torchs(x.double())
     for name, value in torchs.named_buffers():
         torch.testing.assert_close(mine.get_buffer(name).to(value.dtype), value, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.1, 0.7, 1.0])
+@pytest.mark.parametrize("channels", [1, 67])
+@pytest.mark.parametrize("case", ["plain", "float64", "gaps", "a mode", "another count"])
+def test_tracking_is_torchs_lerp(case: str, channels: int, momentum: float) -> None:
+    rows = torch.randn(3, channels)
+    count = torch.tensor(41, dtype=torch.int32 if case == "another count" else torch.int64)
+    mean, variance = torch.randn(channels), torch.randn(channels)
+    if case == "float64":
+        mean, variance, rows = mean.double(), variance.double(), rows.double()
+    if case == "gaps":
+        mean = torch.stack([mean, mean], dim=1)[:, 0]
+    wanted = torch.lerp(mean.double(), rows[0].double(), momentum), variance.double().lerp(rows[2].double(), momentum)
+    versions = [tensor._version for tensor in (mean, variance, count)]
+    with FlopCounterMode(display=False) if case == "a mode" else nullcontext():
+        track(mean, variance, count, rows, momentum)
+    for found, expected in zip((mean, variance), wanted, strict=True):
+        torch.testing.assert_close(found.double(), expected, rtol=1e-6, atol=1e-7)
+    assert count == 42
+    assert [tensor._version for tensor in (mean, variance, count)] == [version + 1 for version in versions]
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from fastmoco.ops import dispatch
-from fastmoco.ops.batch_norm import batch_norm
+from fastmoco.ops.batch_norm import batch_norm, track
 from fastmoco.ops.library import left_to_torch
 
 
@@ -25,11 +25,9 @@ class FusedBatchNorm2d(nn.BatchNorm2d):
 
     def track(self, statistics: Tensor) -> None:
         """The running statistics go on with those of a batch, as ops.batch_norm gives them."""
-        assert self.running_mean is not None and self.running_var is not None and self.momentum is not None
-        self.running_mean.lerp_(statistics[0], self.momentum)
-        self.running_var.lerp_(statistics[2], self.momentum)
-        assert self.num_batches_tracked is not None
-        self.num_batches_tracked.add_(1)
+        mean, variance, batches = self.running_mean, self.running_var, self.num_batches_tracked
+        assert mean is not None and variance is not None and batches is not None and self.momentum is not None
+        track(mean, variance, batches, statistics, self.momentum)
 
     def takes_batches(self) -> bool:
         """Whether it is set to take the statistics of batches and to follow them, as ops.batch_norm does."""

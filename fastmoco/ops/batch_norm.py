@@ -21,7 +21,7 @@ from torch import Tensor
 
 from fastmoco.ops import dispatch
 from fastmoco.ops.derivatives import differentiated_again
-from fastmoco.ops.library import batched, define
+from fastmoco.ops.library import batched, define, is_plain, watched
 from fastmoco.ops.precision import no_autocast, wide
 
 
@@ -67,6 +67,25 @@ def batch_norm(
         raise ValueError(f"batch_norm: weight, bias and residual must be on x's device, {x.device}")
     y, statistics = batch_norm_unchecked(x, weight, bias, residual, relu, epsilon, implementation)
     return y, statistics
+
+
+def track(mean: Tensor, variance: Tensor, batches: Tensor, statistics: Tensor, momentum: float) -> None:
+    """Running statistics go on by `momentum` towards those of a batch, in place, and `batches` counts it.
+
+    `mean` and `variance` are (C,), `batches` a 0-d integer, `statistics` as `batch_norm` returns them. What torch's
+    `lerp_` and `add_` do, in one call: a ResNet-50 has 106 of them in a step, 7 % of one at 64 px (measured).
+    """
+    where = mean, variance, batches, statistics
+    plain = not watched() and all(is_plain(tensor) and tensor.is_cpu and tensor.is_contiguous() for tensor in where)
+    narrow = mean.dtype == variance.dtype == statistics.dtype == torch.float32 and batches.dtype == torch.int64
+    if dispatch.native is None or not (plain and narrow):
+        mean.lerp_(statistics[0], momentum)
+        variance.lerp_(statistics[2], momentum)
+        batches.add_(1)
+        return
+    dispatch.native.batch_norm_track(*(tensor.data_ptr() for tensor in where), momentum=momentum, channels=len(mean))
+    # Written behind autograd's back.
+    torch.autograd.graph.increment_version((mean, variance, batches))
 
 
 def _empty_map(like: Tensor) -> Tensor:
@@ -222,15 +241,24 @@ def _map(values: Tensor, like: Tensor) -> Tensor:
 
 
 def native(
-    x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, relu: bool, epsilon: float
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    residual: Tensor | None,
+    relu: bool,
+    epsilon: float,
+    *,
+    in_place: bool = False,
 ) -> tuple[Tensor, Tensor]:
+    """As `batch_norm`; `in_place` the map is written over x, where that is channels-last."""
     assert dispatch.native is not None
     channels = x.shape[1]
     x = x.contiguous(memory_format=torch.channels_last)
     weight, bias = weight.float().contiguous(), bias.float().contiguous()
     if residual is not None:
         residual = residual.contiguous(memory_format=torch.channels_last)
-    y, statistics = _empty_map(x), x.new_empty((3, channels), dtype=torch.float32)
+    y = x if in_place else _empty_map(x)
+    statistics = x.new_empty((3, channels), dtype=torch.float32)
     dispatch.native.batch_norm_forward(
         x.data_ptr(),
         0 if residual is None else residual.data_ptr(),

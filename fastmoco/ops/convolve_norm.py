@@ -38,12 +38,13 @@ def convolve_norm(
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in trained):
         result: tuple[Tensor, Tensor] = _ConvolveNorm.apply(x, kernel, weight, bias, residual, how)
         return result
-    y, statistics, _ = _forward(x, kernel, weight, bias, residual, how)
+    # What has no backward to come needs the convolved map no more: normalised where it lies, still in the caches.
+    y, statistics, _ = _forward(x, kernel, weight, bias, residual, how, in_place=True)
     return y, statistics
 
 
 def _forward(
-    x: Tensor, kernel: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, how: How
+    x: Tensor, kernel: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, how: How, *, in_place: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     stride, padding, relu, epsilon = how
     z = convolve_native.convolve(x, kernel, stride, padding)
@@ -51,7 +52,7 @@ def _forward(
         raise ValueError(
             f"convolve_norm: residual must be {tuple(z.shape)} {z.dtype}, not {tuple(residual.shape)} {residual.dtype}"
         )
-    y, statistics = batch_norm.native(z, weight, bias, residual, relu, epsilon)
+    y, statistics = batch_norm.native(z, weight, bias, residual, relu, epsilon, in_place=in_place)
     return y, statistics, z
 
 
@@ -59,7 +60,7 @@ class _ConvolveNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor]:
         x, kernel, weight, bias, residual, how = args
-        y, statistics, z = _forward(x, kernel, weight, bias, residual, how)
+        y, statistics, z = _forward(x, kernel, weight, bias, residual, how, in_place=False)
         ctx.how = how
         ctx.mark_non_differentiable(statistics)
         ctx.set_materialize_grads(False)
