@@ -76,21 +76,24 @@ class Convolution(nn.Conv2d):
 
     def form(self, x: Tensor) -> Form:
         """By what a map is convolved the fastest."""
-        if x.device.type != "cpu" or x.dtype not in (torch.bfloat16, torch.float32, torch.float64):
+        weight = self.weight
+        if not (x.is_cpu and weight.is_cpu) or x.dtype not in (torch.bfloat16, torch.float32, torch.float64):
             return "torch"
-        if x.ndim != 4 or x.shape[1] != self.weight.shape[1] or self.weight.device != x.device:
+        if x.ndim != 4 or x.shape[1] != weight.shape[1]:
             return "torch"
-        if x.dtype != (torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else self.weight.dtype):
+        if x.dtype != (torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else weight.dtype):
             return "torch"
         if self.groups != 1 or self.dilation != (1, 1) or self.padding_mode != "zeros" or isinstance(self.padding, str):
             return "torch"
-        if left_to_torch() or not x.is_contiguous(memory_format=torch.channels_last):
+        seen = watched()
+        # What is mapped is not to be asked for its memory format.
+        if (seen and left_to_torch()) or not x.is_contiguous(memory_format=torch.channels_last):
             return "torch"
-        if watched():
+        if seen:
             return self._fastest(x)
         # A step asks for the same maps again, and the answer takes as long as a small convolution.
         known: dict[Any, Form] = self.__dict__.setdefault("_known", {})
-        case = x.shape, x.dtype, self.weight.shape, self.bias is None, self.stride, self.padding
+        case = x.shape, x.dtype, weight.shape, self.bias is None, self.stride, self.padding
         form = known.get(case)
         if form is None:
             if len(known) == 100:

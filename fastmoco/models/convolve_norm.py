@@ -38,15 +38,15 @@ def _as_one(conv: nn.Module, norm: nn.Module, x: Tensor, residual: Tensor | None
     # A single image may have a single place, which has no variance.
     if conv.form(x) != "convolve" or x.shape[0] < 2 or not norm.takes_batches():
         return False
-    if norm.weight.shape != conv.weight.shape[:1] or norm.weight.device != x.device:
+    # Each a search through the module.
+    kernel, weight, bias = conv.weight, norm.weight, norm.bias
+    if weight.shape != kernel.shape[:1] or bias.shape != weight.shape or not (weight.is_cpu and bias.is_cpu):
         return False
-    if not all(is_plain(tensor) for tensor in (x, conv.weight, norm.weight, norm.bias, residual)):
+    if not (is_plain(x) and is_plain(kernel) and is_plain(weight) and is_plain(bias) and is_plain(residual)):
         return False
-    if norm.bias.shape != norm.weight.shape or norm.bias.device != x.device:
+    if residual is not None and (residual.dtype != x.dtype or residual.shape != conv.result_shape(x)):
         return False
-    if residual is not None and (residual.device != x.device or residual.dtype != x.dtype):
-        return False
-    if residual is not None and residual.shape != conv.result_shape(x):
+    if residual is not None and not residual.is_cpu:
         return False
     return (
         dispatch.pick("convolve", x) is convolve_native.convolve and dispatch.pick("batch_norm", x) is batch_norm.native

@@ -33,7 +33,8 @@ class FusedBatchNorm2d(nn.BatchNorm2d):
         """Whether it is set to take the statistics of batches and to follow them, as ops.batch_norm does."""
         if not (self.training and self.affine and self.track_running_stats) or self.momentum is None:
             return False
-        return self.running_mean is not None and self.running_mean.dtype == torch.float32
+        mean = self.running_mean
+        return mean is not None and mean.dtype == torch.float32
 
 
 def normalize_relu(norm: nn.Module, relu: nn.Module, x: Tensor, residual: Tensor | None = None) -> Tensor:

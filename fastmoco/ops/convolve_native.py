@@ -10,6 +10,7 @@ little for gradients, so that only these are made by it.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -22,15 +23,13 @@ from fastmoco.ops.unfold import windows
 CHANNELS = 32
 
 
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
+_NATIVE_DTYPES = {torch.bfloat16: "bfloat16", torch.float32: "float32"}
 
 # The instruction sets that there are here for maps of either dtype, the best first.
 SETS: dict[torch.dtype, list[str]] = {
     # An extension that was built before has none.
-    dtype: getattr(dispatch.native, "convolve_sets", lambda _: [])(_name(dtype))
-    for dtype in (torch.bfloat16, torch.float32)
+    dtype: getattr(dispatch.native, "convolve_sets", lambda _: [])(name)
+    for dtype, name in _NATIVE_DTYPES.items()
 }
 
 
@@ -67,64 +66,84 @@ def empty(like: Tensor, shape: Sequence[Any]) -> Tensor:
     return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=torch.channels_last)
 
 
+def result_shape(
+    map_shape: Sequence[int], weight_shape: Sequence[int], stride: Sequence[int], padding: Sequence[int]
+) -> tuple[Any, ...]:
+    """That of a map (N, C, H, W) convolved with weights (O, C, K, L)."""
+    sides = zip(map_shape[2:], weight_shape[2:], stride, padding, strict=True)
+    return map_shape[0], weight_shape[0], *(windows(*side) for side in sides)
+
+
 def empty_result(x: Tensor, weight: Tensor, stride: Sequence[int], padding: Sequence[int]) -> Tensor:
     """What a map (N, C, H, W) convolved with weight (O, C, K, L) fills, of x's dtype and on its device."""
-    down, across = (windows(*of) for of in zip(x.shape[2:], weight.shape[2:], stride, padding, strict=True))
-    return empty(x, (x.shape[0], weight.shape[0], down, across))
+    return empty(x, result_shape(x.shape, weight.shape, stride, padding))
 
 
 def convolve(x: Tensor, weight: Tensor, stride: Sequence[int], padding: Sequence[int]) -> Tensor:
     """On the CPU, of a dtype that has SETS, channels in multiples of CHANNELS."""
-    wide = x.dtype != torch.bfloat16
-    name = "winograd" if wide and fewer_products(x.shape, weight.shape, stride, padding) else "convolve"
-    y = empty_result(x, weight, stride, padding)
-    return _call(name, (x, weight), y, x.shape, weight.shape, stride, padding)
+    return _run("", x, weight, x.shape, weight.shape, stride, padding)
 
 
 def map_gradient(
     dy: Tensor, weight: Tensor, shape: Sequence[int], stride: Sequence[int], padding: Sequence[int]
 ) -> Tensor:
     """As `convolve`."""
-    name = "winograd" if fewer_products(shape, weight.shape, stride, padding) else "convolve"
-    return _call(f"{name}_map_gradient", (dy, weight), empty(dy, shape), shape, weight.shape, stride, padding)
+    return _run("_map_gradient", dy, weight, shape, weight.shape, stride, padding)
 
 
 def weight_gradient(
     x: Tensor, dy: Tensor, shape: Sequence[int], stride: Sequence[int], padding: Sequence[int]
 ) -> Tensor:
     """As `convolve`."""
-    name = "winograd" if fewer_products(x.shape, shape, stride, padding, to_weights=True) else "convolve"
-    return _call(f"{name}_weight_gradient", (x, dy), empty(x, shape), x.shape, shape, stride, padding)
+    return _run("_weight_gradient", x, dy, x.shape, shape, stride, padding)
 
 
-def _as_words(tensor: Tensor) -> Tensor:
-    """`tensor` where words of 4 bytes can be read, which a part of a bfloat16 tensor may not be."""
-    return tensor if tensor.data_ptr() % 4 == 0 else tensor.clone()
+_Sides = tuple[int, ...]
 
 
-def _call(
-    name: str,
-    tensors: tuple[Tensor, Tensor],
-    result: Tensor,
+# A step asks for the same again and again, and to work it out takes as long as a small convolution.
+@lru_cache(4096)
+def _plan(
+    result: str, map_shape: _Sides, weight_shape: _Sides, stride: _Sides, padding: _Sides
+) -> tuple[_Sides, dict[str, Any]]:
+    """The shape of a `result`, and what C++ is told beside addresses."""
+    shapes = {"": result_shape(map_shape, weight_shape, stride, padding), "_map_gradient": map_shape}
+    n, c, h, w = map_shape
+    told = {"map": (n, h, w, c), "out": weight_shape[0], "kernel": weight_shape[2:]}
+    return shapes.get(result, weight_shape), told | {"stride": stride, "padding": padding}
+
+
+def _run(
+    result: str,
+    first: Tensor,
+    second: Tensor,
     map_shape: Sequence[int],
     weight_shape: Sequence[int],
     stride: Sequence[int],
     padding: Sequence[int],
 ) -> Tensor:
-    """`result`, filled by the C++ function of that name."""
-    first, second = (_as_words(tensor.contiguous(memory_format=torch.channels_last)) for tensor in tensors)
-    n, c, h, w = map_shape
+    """What C++ makes of two tensors: the map ("") or, as named, one of the gradients."""
+    sizes = tuple(map_shape), tuple(weight_shape), tuple(stride), tuple(padding)
+    shape, told = _plan(result, *sizes)
+    winograd = result or first.dtype != torch.bfloat16
+    if winograd and fewer_products(*sizes, to_weights=result == "_weight_gradient"):
+        name = f"winograd{result}"
+    else:
+        name = f"convolve{result}"
+    first, second = (_as_words(tensor.contiguous(memory_format=torch.channels_last)) for tensor in (first, second))
+    filled = empty(first, shape)
     getattr(dispatch.native, name)(
         first.data_ptr(),
         second.data_ptr(),
-        result.data_ptr(),
-        map=(n, h, w, c),
-        out=weight_shape[0],
-        kernel=tuple(weight_shape[2:]),
-        stride=tuple(stride),
-        padding=tuple(padding),
-        dtype=_name(first.dtype),
+        filled.data_ptr(),
+        **told,
+        dtype=_NATIVE_DTYPES[first.dtype],
         instruction_set=SETS[first.dtype][0],
         threads=torch.get_num_threads(),
     )
-    return result
+    return filled
+
+
+def _as_words(tensor: Tensor) -> Tensor:
+    """`tensor` where words of 4 bytes can be read, which a part of a bfloat16 tensor may not be."""
+    return tensor if tensor.data_ptr() % 4 == 0 else tensor.clone()
