@@ -42,12 +42,20 @@ struct Call {
       throw std::invalid_argument("convolve: kernel and stride must be at least 1");
     if (map[1] + 2 * padding[0] < kernel[0] || map[2] + 2 * padding[1] < kernel[1])
       throw std::invalid_argument("convolve: the kernel is larger than the padded map");
-    if (map[3] == 0 || out == 0 || map[3] % kChannelBlock != 0 || out % kChannelBlock != 0)
-      throw std::invalid_argument("convolve: channels must be multiples of " + std::to_string(kChannelBlock) +
-                                  ", not " + std::to_string(map[3]) + " and " + std::to_string(out));
     check_threads(kName, threads);
   }
   Call(const Call&) = delete;
+
+  // Throws for channels that no function takes but, where the map has `few`, convolve_few.
+  void check_channels(bool few) const {
+    const std::size_t in = of.at.channels, element = of.dtype == MapDtype::kBFloat16 ? 2 : 4;
+    const bool fits = few ? of.at.stride_w * in * element % 4 == 0 : in % kChannelBlock == 0;
+    if (in == 0 || of.out == 0 || !fits || of.out % kChannelBlock != 0)
+      throw std::invalid_argument(
+          "convolve: channels must be multiples of " + std::to_string(kChannelBlock) +
+          (few ? " of the result, and of the map times the stride whole words" : "") + ", not " + std::to_string(in) +
+          " and " + std::to_string(of.out));
+  }
 
   std::size_t map() const { return of.at.images * of.at.height * of.at.width * of.at.channels; }
   std::size_t result() const { return of.at.images * of.at.down() * of.at.across() * of.out; }
@@ -64,11 +72,12 @@ const void* from(std::uintptr_t address, std::size_t size) {
 void* to(std::uintptr_t address, std::size_t size) { return pointer<std::uint32_t>(kName, address, size); }
 
 template <typename Run>
-auto bound(Run run) {
-  return [run](std::uintptr_t first, std::uintptr_t second, std::uintptr_t result,
+auto bound(Run run, bool few) {
+  return [run, few](std::uintptr_t first, std::uintptr_t second, std::uintptr_t result,
                const std::array<std::size_t, 4>& map, std::size_t out, const Pair& kernel, const Pair& stride,
                const Pair& padding, const std::string& dtype, const std::string& instruction_set, int threads) {
     const Call call(map, out, kernel, stride, padding, dtype, instruction_set, threads);
+    call.check_channels(few);
     run(first, second, result, call);
   };
 }
@@ -98,8 +107,8 @@ void run_weight_gradient(std::uintptr_t x, std::uintptr_t dy, std::uintptr_t dwe
 
 template <typename Run>
 void define(py::module_& module, const char* name, Run run, const char* first, const char* second, const char* result,
-            const char* text) {
-  module.def(name, bound(run), py::arg(first), py::arg(second), py::arg(result), py::kw_only(), py::arg("map"),
+            const char* text, bool few = false) {
+  module.def(name, bound(run, few), py::arg(first), py::arg(second), py::arg(result), py::kw_only(), py::arg("map"),
              py::arg("out"), py::arg("kernel"), py::arg("stride"), py::arg("padding"), py::arg("dtype"),
              py::arg("instruction_set"), py::arg("threads"), text);
 }
@@ -119,6 +128,10 @@ void bind_convolve(py::module_& module) {
          "null address or one that is no multiple of 4, for channels that are no multiples of 32, for a kernel that\n"
          "does not fit in the padded map, for a kernel, stride or threads below 1, and for an instruction set or dtype\n"
          "that is not there.");
+  define(module, "convolve_few", &run_forward<convolve_few>, "x", "weights", "y",
+         "y <- as by convolve, of a map with any channels, such as an image: out must be a multiple of 32, and what a\n"
+         "horizontal stride passes over a multiple of 4 bytes. The rest is as for convolve.",
+         true);
   define(module, "convolve_map_gradient", &run_map_gradient<convolve_map_gradient>, "dy", "weights", "dx",
          "dx <- the gradient of convolve to its map, dy being that to its result. The rest is as for convolve.");
   define(module, "convolve_weight_gradient", &run_weight_gradient<convolve_weight_gradient>, "x", "dy", "dweights",

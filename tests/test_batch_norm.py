@@ -322,6 +322,7 @@ def test_an_encoder_gives_the_same_stages_and_statistics(
     norms = [part for part in encoders[0].modules() if isinstance(part, nn.BatchNorm2d)]
     with monkeypatch.context() as patch:
         patch.setattr(blocks, "_fuses", lambda *_: False)
+        patch.setattr(convolve_norm, "_as_one", lambda *_: False)
         plain_stages = _stages(_with_torchs_blocks(encoders[1].train(training)), images)
     assert counted.call_count + pairs.call_count == (len(norms) if training and dispatch.native is not None else 0)
     wide = torch.float32 if dtype == torch.bfloat16 else torch.float64

@@ -27,6 +27,15 @@ CASES: list[tuple[Shape, Shape, Pair, Pair]] = [
     ((7, 32, 7, 1), (64, 32, 7, 1), (1, 1), (0, 0)),
     ((0, 32, 4, 4), (32, 32, 3, 3), (1, 1), (1, 1)),
 ]
+# Few channels, as images have: lines of even and odd numbers, a kernel of one place, padding that fills no word.
+FEW: list[tuple[Shape, Shape, Pair, Pair]] = [
+    ((3, 3, 17, 20), (64, 3, 7, 7), (2, 2), (3, 3)),
+    ((2, 3, 9, 8), (32, 3, 3, 3), (1, 2), (0, 1)),
+    ((2, 1, 9, 12), (96, 1, 5, 4), (1, 2), (2, 0)),
+    ((2, 4, 5, 6), (32, 4, 1, 1), (1, 1), (0, 0)),
+    ((5, 31, 2, 3), (32, 31, 3, 5), (3, 2), (1, 4)),
+    ((0, 3, 4, 4), (32, 3, 3, 3), (2, 2), (1, 1)),
+]
 # What C++ does not take.
 ODD: tuple[Shape, Shape, Pair, Pair] = ((3, 6, 5, 4), (5, 6, 3, 2), (2, 1), (1, 1))
 NATIVE = [pytest.param(dtype, name, id=name) for dtype, names in SETS.items() for name in names]
@@ -97,29 +106,30 @@ def check(found: list[Tensor], case: tuple[Shape, Shape, Pair, Pair], dtype: tor
 
 @SOME
 @pytest.mark.usefixtures("poisoned")
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", [*CASES, *FEW])
 @each_set()
 def test_cpp_sums_what_the_definition_does(case: tuple[Shape, Shape, Pair, Pair], one_set: torch.dtype) -> None:
     check(all_three(case, one_set, "native"), case, one_set)
 
 
 @pytest.mark.usefixtures("poisoned")
-@pytest.mark.parametrize("case", [*CASES, ODD])
+@pytest.mark.parametrize("case", [*CASES, *FEW, ODD])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_the_reference_does(case: tuple[Shape, Shape, Pair, Pair], dtype: torch.dtype) -> None:
     check(all_three(case, dtype, "reference"), case, dtype)
 
 
 @SOME
+@pytest.mark.parametrize("case", [((9, 64, 7, 6), (96, 64, 3, 3), (1, 1), (1, 1)), FEW[0]])
 @each_set()
-def test_any_number_of_threads_gives_the_same_bits(one_set: torch.dtype) -> None:
-    case: tuple[Shape, Shape, Pair, Pair] = ((9, 64, 7, 6), (96, 64, 3, 3), (1, 1), (1, 1))
+def test_any_number_of_threads_gives_the_same_bits(case: tuple[Shape, Shape, Pair, Pair], one_set: torch.dtype) -> None:
     before = torch.get_num_threads()
     try:
         found = []
         for threads in (1, 2, 3, 8):
             torch.set_num_threads(threads)
-            found.append(all_three(case, one_set, "native"))
+            # Of few channels the gradients are torch's.
+            found.append(all_three(case, one_set, "native")[: 1 if case in FEW else 3])
     finally:
         torch.set_num_threads(before)
     for others in found[1:]:
@@ -146,6 +156,22 @@ def test_nan_and_infinity_stay_where_they_are_used(one_set: torch.dtype) -> None
     wanted = conv2d(x.double(), weight.double(), None, 1, 1)
     assert torch.equal(y.isnan(), wanted.isnan()) and torch.equal(y.isinf(), wanted.isinf())
     assert 0 < y.isnan().sum() < y.numel() and y.isinf().any()
+
+
+@SOME
+@each_set()
+def test_nan_in_few_channels_reaches_all_that_uses_it(one_set: torch.dtype) -> None:
+    """And, in bfloat16, at most the place before: a line of odd length is multiplied with one number more."""
+    x, weight, _ = given(FEW[0], one_set)
+    x[1, 0, 8, 9] = torch.nan
+    y = convolve(x, weight, stride=(2, 2), padding=(3, 3), implementation="native").isnan()
+    wanted = conv2d(x.double(), weight.double(), None, 2, 3).isnan()
+    assert (y | ~wanted).all() and wanted.any()
+    beyond = y & ~wanted
+    if one_set == torch.bfloat16:
+        assert beyond.sum() <= wanted.sum() and not beyond[:, :, :, 1:][~wanted[:, :, :, 1:].roll(-1, 3)].any()
+    else:
+        assert not beyond.any()
 
 
 @SOME
@@ -242,8 +268,13 @@ def test_refuses(changes: dict[str, object], message: str) -> None:
 def test_cpp_that_cannot_is_refused_and_otherwise_passed_over() -> None:
     x, weight, _ = given(ODD, torch.float32)
     assert torch.equal(convolve(x, weight), convolve(x, weight, implementation="reference"))
-    with pytest.raises(ValueError, match="multiples of 32, not 6 and 5"):
+    with pytest.raises(ValueError, match="words of 4 bytes, not 6 and 5"):
         convolve(x, weight, implementation="native")
+    odd = torch.zeros(1, 3, 4, 4, dtype=torch.bfloat16), torch.zeros(32, 3, 1, 1, dtype=torch.bfloat16)
+    if SETS[torch.bfloat16]:
+        with pytest.raises(ValueError, match="words of 4 bytes, not 3 and 32"):
+            convolve(*odd, implementation="native")
+    assert torch.equal(convolve(*odd), convolve(*odd, implementation="reference"))
     with pytest.raises(UserError, match="too narrow for float64"):
         convolve(x.double(), weight.double(), implementation="native")
 
@@ -274,6 +305,17 @@ def test_bindings_refuse(changes: dict[str, object], message: str) -> None:
     assert dispatch.native is not None
     with pytest.raises(ValueError, match=message):
         dispatch.native.convolve(**(addresses | sizes | how | changes))
+
+
+@SOME
+@pytest.mark.parametrize("changes", [{"map": (1, 2, 2, 0)}, {"out": 48}, {"dtype": "bfloat16", "stride": (2, 1)}])
+def test_bindings_refuse_few_channels_that_do_not_fit(changes: dict[str, object]) -> None:
+    tensor = torch.zeros(64)
+    sizes = {"map": (1, 2, 2, 3), "out": 32, "kernel": (1, 1), "stride": (1, 1), "padding": (0, 0), "threads": 1}
+    how = {"dtype": "float32", "instruction_set": SETS[torch.float32][0]}
+    assert dispatch.native is not None
+    with pytest.raises(ValueError, match="whole words"):
+        dispatch.native.convolve_few(*[tensor.data_ptr()] * 3, **(sizes | how | changes))
 
 
 def test_every_implementation_is_registered() -> None:

@@ -179,8 +179,8 @@ def test_a_network_s_pairs_go_through_it(counted: Mock) -> None:
         if isinstance(part, nn.BatchNorm2d):
             part.float()
     network(torch.randn(2, 3, 32, 32).bfloat16().contiguous(memory_format=torch.channels_last))
-    # All but the first, whose three channels C++ does not take.
-    assert counted.call_count == 48
+    # All but the four projections, which no ReLU follows.
+    assert counted.call_count == 49
 
 
 @PAIRS

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from fastmoco.models.convolution import Convolution
 from fastmoco.models.convolve_norm import convolve_normalize_relu
-from fastmoco.models.norm import FusedBatchNorm2d, normalize_relu
+from fastmoco.models.norm import FusedBatchNorm2d
 
 
 class BasicBlock(nn.Module):
@@ -112,7 +112,7 @@ class ResNet(nn.Module):
 
     def stages(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """`x` (N, 3, H, W) -> the outputs of residual stages 1 to 4, (N, C_s, H_s, W_s) each."""
-        x = self.maxpool(normalize_relu(self.bn1, self.relu, self.conv1(x)))
+        x = self.maxpool(convolve_normalize_relu(self.conv1, self.bn1, self.relu, x))
         s1 = self.layer1(x)
         s2 = self.layer2(s1)
         s3 = self.layer3(s2)

@@ -39,8 +39,12 @@ def convolve(
     stride and padding are (vertical, horizontal); H' = (H + 2 padding - K) // stride + 1. Sums are in float32 in
     bfloat16 and float32, for any number of threads in the same order. C++ takes Winograd's products where they are the
     faster (ops/convolve_native.py), in bfloat16 for gradients alone. Backward passes differentiate it any
-    number of times; torch.func's transforms and forward mode do not. `implementation`: "reference" or "native" (on the
-    CPU, float32 with AVX2 or bfloat16 with AVX512-BF16, channels in multiples of 32); None has it chosen.
+    number of times; torch.func's transforms and forward mode do not.
+
+    `implementation`: "reference" or "native" (on the CPU, float32 with AVX2 or bfloat16 with AVX512-BF16, channels in
+    multiples of 32); None has it chosen. C++ also takes maps of fewer channels, where those that a stride across passes
+    over fill words of 4 bytes: then the gradients are torch's, and in bfloat16, where a line of the kernel holds an odd
+    number of numbers, what is not finite reaches one place more.
 
     Raises ValueError for shapes, dtypes or devices that do not fit, and for a kernel that is larger than the padded
     map; UserError for an implementation that cannot run here; RuntimeError under torch.func's transforms and forward
@@ -68,21 +72,26 @@ def convolve(
 
 
 def _pick(
-    operation: str, tensor: Tensor, weight_shape: Sequence[int], implementation: str | None
+    operation: str, tensor: Tensor, weight_shape: Sequence[int], stride: Sequence[int], implementation: str | None
 ) -> Callable[..., Any]:
     """The implementation for a map; what C++ does not take goes to the reference, where C++ was not asked for."""
-    native = runs_native(tensor.dtype, *weight_shape[:2])
-    if implementation == "native" and SETS.get(tensor.dtype) and not native:
-        raise ValueError(
-            f"{operation}: C++ takes channels in multiples of {CHANNELS}, not {weight_shape[1]} and {weight_shape[0]}"
-        )
-    return dispatch.pick(operation, tensor, implementation if native or implementation else "reference")
+    if not runs_native(tensor.dtype, weight_shape, stride):
+        if implementation == "native" and SETS.get(tensor.dtype):
+            raise ValueError(
+                f"{operation}: C++ takes channels in multiples of {CHANNELS}, fewer of the map where those of a stride "
+                f"fill words of 4 bytes, not {weight_shape[1]} and {weight_shape[0]}"
+            )
+        return dispatch.pick(operation, tensor, implementation or "reference")
+    if weight_shape[1] % CHANNELS and operation != "convolve":
+        # Of few channels torch's gradients are as fast as those that C++ would make.
+        return dispatch.pick(operation, tensor, "reference")
+    return dispatch.pick(operation, tensor, implementation)
 
 
 def _convolve(
     x: Tensor, weight: Tensor, stride: Sequence[int], padding: Sequence[int], implementation: str | None
 ) -> Tensor:
-    y: Tensor = _pick("convolve", x, weight.shape, implementation)(x, weight, stride, padding)
+    y: Tensor = _pick("convolve", x, weight.shape, stride, implementation)(x, weight, stride, padding)
     return y
 
 
@@ -94,7 +103,8 @@ def _map_gradient(
     padding: Sequence[int],
     implementation: str | None,
 ) -> Tensor:
-    dx: Tensor = _pick("convolve_map_gradient", dy, weight.shape, implementation)(dy, weight, shape, stride, padding)
+    run = _pick("convolve_map_gradient", dy, weight.shape, stride, implementation)
+    dx: Tensor = run(dy, weight, shape, stride, padding)
     return dx
 
 
@@ -106,7 +116,8 @@ def _weight_gradient(
     padding: Sequence[int],
     implementation: str | None,
 ) -> Tensor:
-    dweight: Tensor = _pick("convolve_weight_gradient", x, shape, implementation)(x, dy, shape, stride, padding)
+    run = _pick("convolve_weight_gradient", x, shape, stride, implementation)
+    dweight: Tensor = run(x, dy, shape, stride, padding)
     return dweight
 
 

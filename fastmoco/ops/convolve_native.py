@@ -33,9 +33,17 @@ SETS: dict[torch.dtype, list[str]] = {
 }
 
 
-def runs_native(dtype: torch.dtype, *channels: int) -> bool:
-    """Whether C++ takes maps of `dtype` and of so many channels, here."""
-    return bool(SETS.get(dtype)) and all(count % CHANNELS == 0 for count in channels)
+def runs_native(dtype: torch.dtype, weight_shape: Sequence[int], stride: Sequence[int]) -> bool:
+    """Whether C++ convolves maps of `dtype` with weights (O, C, K, L), here; their gradients it makes of whole
+    CHANNELS alone."""
+    out, channels = weight_shape[:2]
+    return bool(SETS.get(dtype)) and out % CHANNELS == 0 and (channels % CHANNELS == 0 or few(dtype, channels, stride))
+
+
+def few(dtype: torch.dtype, channels: int, stride: Sequence[int]) -> bool:
+    """Whether a map has so few channels that it is convolved by lines of the kernel, as images are. What a stride
+    passes over has to fill words of 4 bytes."""
+    return channels < CHANNELS and channels * stride[1] * dtype.itemsize % 4 == 0
 
 
 def fewer_products(
@@ -80,21 +88,21 @@ def empty_result(x: Tensor, weight: Tensor, stride: Sequence[int], padding: Sequ
 
 
 def convolve(x: Tensor, weight: Tensor, stride: Sequence[int], padding: Sequence[int]) -> Tensor:
-    """On the CPU, of a dtype that has SETS, channels in multiples of CHANNELS."""
+    """On the CPU, for what `runs_native`."""
     return _run("", x, weight, x.shape, weight.shape, stride, padding)
 
 
 def map_gradient(
     dy: Tensor, weight: Tensor, shape: Sequence[int], stride: Sequence[int], padding: Sequence[int]
 ) -> Tensor:
-    """As `convolve`."""
+    """On the CPU, of a dtype that has SETS, channels in multiples of CHANNELS."""
     return _run("_map_gradient", dy, weight, shape, weight.shape, stride, padding)
 
 
 def weight_gradient(
     x: Tensor, dy: Tensor, shape: Sequence[int], stride: Sequence[int], padding: Sequence[int]
 ) -> Tensor:
-    """As `convolve`."""
+    """As `map_gradient`."""
     return _run("_weight_gradient", x, dy, x.shape, shape, stride, padding)
 
 
@@ -125,9 +133,11 @@ def _run(
     """What C++ makes of two tensors: the map ("") or, as named, one of the gradients."""
     sizes = tuple(map_shape), tuple(weight_shape), tuple(stride), tuple(padding)
     shape, told = _plan(result, *sizes)
-    winograd = result or first.dtype != torch.bfloat16
+    winograd = (result or first.dtype != torch.bfloat16) and map_shape[1] % CHANNELS == 0
     if winograd and fewer_products(*sizes, to_weights=result == "_weight_gradient"):
         name = f"winograd{result}"
+    elif map_shape[1] % CHANNELS:
+        name = "convolve_few"
     else:
         name = f"convolve{result}"
     first, second = (_as_words(tensor.contiguous(memory_format=torch.channels_last)) for tensor in (first, second))

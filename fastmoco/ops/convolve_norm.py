@@ -15,6 +15,7 @@ from torch.autograd.function import FunctionCtx
 from torch.nn.functional import conv2d
 
 from fastmoco.ops import batch_norm, convolve_native
+from fastmoco.ops.convolve_native import CHANNELS
 from fastmoco.ops.derivatives import differentiated_again
 from fastmoco.ops.library import batched, is_plain, watched
 from fastmoco.ops.precision import no_autocast, wide
@@ -78,7 +79,7 @@ class _ConvolveNorm(torch.autograd.Function):
         stride, padding, relu, _epsilon = ctx.how
         needed = ctx.needs_input_grad
         operations: tuple[Any, Any, Any] = _DIRECTLY
-        if watched() or not is_plain(dy):
+        if watched() or not is_plain(dy) or x.shape[1] % CHANNELS:
             operations = _by_dispatcher()
         normalise, to_map, to_weights = operations
         dz, dresidual, dweight, dbias = normalise(dy, z, y, weight, bias, statistics, relu)
@@ -92,7 +93,7 @@ _DIRECTLY = batch_norm.native_backward, convolve_native.map_gradient, convolve_n
 
 
 def _by_dispatcher() -> tuple[Any, Any, Any]:
-    """The same by way of torch's dispatcher, for what watches it."""
+    """The same by way of torch's dispatcher, for what watches it, and for gradients that C++ does not make."""
     names = "batch_norm_backward", "convolve_map_gradient", "convolve_weight_gradient"
     first, second, third = (partial(_chosen, getattr(torch.ops.fastmoco, name)) for name in names)
     return first, second, third
