@@ -102,8 +102,8 @@ class E2eArgs:
     """Keys in the queue, of all; 4,096 are those of lightly's example."""
     workers: int = field(default_factory=lambda: os.cpu_count() or 1)
     """Threads, or processes in loaders that use processes; fastmoco has as many threads as a run that is not told."""
-    seconds: float = 2.0
-    """Length of a turn, in seconds; at least some whole steps are taken."""
+    seconds: float = 4.0
+    """Length of a turn, in seconds, at least some whole steps; a quarter as long goes before it untimed."""
     rounds: int = 3
     """Turns of each way."""
     limit: bool = False

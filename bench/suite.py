@@ -63,7 +63,7 @@ PARTS = (
         (65, 400),
     ),
     Part("step", "--rounds 3", "", (42, 60)),
-    Part("e2e", f"--generated {IMAGES} --sizes 64 --seconds 0.5 --rounds 2", f"--generated {IMAGES}", (99, 480)),
+    Part("e2e", f"--generated {IMAGES} --sizes 64 --seconds 0.5 --rounds 2", f"--generated {IMAGES}", (99, 620)),
     Part("dropin", f"--data {IMAGES} --turns 2 --steps 4", f"--data {IMAGES}", (73, 80), needs=("lightly",)),
     Part("scaling", "--rounds 2", "", (40, 200)),
     Part("startup", "--images 1000 --rounds 2", "--rounds 5", (65, 150)),

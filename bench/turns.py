@@ -43,11 +43,13 @@ def take_turn(
     *,
     seconds: float,
     burst: int,
+    untimed: float = 0.0,
     finish: Callable[[], None] = lambda: None,
 ) -> Turn:
     """Open a pipeline, give each item to `use` (which returns its pairs) for about `seconds`, and close it.
 
-    Worker processes hand over their items in bursts of `burst`: one goes by untimed, and the time ends with one.
+    Worker processes hand over their items in bursts of `burst`: one goes by untimed, and the time ends with one. More
+    go by until `untimed` seconds have passed since the first item: what is opened first fills what it keeps ready.
     `finish` waits for what `use` has started.
     """
     restart_peak()
@@ -55,8 +57,10 @@ def take_turn(
     with opened as items:
         use(next(items))
         first = time.perf_counter() - began
-        for _ in range(burst - 1):
+        gone = 1
+        while gone % burst or time.perf_counter() < began + first + untimed:
             use(next(items))
+            gone += 1
         finish()
         pairs = taken = 0
         waited = 0.0

@@ -6,7 +6,7 @@ import json
 import multiprocessing
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -100,6 +100,20 @@ def test_a_turn_counts_what_comes_in_its_time() -> None:
     assert turn.first >= 0.05 and turn.waited >= 0.9 * turn.pairs / 4 * 0.01
     # The first burst, and the opening with it, is outside the time.
     assert turn.pairs / 4 <= turn.seconds / 0.01 and turn.cpu < turn.seconds and turn.peak > 1 << 20
+
+
+def test_what_is_kept_ready_is_filled_before_the_time_begins() -> None:
+    used = []
+
+    def use(item: int) -> int:
+        used.append(item)
+        time.sleep(0.01)
+        return 1
+
+    turn = take_turn(nullcontext(iter(range(100))), use, seconds=0.05, burst=3, untimed=0.1)
+    # Whole bursts before it and in it.
+    assert turn.pairs % 3 == 0 and (len(used) - turn.pairs) % 3 == 0
+    assert 6 <= len(used) - turn.pairs <= 12
 
 
 def test_medians_and_cold_starts() -> None:
