@@ -154,6 +154,15 @@ def test_shards_of_other_images_are_refused(source: Manifest, tmp_path: Path) ->
         packed_in(source, out)
 
 
+def test_a_folder_of_something_else_is_left_as_it_is(source: Manifest, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    out.mkdir()
+    (out / "config.json").write_text("{}")
+    with pytest.raises(UserError, match=r"holds config\.json, and no shards; name a folder of their own"):
+        pack(source, out, shard_bytes=1 << 20, progress=False)
+    assert sorted(path.name for path in out.iterdir()) == [".lock", "config.json"]
+
+
 def test_a_label_that_would_hide_another_field_is_refused_at_once(source: Manifest, tmp_path: Path) -> None:
     for name in ("split", "packed_from", "bytes"):
         named = source.select(np.arange(24))

@@ -106,7 +106,7 @@ def test_labels_named_as_a_manifests_columns_are_left_out(
     found = load(described(tmp_path / "shards"))
     assert set(found.labels) == {"grade"} and said(found, "grade") == ["0", "1", "0", "1"]
     shown = " ".join(capsys.readouterr().out.split())
-    assert "labels file, height, width are left out" in shown and "--label" in shown
+    assert "file, height, width not taken as labels" in shown and "--label" in shown
     write_manifest(tmp_path / "m.csv", found)
     assert is_manifest_file(tmp_path / "m.csv")
     assert set(load(tmp_path / "shards", label=["height"]).labels) == {"height"}, "what is asked for is there"

@@ -232,8 +232,8 @@ def _checked(
             raise UserError(f"--label {name}: {data} has no such label; {hint}")
     reserved = () if label else sorted(RESERVED & set(listing.columns))
     if reserved:
-        print(f"labels {', '.join(reserved)} are left out: manifest files have columns of these names (name labels "
-              "to take with --label)")  # fmt: skip
+        names, taken = ", ".join(reserved), "a label" if len(reserved) == 1 else "labels"
+        print(f"{data}: {names} not taken as {taken}, as an index of images has columns so named (--label takes one)")
     columns = {name: listing.columns[name] for name in label or listing.columns if name not in reserved}
     encoded = {name: _encode(name, values) for name, values in columns.items() if name in label or _is_label(values)}
     checked = verify(listing, decoder=decoder, workers=workers, progress=progress)

@@ -20,7 +20,7 @@ import numpy as np
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 from fastmoco.atomic import replacing
-from fastmoco.data.lock import alone
+from fastmoco.data.lock import LOCK, alone
 from fastmoco.data.manifest import Manifest
 from fastmoco.data.manifest_file import RESERVED, SHARD_INDEX, write_manifest
 from fastmoco.data.members import SOURCE, Member, read_members, record
@@ -140,7 +140,11 @@ def _write_all(
 
 
 def _clear(out: Path, shards: list[Shard]) -> None:
-    """Remove what a killed process left half-written; refuse shards that are not of this plan."""
+    """Remove what a killed process left half-written; refuse shards that are not of this plan, and a folder that is
+    something else's."""
+    held = sorted(path.name for path in out.iterdir() if path.name != LOCK)
+    if held and not any(name.startswith(("shard-", ".shard-")) for name in held):
+        raise UserError(f"--out {out}: holds {held[0]}, and no shards; name a folder of their own")
     for half in out.glob(".shard-*.tar.tmp-*"):
         half.unlink()
     extra = sorted({path.name for path in out.glob("shard-*.tar")} - {shard.name for shard in shards})

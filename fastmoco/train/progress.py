@@ -51,7 +51,7 @@ class ProgressLine:
             f"ETA {self._lines.left(row['step'] - self._first)}"
         )
         if "knn_accuracy" in row:
-            text += f"  kNN {row['knn_accuracy']:.3f}"
+            text += f"  kNN accuracy {row['knn_accuracy']:.3f}"
         self._bar.update(self._task, completed=row["step"], description=text)
         if not self.console.is_terminal:
             self.say(f"step {row['step']}/{self.total}  epoch {row['epoch']:.2f}  {text}")
