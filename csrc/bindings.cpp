@@ -56,6 +56,7 @@ PYBIND11_MODULE(_C, module) {
   fastmoco::bind_crosscorr(module);
   fastmoco::bind_ema(module);
   fastmoco::bind_infonce(module);
+  fastmoco::bind_max_pool(module);
   fastmoco::bind_pooled_mse(module);
   fastmoco::bind_sgd_ema(module);
   fastmoco::bind_unfold(module);

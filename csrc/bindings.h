@@ -48,6 +48,7 @@ void bind_convolve(pybind11::module_& module);
 void bind_crosscorr(pybind11::module_& module);
 void bind_ema(pybind11::module_& module);
 void bind_infonce(pybind11::module_& module);
+void bind_max_pool(pybind11::module_& module);
 void bind_pooled_mse(pybind11::module_& module);
 void bind_sgd_ema(pybind11::module_& module);
 void bind_unfold(pybind11::module_& module);

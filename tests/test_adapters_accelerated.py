@@ -13,6 +13,7 @@ from torchvision import models
 
 from fastmoco.adapters.accelerated import Accelerated
 from fastmoco.models.convolution import Convolution
+from fastmoco.models.max_pool import MaxPool
 from fastmoco.models.norm import FusedBatchNorm2d
 from fastmoco.models.resnet import BasicBlock, Bottleneck
 
@@ -20,6 +21,7 @@ from fastmoco.models.resnet import BasicBlock, Bottleneck
 KINDS = {
     nn.Conv2d: Convolution,
     nn.BatchNorm2d: FusedBatchNorm2d,
+    nn.MaxPool2d: MaxPool,
     models.resnet.BasicBlock: BasicBlock,
     models.resnet.Bottleneck: Bottleneck,
 }

@@ -51,7 +51,8 @@ int main() {
 @pytest.mark.skipif(shutil.which("g++") is None, reason="no g++")
 def test_maps_do_without_pairs_that_the_compiler_does_not_know(tmp_path: Path) -> None:
     (tmp_path / "main.cpp").write_text(OTHERS)
-    program, parts = tmp_path / "main", ("batch_norm*.cpp", "convolve*.cpp", "winograd*.cpp", "unfold.cpp")
+    program = tmp_path / "main"
+    parts = ("batch_norm*.cpp", "convolve*.cpp", "winograd*.cpp", "max_pool.cpp", "unfold.cpp")
     sources = [tmp_path / "main.cpp", *(path for part in parts for path in sorted((ROOT / "csrc").glob(part)))]
     options = ["-std=c++17", "-O0", "-Wall", "-Wextra", "-Wno-unknown-pragmas", "-Wno-psabi", "-Werror"]
     options += ["-DFASTMOCO_NO_AVX512BF16", f"-I{ROOT / 'csrc'}"]

@@ -9,11 +9,12 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastmoco.cli import dispatch
 from fastmoco.errors import UserError
 from fastmoco.models.convolution import Convolution
+from fastmoco.models.max_pool import MaxPool
 from fastmoco.plan.cluster import ClusterConfig
 from fastmoco.plan.command import Plan, PlanArgs, make_plan
 from fastmoco.plan.counts import count
@@ -69,8 +70,10 @@ def test_a_resnet50s_arithmetic_is_the_known_one() -> None:
 
 @pytest.mark.parametrize("method", ["moco", "mse", "barlow"])
 def test_activations_are_those_that_a_real_step_keeps(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    # As on a GPU, where no convolution is a product that keeps a copy of each place's neighbourhood.
+    # As on a GPU, where no convolution is a product that keeps a copy of each place's neighbourhood, and pooling keeps
+    # torch's indices.
     monkeypatch.setattr(Convolution, "form", lambda *_: "torch")
+    monkeypatch.setattr(MaxPool, "forward", nn.MaxPool2d.forward)
     config = small_config(Path(), Path(), method=method)
     counted = count(config.model, config.loss, size=32, rows=4, precision="fp32").kept
     module = MomentumContrast(config.model, config.loss, seed=0).to(memory_format=torch.channels_last)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torchvision.models import resnet as theirs
 
 from fastmoco.models.convolution import Convolution
+from fastmoco.models.max_pool import MaxPool
 from fastmoco.models.norm import FusedBatchNorm2d
 from fastmoco.models.resnet import BasicBlock, Bottleneck
 from fastmoco.precision import default_precision
@@ -25,6 +26,7 @@ class _Bottleneck(Bottleneck, theirs.Bottleneck):
 _OURS = {
     nn.Conv2d: Convolution,
     nn.BatchNorm2d: FusedBatchNorm2d,
+    nn.MaxPool2d: MaxPool,
     theirs.BasicBlock: _BasicBlock,
     theirs.Bottleneck: _Bottleneck,
 }
@@ -32,9 +34,9 @@ _OURS = {
 
 class Accelerated(nn.Module):
     """`module`, whose weights and pictures lie channels-last, and which multiplies bfloat16 under autocast: what
-    networks of convolutions are fastest in on processors and GPUs that have it. Its convolutions, its BatchNorms and,
-    of torchvision's ResNets, its residual blocks become this package's, in place, with the same parameters. What it
-    returns is float32.
+    networks of convolutions are fastest in on processors and GPUs that have it. Its convolutions, its BatchNorms, its
+    max pooling and, of torchvision's ResNets, its residual blocks become this package's, in place, with the same
+    parameters. What it returns is float32.
 
     precision: bf16, fp32, or auto, which takes bf16 where the device multiplies it. Weights and their gradients stay
     float32. State dicts have the module's names behind "module.", as under DDP.

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from fastmoco.models.convolution import Convolution
 from fastmoco.models.convolve_norm import convolve_normalize_relu
+from fastmoco.models.max_pool import MaxPool
 from fastmoco.models.norm import FusedBatchNorm2d
 
 
@@ -90,7 +91,7 @@ class ResNet(nn.Module):
         self.conv1 = Convolution(3, channels, 7, stride=2, padding=3, bias=False)
         self.bn1 = FusedBatchNorm2d(channels)
         self.relu = nn.ReLU(inplace=True)
-        self.maxpool = nn.MaxPool2d(3, stride=2, padding=1)
+        self.maxpool = MaxPool(3, stride=2, padding=1)
         width = channels
         for stage, depth in enumerate(depths):
             blocks = [block(channels, width, stride=2 if stage else 1)]
