@@ -22,14 +22,6 @@ void check(const char* operation, const Pixels& map) {
   check_threads(operation, map.threads);
 }
 
-// Calls run with an element of `dtype`.
-template <typename Run>
-void by_dtype(const char* operation, const std::string& dtype, const Run& run) {
-  if (dtype == "bfloat16") return run(std::uint16_t{});
-  if (dtype == "float32") return run(float{});
-  throw std::invalid_argument(std::string(operation) + ": dtype must be bfloat16 or float32, not " + dtype);
-}
-
 void forward(std::uintptr_t x, std::uintptr_t residual, std::uintptr_t weight, std::uintptr_t bias, std::uintptr_t y,
              std::uintptr_t statistics, double epsilon, bool relu, std::size_t rows, std::size_t channels,
              const std::string& dtype, int threads) {

@@ -39,14 +39,6 @@ Windows windows(const char* operation, const std::array<std::size_t, 4>& map, co
 std::size_t places(const Windows& at) { return at.images * at.height * at.width * at.channels; }
 std::size_t results(const Windows& at) { return at.images * at.down() * at.across() * at.channels; }
 
-// Calls run with an element of `dtype`.
-template <typename Run>
-void by_dtype(const char* operation, const std::string& dtype, const Run& run) {
-  if (dtype == "bfloat16") return run(std::uint16_t{});
-  if (dtype == "float32") return run(float{});
-  throw std::invalid_argument(std::string(operation) + ": dtype must be bfloat16 or float32, not " + dtype);
-}
-
 void forward(std::uintptr_t x, std::uintptr_t y, std::uintptr_t index, const std::array<std::size_t, 4>& map,
              const Pair& kernel, const Pair& stride, const Pair& padding, const std::string& dtype, int threads) {
   const Windows at = windows(kForward, map, kernel, stride, padding, threads);

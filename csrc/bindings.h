@@ -43,6 +43,14 @@ inline bool is_float32(const char* operation, const std::string& dtype) {
   return dtype == "float32";
 }
 
+// Calls run with an element of `dtype`, of bfloat16 the bits; throws std::invalid_argument for others than these two.
+template <typename Run>
+void by_dtype(const char* operation, const std::string& dtype, const Run& run) {
+  if (dtype == "bfloat16") return run(std::uint16_t{});
+  if (dtype == "float32") return run(float{});
+  throw std::invalid_argument(std::string(operation) + ": dtype must be bfloat16 or float32, not " + dtype);
+}
+
 void bind_batch_norm(pybind11::module_& module);
 void bind_convolve(pybind11::module_& module);
 void bind_crosscorr(pybind11::module_& module);

@@ -32,9 +32,9 @@ std::vector<std::string> convolve_sets(MapDtype dtype);
 // y (images, down, across, out) <- x (images, height, width, channels) convolved with weights.
 void convolve(const void* x, const void* weights, void* y, const Convolution& of);
 
-// The same of a map with few channels, such as an image, in any number, whose numbers of a stride across fill words of 32
-// bits. A line of the kernel is multiplied as one; in bfloat16, where it holds an odd number of numbers, with a 0 for
-// the number behind it, which should be finite.
+// The same of a map with any channels, meant for few, as images have; those that a stride across passes over must fill
+// words of 32 bits. A line of the kernel is multiplied as one; in bfloat16, where it holds an odd number of numbers,
+// with a 0 for the number behind it, which should be finite.
 void convolve_few(const void* x, const void* weights, void* y, const Convolution& of);
 
 // dx <- the gradient of `convolve` to x, dy being that to y.

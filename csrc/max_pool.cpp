@@ -3,30 +3,18 @@
 #include <algorithm>
 #include <cstring>
 
+#include "by_line.h"
 #include "pack.h"
 #include "platform.h"
 
 namespace fastmoco {
 namespace {
 
-// Below this a second thread costs more to wake than it saves (bytes).
-constexpr std::size_t kGrain = 131072;
-
 // Windows whose gradients are added up at once, and elements whose sums stay in the nearest cache between such groups.
 constexpr std::size_t kTogether = 4;
 constexpr std::size_t kBlock = 128;
 // What no window took.
 constexpr int kNoTap = kMostTaps;
-
-// Calls run(image, line) for each line of each image, shared out among threads where there are many bytes.
-template <typename Run>
-void by_line(std::size_t images, std::size_t lines, std::size_t bytes, int threads, const Run& run) {
-  if (bytes == 0) return;
-  const std::size_t useful = std::min(images * lines, (bytes + kGrain - 1) / kGrain);
-  [[maybe_unused]] const int team = static_cast<int>(std::min(useful, static_cast<std::size_t>(threads)));
-#pragma omp parallel for schedule(static) num_threads(team) if (team > 1)
-  for (std::size_t i = 0; i < images * lines; ++i) run(i / lines, i % lines);
-}
 
 struct Range {
   std::size_t first, last;

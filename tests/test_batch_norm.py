@@ -369,14 +369,16 @@ def test_running_statistics_move_as_torchs() -> None:
 @pytest.mark.parametrize("momentum", [0.0, 0.1, 0.7, 1.0])
 @pytest.mark.parametrize("channels", [1, 67])
 @pytest.mark.parametrize("case", ["plain", "float64", "gaps", "a mode", "another count"])
-def test_tracking_is_torchs_lerp(case: str, channels: int, momentum: float) -> None:
+def test_tracking_is_torchs_lerp(case: str, channels: int, momentum: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    native = Mock(wraps=dispatch.native)
+    monkeypatch.setattr(dispatch, "native", dispatch.native and native)
     rows = torch.randn(3, channels)
     count = torch.tensor(41, dtype=torch.int32 if case == "another count" else torch.int64)
     mean, variance = torch.randn(channels), torch.randn(channels)
     if case == "float64":
         mean, variance, rows = mean.double(), variance.double(), rows.double()
     if case == "gaps":
-        mean = torch.stack([mean, mean], dim=1)[:, 0]
+        mean = torch.zeros(2 * channels)[::2].copy_(mean) if channels > 1 else mean.expand(1)
     wanted = torch.lerp(mean.double(), rows[0].double(), momentum), variance.double().lerp(rows[2].double(), momentum)
     versions = [tensor._version for tensor in (mean, variance, count)]
     with FlopCounterMode(display=False) if case == "a mode" else nullcontext():
@@ -384,7 +386,17 @@ def test_tracking_is_torchs_lerp(case: str, channels: int, momentum: float) -> N
     for found, expected in zip((mean, variance), wanted, strict=True):
         torch.testing.assert_close(found.double(), expected, rtol=1e-6, atol=1e-7)
     assert count == 42
+    plain = case == "plain" or (case == "gaps" and channels == 1)
+    assert native.batch_norm_track.call_count == (plain and dispatch.native is not None)
     assert [tensor._version for tensor in (mean, variance, count)] == [version + 1 for version in versions]
+
+
+def test_statistics_of_other_channels_are_not_tracked() -> None:
+    """By torch, which refuses them, not by C++, which would write behind them."""
+    for sizes in ((4, 3, 4), (4, 4, 3), (3, 4, 4)):
+        mean, variance, rows = torch.zeros(sizes[0]), torch.zeros(sizes[1]), torch.ones(3, sizes[2])
+        with pytest.raises(RuntimeError, match="size"):
+            track(mean, variance, torch.tensor(0), rows, 0.1)
 
 
 @pytest.mark.parametrize(

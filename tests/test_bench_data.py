@@ -102,18 +102,19 @@ def test_a_turn_counts_what_comes_in_its_time() -> None:
     assert turn.pairs / 4 <= turn.seconds / 0.01 and turn.cpu < turn.seconds and turn.peak > 1 << 20
 
 
-def test_what_is_kept_ready_is_filled_before_the_time_begins() -> None:
+def test_what_is_kept_ready_is_filled_before_the_time_begins(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
     used = []
 
     def use(item: int) -> int:
         used.append(item)
-        time.sleep(0.01)
+        now[0] += 1.0
         return 1
 
-    turn = take_turn(nullcontext(iter(range(100))), use, seconds=0.05, burst=3, untimed=0.1)
-    # Whole bursts before it and in it.
-    assert turn.pairs % 3 == 0 and (len(used) - turn.pairs) % 3 == 0
-    assert 6 <= len(used) - turn.pairs <= 12
+    turn = take_turn(nullcontext(iter(range(100))), use, seconds=7.0, burst=3, untimed=4.0)
+    # In whole bursts: the first item and at least four seconds, then at least seven.
+    assert len(used) - turn.pairs == 6 and turn.pairs == 9 and turn.seconds == 9.0
 
 
 def test_medians_and_cold_starts() -> None:

@@ -1,5 +1,7 @@
 """`fastmoco doctor` says what is here, and works with what is not."""
 
+import subprocess
+import sys
 from importlib import metadata
 from types import SimpleNamespace
 
@@ -104,3 +106,14 @@ def test_precision_on_other_devices(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation, s=supported: s)
         assert default_precision("cuda") == expected
     assert default_precision("meta") == "fp32"
+
+
+def test_an_extension_of_older_sources_goes_unused() -> None:
+    """Rather than to fail in the middle of a step at what it lacks."""
+    program = (
+        "import sys, types; sys.modules['fastmoco._C'] = types.ModuleType('fastmoco._C');"
+        "from fastmoco.ops import dispatch, ema; import torch;"
+        "print(dispatch.native, dispatch.NATIVE_MISSING, dispatch.pick('ema', torch.zeros(1)).__name__)"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout == "None the C++ extension was built from older sources: install fastmoco again reference\n"

@@ -129,8 +129,10 @@ def test_of_equal_numbers_the_first_has_the_gradient_and_of_nan_the_last(
 @BUILT
 @pytest.mark.parametrize("dtype", ROUNDING)
 @pytest.mark.parametrize("windows", WINDOWS)
-def test_cpp_is_the_reference_to_the_last_bit_for_any_number_of_threads(windows: Windows, dtype: torch.dtype) -> None:
-    """Of maps for several threads; windows that overlap so little that sums have one order."""
+def test_cpp_takes_what_the_reference_does_and_has_the_same_bits_for_any_number_of_threads(
+    windows: Windows, dtype: torch.dtype
+) -> None:
+    """Of maps for several threads; the reference adds up in another order."""
     x = image((5, 70, 29, 31), dtype, ties=True)
     y, index = module.reference(x, *windows, True)
     dy = image(tuple(y.shape), dtype, seed=1)

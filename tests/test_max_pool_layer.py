@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 from unittest.mock import Mock
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -62,6 +63,10 @@ def test_the_module_gives_torchs_values(options: dict[str, Any], dtype: torch.dt
         (image((2, 5, 9, 8), torch.float32), {"dilation": 2}),
         (image((2, 5, 9, 8), torch.float32), {"return_indices": True}),
         (image((2, 5, 40, 40), torch.float32), {"kernel_size": 16}),
+        (image((2, 5, 9, 8), torch.float32), {"kernel_size": 5, "stride": 1}),
+        (image((2, 5, 9, 8), torch.float32), {"kernel_size": np.int64(3)}),
+        (image((2, 5, 9, 8), torch.float32), {"kernel_size": (3,)}),
+        (image((2, 5, 9, 8), torch.float32), {"padding": [1]}),
         (torch.zeros(0, 5, 9, 8).to(memory_format=torch.channels_last), {}),
     ],
 )

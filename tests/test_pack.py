@@ -160,7 +160,10 @@ def test_a_folder_of_something_else_is_left_as_it_is(source: Manifest, tmp_path:
     (out / "config.json").write_text("{}")
     with pytest.raises(UserError, match=r"holds config\.json, and no shards; name a folder of their own"):
         pack(source, out, shard_bytes=1 << 20, progress=False)
-    assert sorted(path.name for path in out.iterdir()) == [".lock", "config.json"]
+    assert [path.name for path in out.iterdir()] == ["config.json"]
+    (out / "config.json").rename(out / ".hidden")
+    (out / "index.csv").write_text("of shards that were deleted")
+    assert len(pack(source, out, shard_bytes=1 << 20, progress=False)) == len(source)
 
 
 def test_a_label_that_would_hide_another_field_is_refused_at_once(source: Manifest, tmp_path: Path) -> None:
@@ -233,9 +236,7 @@ def test_kill_at_any_point(tmp_path: Path, line: str, finished: int) -> None:
     assert_packed(out, source)
 
 
-def test_the_command(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     images, out = draw_images(tmp_path / "data"), tmp_path / "shards"
 
     def fastmoco(*args: object) -> int:

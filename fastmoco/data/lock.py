@@ -12,9 +12,6 @@ from pathlib import Path
 _UNSUPPORTED = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 
 
-LOCK = ".lock"
-
-
 @contextmanager
 def alone(folder: Path, doing: str, *, required: bool = True) -> Iterator[None]:
     """Hold the lock of `folder`, its file .lock, waiting for another process that holds it and is `doing` something.
@@ -22,7 +19,7 @@ def alone(folder: Path, doing: str, *, required: bool = True) -> Iterator[None]:
     The kernel lets go of it when its owner ends, however it ends: no lock of a dead process is left to be broken.
     Where the file system has no locks, OSError is raised, or a warning printed if it is not `required`.
     """
-    with (folder / LOCK).open("a") as lock:
+    with (folder / ".lock").open("a") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

@@ -20,7 +20,7 @@ import numpy as np
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 from fastmoco.atomic import replacing
-from fastmoco.data.lock import LOCK, alone
+from fastmoco.data.lock import alone
 from fastmoco.data.manifest import Manifest
 from fastmoco.data.manifest_file import RESERVED, SHARD_INDEX, write_manifest
 from fastmoco.data.members import SOURCE, Member, read_members, record
@@ -96,6 +96,7 @@ def pack(
     members: list[list[Member]] = []
     try:
         out.mkdir(parents=True, exist_ok=True)
+        _refuse_others(out)
         with alone(out, "packing into", required=False):
             for finished in _write_all(manifest, shards, out, workers=workers, progress=progress):
                 members.append(finished)
@@ -139,12 +140,15 @@ def _write_all(
                 lines.say(f"packing: {number:,} of {len(shards):,} shards, ETA {lines.left(number)}")
 
 
-def _clear(out: Path, shards: list[Shard]) -> None:
-    """Remove what a killed process left half-written; refuse shards that are not of this plan, and a folder that is
-    something else's."""
-    held = sorted(path.name for path in out.iterdir() if path.name != LOCK)
-    if held and not any(name.startswith(("shard-", ".shard-")) for name in held):
+def _refuse_others(out: Path) -> None:
+    """Refuse a folder that holds something else: hidden files apart, and what packing leaves."""
+    held = sorted(path.name for path in out.iterdir() if not path.name.startswith(".") and path.name != SHARD_INDEX)
+    if held and not any(name.startswith("shard-") for name in held):
         raise UserError(f"--out {out}: holds {held[0]}, and no shards; name a folder of their own")
+
+
+def _clear(out: Path, shards: list[Shard]) -> None:
+    """Remove what a killed process left half-written; refuse shards that are not of this plan."""
     for half in out.glob(".shard-*.tar.tmp-*"):
         half.unlink()
     extra = sorted({path.name for path in out.glob("shard-*.tar")} - {shard.name for shard in shards})

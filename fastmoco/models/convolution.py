@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from fastmoco.ops.convolve import convolve_unchecked
-from fastmoco.ops.convolve_native import few, fewer_products, runs_native
+from fastmoco.ops.convolve_native import CHANNELS, fewer_products, result_shape, runs_native
 from fastmoco.ops.library import left_to_torch, watched
 from fastmoco.ops.unfold import unfold, windows
 
@@ -29,8 +29,8 @@ class Convolution(nn.Conv2d):
     padding: for 32 maps of 4 x 4 places and 256 channels forward and backward take 3.8 ms in bfloat16 (AVX512-BF16) and
     6.4 in float32 (AVX-512), where torch's take 7.6 and 12.4. So is a 3 x 3 kernel of stride 1 over any map for which
     Winograd's fewer products are the faster, in bfloat16 for the gradients alone: for 16 maps of 56 x 56 places and 64
-    channels 23 and 35 ms, torch's 30 and 56. So are images, whose few channels are convolved by lines of the kernel: in
-    float32 in half of torch's time.
+    channels 23 and 35 ms, torch's 30 and 56. So are images, whose few channels are convolved by lines of the kernel, in
+    float32 in half of torch's time; of three channels in bfloat16 where the stride across is even.
 
     The rest is a matrix product where the weights outweigh the map. oneDNN brings the weights of a convolution into a
     layout of its own at each call and their gradient back, and blocks over the map. Where the map has few places that
@@ -57,8 +57,7 @@ class Convolution(nn.Conv2d):
 
     def result_shape(self, x: Tensor) -> tuple[int, ...]:
         """That of what a map (N, C_in, H, W) becomes."""
-        sides = zip(x.shape[2:], self.kernel_size, self.stride, self._border(), strict=True)
-        return x.shape[0], self.weight.shape[0], *(windows(*side) for side in sides)
+        return result_shape(x.shape, self.weight.shape, self.stride, self._border())
 
     def _product(self, x: Tensor) -> Tensor:
         kernel, stride, padding = self.kernel_size, self.stride, self._border()
@@ -116,8 +115,9 @@ class Convolution(nn.Conv2d):
             return False
         if x.dtype == torch.bfloat16 and TILES:
             return False
-        if few(x.dtype, x.shape[1], self.stride):
-            return True
+        if x.shape[1] < CHANNELS:
+            # Measured on images; of more channels, or places taken singly, torch's is as fast.
+            return x.shape[1] <= 4 and self.kernel_size != (1, 1)
         if fewer_products(x.shape, self.weight.shape, self.stride, self._border()):
             return True
         _, _, down, across = self.result_shape(x)

@@ -77,7 +77,9 @@ def track(mean: Tensor, variance: Tensor, batches: Tensor, statistics: Tensor, m
     """
     where = mean, variance, batches, statistics
     narrow = mean.dtype == variance.dtype == statistics.dtype == torch.float32 and batches.dtype == torch.int64
-    if dispatch.native is None or not narrow or watched() or not all(map(_in_memory, where)):
+    # What does not fit is torch's to refuse.
+    fit = mean.shape == variance.shape == statistics.shape[1:] and len(statistics) == 3 and batches.numel() == 1
+    if dispatch.native is None or not (narrow and fit) or watched() or not all(map(_in_memory, where)):
         mean.lerp_(statistics[0], momentum)
         variance.lerp_(statistics[2], momentum)
         batches.add_(1)

@@ -27,8 +27,7 @@ _NATIVE_DTYPES = {torch.bfloat16: "bfloat16", torch.float32: "float32"}
 
 # The instruction sets that there are here for maps of either dtype, the best first.
 SETS: dict[torch.dtype, list[str]] = {
-    # An extension that was built before has none.
-    dtype: getattr(dispatch.native, "convolve_sets", lambda _: [])(name)
+    dtype: dispatch.native.convolve_sets(name) if dispatch.native is not None else []
     for dtype, name in _NATIVE_DTYPES.items()
 }
 
@@ -115,10 +114,14 @@ def _plan(
     result: str, map_shape: _Sides, weight_shape: _Sides, stride: _Sides, padding: _Sides
 ) -> tuple[_Sides, dict[str, Any]]:
     """The shape of a `result`, and what C++ is told beside addresses."""
-    shapes = {"": result_shape(map_shape, weight_shape, stride, padding), "_map_gradient": map_shape}
+    shapes = {
+        "": result_shape(map_shape, weight_shape, stride, padding),
+        "_map_gradient": map_shape,
+        "_weight_gradient": weight_shape,
+    }
     n, c, h, w = map_shape
     told = {"map": (n, h, w, c), "out": weight_shape[0], "kernel": weight_shape[2:]}
-    return shapes.get(result, weight_shape), told | {"stride": stride, "padding": padding}
+    return shapes[result], told | {"stride": stride, "padding": padding}
 
 
 def _run(
@@ -136,7 +139,7 @@ def _run(
     winograd = (result or first.dtype != torch.bfloat16) and map_shape[1] % CHANNELS == 0
     if winograd and fewer_products(*sizes, to_weights=result == "_weight_gradient"):
         name = f"winograd{result}"
-    elif map_shape[1] % CHANNELS:
+    elif not result and map_shape[1] % CHANNELS:
         name = "convolve_few"
     else:
         name = f"convolve{result}"

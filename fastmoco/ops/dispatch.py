@@ -23,8 +23,12 @@ from fastmoco.errors import UserError
 
 native: ModuleType | None = None
 NATIVE_MISSING = ""
+# The latest of what there is in the extension: one that was built from older sources goes unused, not half used.
+_LATEST = "max_pool"
 try:
     native = importlib.import_module("fastmoco._C")
+    if not hasattr(native, _LATEST):
+        native, NATIVE_MISSING = None, "the C++ extension was built from older sources: install fastmoco again"
 except ModuleNotFoundError:
     NATIVE_MISSING = "the C++ extension was not built: install a C++ compiler, then install fastmoco again"
 except ImportError as error:

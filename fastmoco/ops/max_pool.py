@@ -35,10 +35,10 @@ def max_pool(
 
     kernel, stride and padding are (vertical, horizontal); H' = (H + 2 padding - kernel) // stride + 1. As with torch's
     `max_pool2d`, NaN is larger than all else, padding is never taken, and of equal numbers the first has the gradient
-    (of several NaN the last), whose sums are in float32 or wider and rounded once. Deterministic, for any number of
-    threads. A backward with `create_graph=True`, or of many gradients at once (`is_grads_batched`), is done by torch's
-    own operations. The gradient does not depend on x but by way of the upstream one: where that is a constant, it has
-    no graph.
+    (of several NaN the last), whose sums are in float32 or wider and rounded once. On a CPU deterministic, for any
+    number of threads. A backward with `create_graph=True`, or of many gradients at once (`is_grads_batched`), is done
+    by torch's own operations. The gradient does not depend on x but by way of the upstream one: where that is a
+    constant, it has no graph.
 
     implementation: "reference" or "native" (bfloat16 and float32 maps on the CPU); None has it chosen.
 
