@@ -12,6 +12,7 @@ from fastmoco.data.dali import dali_installed
 from fastmoco.data.preview import examples, save_preview
 from fastmoco.data.views import ViewConfig
 from fastmoco.errors import UserError
+from fastmoco.results import try_out, unwritable
 from fastmoco.train.config import DataConfig
 from fastmoco.train.images import find_images
 from fastmoco.train.recipes import find
@@ -62,6 +63,7 @@ def preview_command(args: list[str]) -> int:
     data = options.data
     if data.loader == "auto":
         data = replace(data, loader="dali" if dali_installed() else "pillow")
+    try_out(options.out)
     manifest = find_images(replace(config, data=data), None)
     shown = examples(
         manifest,
@@ -76,6 +78,6 @@ def preview_command(args: list[str]) -> int:
     try:
         save_preview(shown, options.out)
     except OSError as error:
-        raise UserError(f"--out {options.out}: cannot be written: {error.strerror or error}") from error
+        raise unwritable(options.out, error) from error
     print(f"{options.out}: {len(shown)} images of {len(manifest):,} with their views in epoch {options.epoch}")
     return 0

@@ -171,7 +171,8 @@ def test_images_without_a_class_and_those_pretrained_on_are_told(
     assert finetune_command(_args(folder, out, run=run / "encoder.safetensors", labels=labels)) == 0
     found = json.loads(out.read_text())
     assert found["class_names"] == ["0", "1"] and sum(found["images"].values()) == 59
-    without, seen = found["notes"]
+    without, steps, seen = found["notes"]
+    assert steps == "2 steps, more than --epochs 1 has: --least-steps 2."
     assert without == "1 image without a class in kind left out." and without in capsys.readouterr().out
     assert seen.startswith(f"{found['images']['test']} of the {found['images']['test']} test images were pretrained on")
 

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 
 from fastmoco.data.manifest import Manifest, load_manifest
+from fastmoco.data.manifest_file import write_manifest
+from fastmoco.data.pack import pack
 from fastmoco.data.store import BadFile
-from fastmoco.evaluate.leaks import find_leaks
+from fastmoco.evaluate.leaks import find_leaks, pretrained_on, seen_before
 from fastmoco.evaluate.splits import make_splits
 from runs import draw_images
 
@@ -58,3 +62,26 @@ def test_an_image_that_has_changed_is_no_clean_one(tmp_path: Path) -> None:
     (images / "001.png").write_bytes(b"not a picture")
     with pytest.raises(BadFile, match=r"001\.png"):
         find_leaks(manifest, make_splits(manifest, "kind", seed=0))
+
+
+def test_packed_images_are_known_by_their_sizes(tmp_path: Path) -> None:
+    draw_images(tmp_path)
+    manifest, run = _load(tmp_path), tmp_path / "run"
+    splits = make_splits(manifest, "kind", seed=0)
+    run.mkdir()
+    (run / "config.json").write_text("{}")
+
+    def told(pretrained: Manifest, own: Manifest) -> tuple[str, ...]:
+        write_manifest(run / "manifest.csv", pretrained)
+        return seen_before(pretrained_on(run), own, splits)
+
+    packed = pack(manifest, tmp_path / "shards", shard_bytes=1 << 20, progress=False)
+    (by_name,), (by_size,) = told(manifest, manifest), told(packed, manifest)
+    count = len(splits.test)
+    assert by_name.startswith(f"{count} of the {count} test images were pretrained on, ")
+    assert by_size.startswith(f"{count} of the {count} test images have the height, width and bytes of images that")
+    # Uncompressed images of one size say nothing, nor do a few.
+    assert manifest.stamps is not None and packed.stamps is not None
+    same = [replace(of, sizes=0 * of.sizes + 8, stamps=np.full_like(of.stamps, 99)) for of in (packed, manifest)]
+    assert told(*same) == ()
+    assert told(packed.select(splits.test[:1]), manifest) == ()

@@ -17,6 +17,7 @@ from PIL import Image
 from fastmoco.data import shards
 from fastmoco.data.listing import FINDINGS, list_folder
 from fastmoco.data.manifest import Manifest, load_manifest
+from fastmoco.data.pack import pack
 from fastmoco.data.store import BadFile
 from fastmoco.errors import UserError
 
@@ -290,3 +291,14 @@ def test_what_is_no_tar_is_named_and_other_files_beside_shards_are_none(tmp_path
         load(tmp_path / "s.tar", tmp_path / "a.png")
     with pytest.raises(UserError, match="no such file"):
         load(tmp_path / "t.tar")
+
+
+def test_names_that_are_elsewhere_are_found(tmp_path: Path) -> None:
+    labels = tmp_path / "labels.csv"
+    labels.write_text("file,kind\n000.png,1\n001.png,0\n")
+    write(tmp_path / "images", ["000.png", "001.png"])
+    with pytest.raises(UserError, match=r"none of its 2 files is under .*relative to --data: it is in .*images$"):
+        load(tmp_path, labels)
+    pack(load(tmp_path / "images"), tmp_path / "shards", shard_bytes=1 << 20, progress=False)
+    with pytest.raises(UserError, match=r"holds packed images, .* pack them again with --labels$"):
+        load(tmp_path / "shards", labels)

@@ -123,7 +123,9 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
     assert fastmoco(*options) == 2 and "name a recipe first" in capsys.readouterr().err
     assert fastmoco("fundus-mze", *options) == 2 and "did you mean" in capsys.readouterr().err
     assert fastmoco("fundus-mse", *options, "--count", 0) == 2 and "--count must be" in capsys.readouterr().err
-    assert fastmoco("fundus-mse", *options[:-4], "--out", tmp_path / "no/such.png") == 2
+    assert fastmoco("fundus-mse", *options[:-4], "--out", tmp_path / "made/for it.png", "--count", 1) == 0
+    assert (tmp_path / "made/for it.png").is_file()
+    assert fastmoco("fundus-mse", *options[:-4], "--out", out / "such.png") == 2
     assert "cannot be written" in capsys.readouterr().err
     assert fastmoco("fundus-mse", *options[:-4], "--out", tmp_path / "picture.jpg") == 2
     assert "picture.jpg: the picture is a PNG file" in capsys.readouterr().err

@@ -158,11 +158,16 @@ def list_table(
 
 
 def _unlike(data: Path, name: str) -> str:
-    """What to add where `name` is in folder `data` but for its suffix."""
+    """What to add where `name` is in folder `data` but for its suffix, or in a folder of it, or was packed."""
     for suffix in sorted(IMAGE_SUFFIXES):
         for end in (suffix, suffix.upper()):
             if os.path.isfile(os.path.join(data, name + end)):
                 return f", with their suffix: {name + end} is there"
+    if (data / SHARD_INDEX).is_file():
+        return f", and it holds packed images, whose labels are in its {SHARD_INDEX}: pack them again with --labels"
+    for folder in sorted(path for path in data.iterdir() if path.is_dir()):
+        if os.path.isfile(folder / name):
+            return f": it is in {folder}"
     return ""
 
 

@@ -14,6 +14,7 @@ from fastmoco.data.sizes import parse_bytes, show_count
 from fastmoco.data.source import Source
 from fastmoco.data.verify import describe_skipped
 from fastmoco.errors import UserError
+from fastmoco.results import try_folder
 
 
 @dataclass(kw_only=True)
@@ -38,6 +39,7 @@ def pack_command(args: list[str]) -> int:
     if options.check:
         return _check(options)
     shard_bytes = parse_bytes(options.shard_size, "--shard-size")
+    try_folder(options.out)
     manifest = options.manifest()
     if manifest.skipped:
         print(describe_skipped(manifest.skipped))

@@ -100,6 +100,9 @@ def finetune_command(args: FinetuneArgs) -> int:
     leaks = refuse_leaks(manifest, splits, allowed=args.allow_leaks)
     unknown = len(everything) - len(manifest)
     notes = [describe_unlabelled(unknown, labels)] if unknown else []
+    fewest = min(len(budget.indices) for budget in budgets)
+    if (steps := config.steps(fewest)) > config.epochs * config.batches(fewest):
+        notes.append(f"{steps} steps, more than --epochs {config.epochs} has: --least-steps {config.least_steps}.")
     if args.run is not None and mode != "scratch":
         notes += seen_before(pretrained_on(run_folder(args.run)), manifest, splits)
     try_out(out)

@@ -95,14 +95,26 @@ def pretrained_on(run: Path) -> frozenset[Image]:
 
 
 def seen_before(images: frozenset[Image], manifest: Manifest, splits: Splits) -> tuple[str, ...]:
-    """A line on how many test images are among `images`, which an encoder was pretrained on; empty for none."""
+    """A line on how many test images are among `images`, which an encoder was pretrained on; empty for none.
+
+    Where none is by its name, those count whose height, width and bytes are there, as those of packed images are, if
+    they are most and hardly two test images have the same.
+    """
     if manifest.stamps is None:
         return ()
     test = manifest.select(splits.test)
     assert test.stamps is not None
-    seen = sum(image in images for image in _images(test.files, test.sizes, test.stamps))
+    own = list(_images(test.files, test.sizes, test.stamps))
+    seen = sum(image in images for image in own)
     if not seen:
-        return ()
+        sizes = {image[1:] for image in images}
+        alike = sum(image[1:] in sizes for image in own)
+        if 2 * alike < len(own) or 2 * len({image[1:] for image in own}) < len(own) or not own:
+            return ()
+        return (
+            f"{alike} of the {len(own)} test images have the height, width and bytes of images that were pretrained "
+            f"on, under other names in the run's {MANIFEST}: they may be the same, packed or in another folder.",
+        )
     named = "" if manifest.splits is not None else ", which wants a split column in --labels,"
     return (
         f"{seen} of the {len(splits.test)} test images were pretrained on, without their labels, by names and sizes in "

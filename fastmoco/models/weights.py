@@ -168,7 +168,8 @@ def _writing(path: Path) -> Iterator[Path]:
         with replacing(path) as temporary:
             yield temporary
     except (SafetensorError, OSError) as error:
-        raise UserError(f"{path} could not be written: {error}; free some space or choose another folder") from error
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"{path} could not be written: {reason}; name another file, or make room") from error
 
 
 def _checksum(tensors: dict[str, Tensor]) -> str:
