@@ -7,7 +7,7 @@
 #include <string>
 #include <vector>
 
-#include "bindings.h"
+#include "bind_windows.h"
 #include "convolve.h"
 #include "winograd.h"
 
@@ -17,8 +17,6 @@ namespace fastmoco {
 namespace {
 
 constexpr const char* kName = "convolve";
-
-using Pair = std::array<std::size_t, 2>;
 
 MapDtype map_dtype(const std::string& dtype) {
   if (dtype != "bfloat16" && dtype != "float32")
@@ -33,17 +31,7 @@ struct Call {
   Call(const std::array<std::size_t, 4>& map, std::size_t out, const Pair& kernel, const Pair& stride,
        const Pair& padding, const std::string& dtype, const std::string& instruction_set, int threads)
       : set(instruction_set),
-        of{{map[0], map[1], map[2], map[3], kernel[0], kernel[1], stride[0], stride[1], padding[0], padding[1],
-            threads},
-           out,
-           map_dtype(dtype),
-           set.c_str()} {
-    if (kernel[0] == 0 || kernel[1] == 0 || stride[0] == 0 || stride[1] == 0)
-      throw std::invalid_argument("convolve: kernel and stride must be at least 1");
-    if (map[1] + 2 * padding[0] < kernel[0] || map[2] + 2 * padding[1] < kernel[1])
-      throw std::invalid_argument("convolve: the kernel is larger than the padded map");
-    check_threads(kName, threads);
-  }
+        of{windows(kName, map, kernel, stride, padding, threads), out, map_dtype(dtype), set.c_str()} {}
   Call(const Call&) = delete;
 
   // Throws for channels that no function takes but, where the map has `few`, convolve_few.

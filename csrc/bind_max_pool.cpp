@@ -6,7 +6,7 @@
 #include <stdexcept>
 #include <string>
 
-#include "bindings.h"
+#include "bind_windows.h"
 #include "max_pool.h"
 
 namespace py = pybind11;
@@ -17,22 +17,18 @@ namespace {
 constexpr const char* kForward = "max_pool";
 constexpr const char* kBackward = "max_pool_backward";
 
-using Pair = std::array<std::size_t, 2>;
-
-Windows windows(const char* operation, const std::array<std::size_t, 4>& map, const Pair& kernel, const Pair& stride,
-                const Pair& padding, int threads) {
+// As of any kernel, which pooling wants small, and no more than half of it beside the map.
+Windows pools(const char* operation, const std::array<std::size_t, 4>& map, const Pair& kernel, const Pair& stride,
+              const Pair& padding, int threads) {
   const std::string name(operation);
-  const Windows at{map[0],    map[1],    map[2],     map[3],     kernel[0], kernel[1],
-                   stride[0], stride[1], padding[0], padding[1], threads};
-  if (kernel[0] == 0 || kernel[1] == 0 || stride[0] == 0 || stride[1] == 0)
-    throw std::invalid_argument(name + ": kernel and stride must be at least 1");
-  if (kernel[0] > kMostTaps || kernel[1] > kMostTaps || at.taps() > kMostTaps)
+  if (kernel[0] > kMostTaps || kernel[1] > kMostTaps || kernel[0] * kernel[1] > kMostTaps)
     throw std::invalid_argument(name + ": a kernel has " + std::to_string(kMostTaps) + " taps at most");
+  const Windows at = windows(operation, map, kernel, stride, padding, threads);
   if (padding[0] > kernel[0] / 2 || padding[1] > kernel[1] / 2)
     throw std::invalid_argument(name + ": the padding must be at most half of the kernel");
-  if (map[1] == 0 || map[2] == 0 || map[1] + 2 * padding[0] < kernel[0] || map[2] + 2 * padding[1] < kernel[1])
+  // Padding alone has nothing to take.
+  if (at.height == 0 || at.width == 0)
     throw std::invalid_argument(name + ": the kernel is larger than the padded map");
-  check_threads(operation, threads);
   return at;
 }
 
@@ -41,7 +37,7 @@ std::size_t results(const Windows& at) { return at.images * at.down() * at.acros
 
 void forward(std::uintptr_t x, std::uintptr_t y, std::uintptr_t index, const std::array<std::size_t, 4>& map,
              const Pair& kernel, const Pair& stride, const Pair& padding, const std::string& dtype, int threads) {
-  const Windows at = windows(kForward, map, kernel, stride, padding, threads);
+  const Windows at = pools(kForward, map, kernel, stride, padding, threads);
   auto* const of = pointer<std::uint8_t>(kForward, index, 0);
   by_dtype(kForward, dtype, [&](auto element) {
     using T = decltype(element);
@@ -54,7 +50,7 @@ void forward(std::uintptr_t x, std::uintptr_t y, std::uintptr_t index, const std
 
 void backward(std::uintptr_t dy, std::uintptr_t index, std::uintptr_t dx, const std::array<std::size_t, 4>& map,
               const Pair& kernel, const Pair& stride, const Pair& padding, const std::string& dtype, int threads) {
-  const Windows at = windows(kBackward, map, kernel, stride, padding, threads);
+  const Windows at = pools(kBackward, map, kernel, stride, padding, threads);
   const auto* of = pointer<const std::uint8_t>(kBackward, index, results(at));
   by_dtype(kBackward, dtype, [&](auto element) {
     using T = decltype(element);

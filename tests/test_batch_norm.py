@@ -19,7 +19,8 @@ from fastmoco.models import norm as blocks
 from fastmoco.models.encoder import Encoder
 from fastmoco.models.resnet import BasicBlock, Bottleneck
 from fastmoco.ops import dispatch
-from fastmoco.ops.batch_norm import batch_norm, track
+from fastmoco.ops.batch_norm import batch_norm
+from fastmoco.ops.running_statistics import track
 
 NATIVE = pytest.param(
     "native", marks=pytest.mark.skipif(dispatch.native is None, reason=dispatch.NATIVE_MISSING or "built")

@@ -6,8 +6,9 @@ import torch
 from torch import Tensor, nn
 
 from fastmoco.ops import dispatch
-from fastmoco.ops.batch_norm import batch_norm, track
+from fastmoco.ops.batch_norm import batch_norm
 from fastmoco.ops.library import left_to_torch
+from fastmoco.ops.running_statistics import track
 
 
 class FusedBatchNorm2d(nn.BatchNorm2d):

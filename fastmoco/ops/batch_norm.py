@@ -21,7 +21,7 @@ from torch import Tensor
 
 from fastmoco.ops import dispatch
 from fastmoco.ops.derivatives import differentiated_again
-from fastmoco.ops.library import batched, define, is_plain, watched
+from fastmoco.ops.library import batched, define
 from fastmoco.ops.precision import no_autocast, wide
 
 
@@ -67,33 +67,6 @@ def batch_norm(
         raise ValueError(f"batch_norm: weight, bias and residual must be on x's device, {x.device}")
     y, statistics = batch_norm_unchecked(x, weight, bias, residual, relu, epsilon, implementation)
     return y, statistics
-
-
-def track(mean: Tensor, variance: Tensor, batches: Tensor, statistics: Tensor, momentum: float) -> None:
-    """Running statistics go on by `momentum` towards those of a batch, in place, and `batches` counts it.
-
-    `mean` and `variance` are (C,), `batches` a 0-d integer, `statistics` as `batch_norm` returns them. What torch's
-    `lerp_` and `add_` do, in one call: a ResNet-50 has 106 of them in a step, 7 % of one at 64 px (measured).
-    """
-    where = mean, variance, batches, statistics
-    narrow = mean.dtype == variance.dtype == statistics.dtype == torch.float32 and batches.dtype == torch.int64
-    # What does not fit is torch's to refuse.
-    fit = mean.shape == variance.shape == statistics.shape[1:] and len(statistics) == 3 and batches.numel() == 1
-    if dispatch.native is None or not (narrow and fit) or watched() or not all(map(_in_memory, where)):
-        mean.lerp_(statistics[0], momentum)
-        variance.lerp_(statistics[2], momentum)
-        batches.add_(1)
-        return
-    dispatch.native.batch_norm_track(
-        mean.data_ptr(), variance.data_ptr(), batches.data_ptr(), statistics.data_ptr(),
-        momentum=momentum, channels=mean.shape[0],
-    )  # fmt: skip
-    # Written behind autograd's back.
-    torch.autograd.graph.increment_version((mean, variance, batches))
-
-
-def _in_memory(tensor: Tensor) -> bool:
-    return tensor.is_cpu and tensor.is_contiguous() and is_plain(tensor)
 
 
 def _empty_map(like: Tensor) -> Tensor:
